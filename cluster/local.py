@@ -1,0 +1,153 @@
+"""A Ray cluster of this machine alone: real raylets on 127.0.0.1, started and ended by us."""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+# Read by Ray when its processes start, so they must stand in the environment before that.
+# The controller looks at its workers twice a second instead of every two seconds; a silent node is
+# declared dead after about 2 s instead of 20 to 55; a wrong guess of the size costs 20 s, not 60.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # Without a GPU a task must see none; said ahead because Ray's default is about to change.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A resolver of its own in each worker would install the environment again.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+_PREFIX = "restage-ray-"
+_LOOPBACK = "127.0.0.1"
+_STORE_BYTES = 150_000_000  # tensors never pass through Ray
+
+
+def prepare_environment() -> None:
+    """Set what Ray reads at start; what the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+class LocalCluster:
+    """A head with its own CPUs, and further nodes on the same machine, all on 127.0.0.1.
+
+    The kernel ends each process when the thread that started it ends; so start and grow the
+    cluster from a thread that lives as long as the cluster, and SIGKILL of the driver leaves
+    nothing behind. Ray's own `ray start` is not used because it moves off the loopback address.
+    """
+
+    def __init__(self, cpus: int, gpus: int = 0) -> None:
+        prepare_environment()
+        _sweep()
+        # A short path: the sockets below it may be at most 107 bytes long.
+        self.temp_dir = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+        (self.temp_dir / "owner").write_text(str(os.getpid()))
+        # Ray notes the address of the newest head below RAY_TMPDIR, for whoever asks for "auto";
+        # the common /tmp/ray would lead other programs of this machine to this cluster.
+        os.environ["RAY_TMPDIR"] = str(self.temp_dir)
+        (self.temp_dir / "ray").mkdir()
+        from ray.cluster_utils import Cluster  # after the environment is set
+
+        self._nodes: list[Any] = []  # Ray's own node records
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "node_ip_address": _LOOPBACK,
+                "num_cpus": cpus,
+                "num_gpus": gpus,
+                "include_dashboard": False,
+                "temp_dir": str(self.temp_dir),
+                "object_store_memory": _STORE_BYTES,
+            },
+        )
+
+    @property
+    def address(self) -> str:
+        """What `ray.init(address=...)` takes."""
+        return str(self._cluster.address)
+
+    def connect(self) -> None:
+        """Make this process a driver of the cluster."""
+        import ray
+        from ray._private import services
+
+        # Ray replaces 127.0.0.1 by the address of a network card, where nothing listens here.
+        resolve = services.resolve_ip_for_localhost
+        services.resolve_ip_for_localhost = lambda host: host
+        try:
+            ray.init(
+                address=self.address,
+                _node_ip_address=_LOOPBACK,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        finally:
+            services.resolve_ip_for_localhost = resolve
+
+    def add_node(self, cpus: int = 1) -> None:
+        """Start one more raylet, and wait until it takes work."""
+        node = self._cluster.add_node(
+            node_ip_address=_LOOPBACK,
+            num_cpus=cpus,
+            num_gpus=0,
+            object_store_memory=_STORE_BYTES,
+            wait=True,
+        )
+        self._nodes.append(node)
+
+    def remove_node(self) -> None:
+        """Kill the node that came last, without notice."""
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that were started and not removed, the head included."""
+        return 1 + len(self._nodes)
+
+    def stop(self) -> None:
+        """End every process of the cluster and remove its files."""
+        self._cluster.shutdown()
+        for process in _processes_of(self.temp_dir):
+            process.kill()
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """End and remove what clusters of killed drivers left: Ray's agents outlive a killed raylet
+    for a minute or two, and the temp folder stays.
+    """
+    for folder in Path("/tmp").glob(f"{_PREFIX}*"):
+        try:
+            owner = int((folder / "owner").read_text())
+        except (OSError, ValueError):
+            continue  # being made by somebody just now, or not ours to read
+        if not Path(f"/proc/{owner}").exists():
+            log.info("removing %s of a driver that is gone", folder)
+            for process in _processes_of(folder):
+                process.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(temp_dir: Path) -> list[psutil.Process]:
+    """Processes that carry this cluster's mark in their environment, this one aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get("RAY_TMPDIR")
+        except psutil.Error:
+            continue  # it has ended, or belongs to somebody else
+        if mark == str(temp_dir) and process.pid != os.getpid():
+            found.append(process)
+    return found

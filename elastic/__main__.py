@@ -1,0 +1,25 @@
+"""`python -m elastic` and `restage`."""
+
+import sys
+
+
+def main() -> None:
+    """Check that our packages are ours, then run the command line."""
+    from elastic.doctor import PackageError, check_packages
+
+    try:
+        check_packages()
+    except PackageError as error:
+        sys.exit(_refuse(error))
+    from elastic.cli import main as run
+
+    sys.exit(run())
+
+
+def _refuse(error: ImportError) -> int:
+    print(f"restage: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

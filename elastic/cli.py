@@ -1,0 +1,268 @@
+"""The command line: one verb each, with an example; what it prints is for people."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from elastic.errors import InputError
+from elastic.folders import RunFolder
+from elastic.settings import Settings, read_settings
+from stages.plan import Plan, PlanError, load_plan
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
+from stages.videos import Videos
+
+# What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    try:
+        settings = read_settings(
+            storage=flags.storage,
+            ray_address=getattr(flags, "ray_address", None),
+            cpus=getattr(flags, "cpus", None),
+            aim=False if getattr(flags, "no_aim", False) else None,
+            log_level=flags.log_level,
+        )
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+        )
+        code: int = flags.verb(flags, settings)
+        return code
+    except (InputError, PlanError) as error:
+        print(f"restage: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(
+            "\nrestage: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except Exception as error:  # the supervisor of a run: said in one line, or with its traceback
+        if flags.log_level == "debug":
+            raise
+        print(
+            f"restage: failed: {error}\n"
+            "restage: what is published stays; the same command goes on from there "
+            "(--log-level debug shows where it failed)",
+            file=sys.stderr,
+        )
+        return FAILED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="restage", description="Train video diffusion transformers in stages, elastically."
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    file_verbs = (
+        ("plan", plan_verb, "print what would happen", "plan stages/recipes/demo.py"),
+        ("encode", encode_verb, "encode latents that are missing", "encode my_plan.py"),
+        ("train", train_verb, "do whatever is missing of a plan", "train my_plan.py --cpus 2"),
+    )
+    for name, verb, text, example in file_verbs:
+        one = _verb(verbs, name, verb, text, example)
+        one.add_argument("file", help="stage file")
+        one.add_argument("--videos", metavar="DIR", help="use the clips of this folder instead")
+        one.add_argument(
+            "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
+        )
+        if name != "plan":
+            _cluster_flags(one)
+    one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
+                'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
+    one.add_argument("run", help="run folder")
+    one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
+    one.add_argument("--caption", action="append", required=True, help="may be given many times")
+    one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
+    one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
+    one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
+    one.add_argument("--seed", type=int, default=0)
+    for name, verb, text in (
+        ("status", status_verb, "say how far a run has come"),
+        ("report", report_verb, "write report.html"),
+    ):
+        one = _verb(verbs, name, verb, text, f"{name} runs/demo")
+        one.add_argument("run", help="run folder")
+    _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    one = _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
+    one.add_argument("--long", action="store_true", help="train longer: clearer videos")
+    return parser
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    verb: Callable[[argparse.Namespace, Settings], int],
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    one = verbs.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example: python -m elastic {example}",
+    )
+    one.add_argument("--storage", help="folder that holds the runs (default: runs)")
+    one.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    one.set_defaults(verb=verb)
+    return one
+
+
+def _cluster_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ray-address", help="Ray cluster (default: one of this machine alone)")
+    parser.add_argument("--cpus", type=_at_least_one, help="CPUs of that one (default: all)")
+    parser.add_argument("--no-aim", action="store_true", help="do not fill the Aim repository")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+def read_plan_file(flags: argparse.Namespace) -> Plan:
+    """The plan of a stage file, on the videos of the flags if they are given."""
+    plan = load_plan(flags.file)
+    if (flags.videos is None) != (flags.captions is None):
+        given, other = ("videos", "captions") if flags.videos else ("captions", "videos")
+        raise InputError(f"--{given} was given without --{other}; give both or neither")
+    if flags.videos is None:
+        return plan
+    return with_videos(plan, Videos(flags.captions, folder=flags.videos))
+
+
+def with_videos(plan: Plan, videos: Videos) -> Plan:
+    """The same plan on other videos."""
+    changed: list[Stage] = []
+    for stage in plan.stages:
+        if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
+            parent = next(each for each in changed if each.name == stage.vae.name)
+            changed.append(stage.replace(data=videos, vae=parent))
+        else:
+            changed.append(stage.replace(data=videos))
+    return Plan(plan.name, changed)
+
+
+def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Print what would happen."""
+    from elastic.forecast import forecast
+
+    print(forecast(read_plan_file(flags), settings.storage_path))
+    return DONE
+
+
+def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Encode what is missing."""
+    plan = read_plan_file(flags)
+    check_videos(plan)
+    from elastic.course import encode_plan
+    from elastic.drive import run_course
+
+    folder = run_course(plan, settings, encode_plan)
+    print(f"latents: {folder.latents}")
+    return DONE
+
+
+def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Do whatever is missing."""
+    plan = read_plan_file(flags)
+    check_videos(plan)
+    from elastic.course import train_plan
+    from elastic.drive import run_course
+    from elastic.report import print_table, summarise, write_report
+
+    folder = run_course(plan, settings, train_plan)
+    print_table(summarise(folder.root))
+    print(f"samples: {folder.root / 'samples'}\nreport:  {write_report(folder.root)}")
+    return DONE
+
+
+def check_videos(plan: Plan) -> None:
+    """InputError for a table or folder that cannot be used, before anything is started."""
+    from elastic.data.table import read_table
+
+    for videos in dict.fromkeys(stage.data for stage in plan.stages):
+        read_table(videos)
+
+
+def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Make videos."""
+    from elastic.course import sample_request
+    from elastic.record import read_plan
+    from elastic.sample import make_samples
+    from elastic.weights import finished
+
+    folder = run_folder(flags.run)
+    plan = read_plan(folder)
+    done = [
+        s for s in plan.stages if isinstance(s, DiffusionStage) and finished(folder.stage(s.name))
+    ]
+    if flags.stage is None and not done:
+        raise InputError(f"no diffusion stage of {flags.run!r} is finished; nothing to sample from")
+    stage = plan.stage(flags.stage) if flags.stage else done[-1]
+    if not isinstance(stage, DiffusionStage):
+        raise InputError(
+            f"stage {stage.name!r} trains an autoencoder; sample from a diffusion stage"
+        )
+    target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
+    request = sample_request(folder, stage, tuple(flags.caption), target.absolute())
+    changed = {"steps": flags.steps, "guidance": flags.guidance, "seed": flags.seed}
+    for path in make_samples(type(request)(**{**vars(request), **changed})):
+        print(path)
+    return DONE
+
+
+def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Say how far a run has come."""
+    from elastic.record import read_plan
+    from elastic.report import print_table, summarise
+    from elastic.weights import finished
+
+    folder = run_folder(flags.run)
+    plan = read_plan(folder)
+    print_table(summarise(folder.root))
+    for stage in plan.stages:
+        if finished(folder.stage(stage.name)) is None:
+            print(f"not finished: {stage.name} ({stage.budget:,} samples)")
+    return DONE
+
+
+def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Write report.html."""
+    from elastic.record import read_plan
+    from elastic.report import write_report
+
+    folder = run_folder(flags.run)
+    read_plan(folder)
+    print(write_report(folder.root))
+    return DONE
+
+
+def run_folder(path: str) -> RunFolder:
+    """The run folder at a path."""
+    return RunFolder(Path(path).absolute())
+
+
+def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Look at this machine."""
+    from elastic.doctor import exit_code, findings, render
+
+    found = findings(settings.storage_path)
+    print(render(found))
+    return exit_code(found)
+
+
+def demo_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """The whole course."""
+    from elastic.demo import run_demo
+
+    return run_demo(settings, is_long=flags.long)

@@ -1,0 +1,199 @@
+"""The course of a plan on a cluster: for each stage pin the clips, encode, train, show samples.
+
+Safe to run again from the top at any time: every step looks at what is already there.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
+from elastic.data.encode import EncodeJob, Scale, plan_job
+from elastic.data.probe import probe_all
+from elastic.data.table import read_table
+from elastic.errors import InputError
+from elastic.files import write_atomic
+from elastic.folders import RunFolder
+from elastic.ray_encode import encode_on_ray, measure_scale_on_ray
+from elastic.ray_tracker import TrackerHandle
+from elastic.ray_train import fit_stage
+from elastic.ray_worker import MEMBERS, WorkerJob
+from elastic.record import start_stage
+from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
+from elastic.weights import WEIGHTS, finished
+from stages.plan import Plan
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
+
+log = logging.getLogger(__name__)
+
+LATENTS = "latents.json"
+NUM_SAMPLES = 16
+NUM_RECONSTRUCTIONS = 6
+
+
+@dataclass(frozen=True)
+class Course:
+    """A plan, where it is kept, whom to tell, and whether the cluster computes on GPUs."""
+
+    plan: Plan
+    folder: RunFolder
+    tracker: TrackerHandle
+    use_gpu: bool
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that one encoding or sampling task takes."""
+        return 1.0 if self.use_gpu else 0.0
+
+
+def train_plan(course: Course) -> None:
+    """Do whatever is missing of the plan."""
+    for stage in course.plan.stages:
+        if finished(course.folder.stage(stage.name)) is None:
+            train_one(course, stage)
+        if not _samples_done(course, stage):
+            show_samples(course, stage)
+
+
+def encode_plan(course: Course) -> None:
+    """Encode the latents of every diffusion stage whose codec is finished."""
+    for stage in course.plan.stages:
+        if isinstance(stage, DiffusionStage):
+            if not codec_weights(course.folder, stage).exists():
+                raise InputError(
+                    f"stage {stage.name!r}: its autoencoder has no weights yet "
+                    f"({codec_weights(course.folder, stage)}); train it first: "
+                    "python -m elastic train FILE"
+                )
+            encode_stage(course, stage, pin_members(course, stage))
+
+
+def train_one(course: Course, stage: Stage) -> None:
+    """Train one stage to its budget."""
+    folder = course.folder.stage(stage.name)
+    course.tracker.event("stage_start", stage.name)
+    members = pin_members(course, stage)
+    start_stage(course.folder, stage)
+    store = None
+    if isinstance(stage, DiffusionStage):
+        store = encode_stage(course, stage, members).root
+    job = WorkerJob(stage, folder, course.tracker.name, store)
+    fit_stage(job, course.folder.root / ".ray", course.use_gpu)
+    course.tracker.event("stage_end", stage.name, stage.budget)
+
+
+def pin_members(course: Course, stage: Stage) -> Members:
+    """The clips of the stage, chosen at its first start."""
+    path = course.folder.stage(stage.name) / MEMBERS
+    if path.exists():
+        return load_members(path)
+    clips = read_table(stage.data)
+    probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
+    reasons = Counter(reason for _, reason in probed.quarantined)
+    for clip, reason in probed.quarantined:
+        log.warning("quarantined %s: %s", clip.path, reason)
+    if reasons:
+        course.tracker.event(
+            "quarantine", stage.name, None,
+            f"{reasons.total()} of {len(clips)} clips cannot be used",
+            count=reasons.total(), reasons=dict(reasons),
+        )  # fmt: skip
+    members = assign(stage, clips, probed.good)
+    save_members(path, members)
+    return members
+
+
+def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
+    """The file with the weights of the stage's codec."""
+    if isinstance(stage.vae, AutoencoderStage):
+        return folder.stage(stage.vae.name) / WEIGHTS
+    assert stage.vae.weights is not None, "checked when the stage was made"
+    path = Path(stage.vae.weights).absolute()
+    if not path.is_file():
+        raise InputError(f"stage {stage.name!r}: vae.weights {str(path)!r}: no such file")
+    return path
+
+
+def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> EncodeJob:
+    """Encode what is missing of the stage's latents, and pin the store that it uses."""
+    weights = codec_weights(course.folder, stage)
+    pinned = course.folder.stage(stage.name) / LATENTS
+    scale = read_scale(pinned)
+    if scale is None:
+        scale = measure_scale_on_ray(stage, weights, members, course.gpus)
+    job = plan_job(stage, weights, scale, members, course.folder.latents)
+    course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
+
+    def progress(done: int, total: int) -> None:
+        course.tracker.progress(stage.name, f"encoding, {done} of {total} shards")
+
+    digest, quarantined = encode_on_ray(job, course.gpus, progress)
+    content = {
+        "fingerprint": job.fingerprint,
+        "digest": digest,
+        "scale": {"mean": scale.mean, "std": scale.std},
+        "weights": str(weights),
+        "weights_sha256": job.weights_digest,
+    }
+    write_atomic(pinned, json.dumps(content, indent=1).encode())
+    course.tracker.event(
+        "encode_end", stage.name, None, f"sealed as {digest}",
+        clips=members.num_clips(), quarantined=len(quarantined),
+    )  # fmt: skip
+    return job
+
+
+def read_scale(path: Path) -> Scale | None:
+    """The normalisation that a stage's latents were stored with, if it is known."""
+    if not path.exists():
+        return None
+    scale = json.loads(path.read_text())["scale"]
+    return Scale(tuple(scale["mean"]), tuple(scale["std"]))
+
+
+def _samples_done(course: Course, stage: Stage) -> bool:
+    return (course.folder.samples(stage.name) / "contact-sheet.png").exists()
+
+
+def show_samples(course: Course, stage: Stage) -> list[Path]:
+    """Make the videos that show what a finished stage can do."""
+    members = load_members(course.folder.stage(stage.name) / MEMBERS)
+    clips = members.clips[held_out_name(longest_bucket(stage))]
+    weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
+    if isinstance(stage, AutoencoderStage):
+        chosen = clips[:NUM_RECONSTRUCTIONS]
+        captions = [clip.text for clip in chosen]
+        task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)
+        paths: list[Path] = ray.get(task.remote(stage, weights, chosen, folder))
+    else:
+        captions = list(dict.fromkeys(clip.text for clip in clips))[:NUM_SAMPLES]
+        request = sample_request(course.folder, stage, tuple(captions), folder)
+        paths = ray.get(ray.remote(make_samples).options(num_gpus=course.gpus).remote(request))
+    course.tracker.event(
+        "sample", stage.name, stage.budget, "averaged weights",
+        paths=[str(path.relative_to(course.folder.root)) for path in paths], captions=captions,
+    )  # fmt: skip
+    for path, caption in zip(paths, captions, strict=True):
+        course.tracker.images(stage.name, stage.budget, caption, path)
+    return paths
+
+
+def sample_request(
+    folder: RunFolder, stage: DiffusionStage, captions: tuple[str, ...], target: Path
+) -> SampleRequest:
+    """A request for samples of a finished stage; InputError if it is not finished."""
+    own = folder.stage(stage.name)
+    scale = read_scale(own / LATENTS)
+    if finished(own) is None or scale is None:
+        raise InputError(
+            f"stage {stage.name!r} of {str(folder.root)!r} is not finished, so there is nothing "
+            "to sample from; go on with python -m elastic train FILE"
+        )
+    return SampleRequest(
+        stage, own / WEIGHTS, codec_weights(folder, stage), scale, captions, target
+    )

@@ -1,0 +1,170 @@
+"""Turns a stretch of a video file into a clip of fixed size, by presentation time."""
+
+# C channel, T frame, H, W pixels
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import av.container
+import av.error
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+DECODE_VERSION = 1  # grows when the same file would give other pixels; part of the fingerprint
+
+MAX_FRAMES = 200_000
+MAX_PIXELS = 8192 * 4608
+MAX_SECONDS = 4 * 3600.0
+DEADLINE_S = 120.0  # for one clip; a file that takes longer is broken or hostile
+
+# H.273: transfer curves that need tone mapping, which is another task than decoding.
+_HDR = {16: "PQ", 18: "HLG"}
+_BT709, _BT601 = 1, 5
+_MATRICES = (1, 4, 5, 6, 7, 9)  # the colour matrices that swscale knows by their H.273 number
+
+
+class BadVideo(Exception):
+    """A file that cannot give the clip; `reason` says why, in words for the quarantine list."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextmanager
+def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, VideoStream]]:
+    """The container and its first video stream, decoding on one thread; failures are BadVideo."""
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise BadVideo("no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadVideo("no decoder for its codec")
+            # One thread costs the least CPU per frame; many clips at once fill the cores.
+            stream.codec_context.thread_count = 1
+            stream.thread_type = "NONE"
+            yield container, stream
+    except av.error.EOFError as error:
+        raise BadVideo("empty or cut off: no frame could be read") from error
+    except av.error.FFmpegError as error:
+        raise BadVideo(f"cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise BadVideo(f"cannot be opened: {error.strerror or error}") from error
+
+
+def frame_time(frame: av.VideoFrame) -> Fraction:
+    """When it is shown, in seconds; BadVideo if that is unknown or the frame is not usable."""
+    if frame.pts is None or frame.time_base is None:
+        raise BadVideo("a frame has no presentation time")
+    if frame.width * frame.height > MAX_PIXELS:
+        raise BadVideo(f"{frame.width}x{frame.height} is more than {MAX_PIXELS:,} pixels")
+    if int(frame.color_trc) in _HDR:
+        raise BadVideo(f"high dynamic range ({_HDR[int(frame.color_trc)]}): needs tone mapping")
+    if frame.rotation % 90:
+        raise BadVideo(f"turned by {frame.rotation} degrees; only quarter turns are known")
+    return frame.pts * frame.time_base
+
+
+def decode_clip(path: str, frames: int, rate: Fraction | float, height: int, width: int) -> Tensor:
+    """The first `frames` pictures at `rate` a second, uint8 C,T,H,W; BadVideo if it has fewer.
+
+    Picture k is the last frame that is on screen at k / rate seconds after the first frame,
+    turned as the file asks, resized to cover height x width, and cropped at the centre.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    converter = VideoReformatter()
+    pictures: list[Tensor] = []
+    with open_video(path) as (container, stream):
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        last: tuple[av.VideoFrame, Tensor] | None = None
+        for frame in _at_times(container, stream, frames, Fraction(rate)):
+            if time.monotonic() > deadline:
+                raise BadVideo(f"took more than {DEADLINE_S:.0f} s to decode")
+            # A slow video shows one frame at several times; it is converted once.
+            if last is None or last[0] is not frame:
+                pixels_HWC = _rgb(frame, converter)
+                last = frame, _cover(pixels_HWC, aspect, frame.rotation, height, width)
+            pictures.append(last[1])
+    return torch.stack(pictures, dim=1)
+
+
+def to_unit(x_uint8: Tensor) -> Tensor:
+    """Pixel values 0 to 255 as float32 from -1 to 1."""
+    return x_uint8.to(torch.float32) / 127.5 - 1.0
+
+
+def _at_times(
+    container: av.container.InputContainer, stream: VideoStream, frames: int, rate: Fraction
+) -> Iterator[av.VideoFrame]:
+    """The frame on screen at k / rate seconds after the first, for each k below `frames`."""
+    start: Fraction | None = None
+    given = 0
+    shown: av.VideoFrame | None = None
+    until = Fraction(0)
+    for seen, frame in enumerate(container.decode(stream)):
+        at = frame_time(frame)
+        if seen >= MAX_FRAMES:
+            raise BadVideo(f"more than {MAX_FRAMES:,} frames before the clip was full")
+        start = at if start is None else start
+        while shown is not None and given < frames and given / rate < at - start:
+            yield shown
+            given += 1
+        shown = frame
+        until = at - start + last_frame_length(frame.duration, frame.time_base, stream)
+        if given == frames - 1 and given / rate <= at - start:
+            break
+    while shown is not None and given < frames and given / rate < until:
+        yield shown
+        given += 1
+    if given < frames:
+        raise BadVideo(
+            f"too short: {float(until):.2f} s, {frames} frames at {rate} a second "
+            f"need more than {float((frames - 1) / rate):.2f} s"
+        )
+
+
+def last_frame_length(
+    duration: int | None, time_base: Fraction | None, stream: VideoStream
+) -> Fraction:
+    """Seconds that a frame stays on screen when none follows."""
+    if duration and time_base:
+        return duration * time_base
+    return 1 / stream.average_rate if stream.average_rate else Fraction(1, 1000)
+
+
+def _rgb(frame: av.VideoFrame, converter: VideoReformatter) -> NDArray[np.uint8]:
+    """RGB pixels H,W,C as stored, not turned."""
+    matrix = int(frame.colorspace)
+    if matrix not in _MATRICES:
+        # Unmarked files: what players do. swscale alone would take BT.601 for all.
+        matrix = _BT709 if frame.height >= 720 else _BT601
+    # One converter for the clip, one thread: a new one for each frame costs a millisecond.
+    rgb = converter.reformat(frame, format="rgb24", src_colorspace=matrix, threads=1)
+    return rgb.to_ndarray()  # type: ignore[return-value]  # rgb24 is uint8
+
+
+def _cover(
+    pixels_HWC: NDArray[np.uint8], aspect: Fraction, rotation: int, height: int, width: int
+) -> Tensor:
+    """Turned, resized until it covers the target, cropped at the centre: uint8 C,H,W."""
+    tall, wide = pixels_HWC.shape[0], pixels_HWC.shape[1] * aspect
+    turns = rotation // 90 % 4
+    x_HWC = torch.from_numpy(np.ascontiguousarray(np.rot90(pixels_HWC, turns)))
+    shown_h, shown_w = (wide, tall) if turns % 2 else (tall, wide)
+    scale = max(height / Fraction(shown_h), width / Fraction(shown_w))
+    size = max(height, round(shown_h * scale)), max(width, round(shown_w * scale))
+    x_1CHW = rearrange(x_HWC, "h w c -> 1 c h w")
+    if size != tuple(x_1CHW.shape[2:]):
+        x_1CHW = interpolate(x_1CHW, size=size, mode="bilinear", antialias=True)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return x_1CHW[0, :, top : top + height, left : left + width].contiguous()

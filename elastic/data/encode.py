@@ -1,0 +1,201 @@
+"""Videos to a sealed latent store: what to encode, one shard of it, and sealing.
+
+Nothing here knows where it runs: a shard is the unit of work, and any process may do any of them.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic.data.assign import Members
+from elastic.data.decode import DECODE_VERSION, BadVideo, decode_clip, to_unit
+from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
+from elastic.data.table import Clip
+from elastic.errors import InputError
+from elastic.files import write_atomic
+from elastic.weights import file_digest, load_weights
+from models.codec import Codec, CodecModule
+from stages.schedule import Bucket
+from stages.stage import DiffusionStage
+
+SHARD_BYTES = 64_000_000
+SHARD_SAMPLES = 64  # most; so that a small data set still spreads over the workers
+STATISTICS_CLIPS = 128
+_CHUNK = 8  # clips that are encoded at once
+
+ShardId = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of each latent channel: stored latents are normalised by it."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, z_BCTHW: Tensor) -> Tensor:
+        """Latents of the codec to latents of the store."""
+        mean, std = self._shaped(z_BCTHW)
+        return (z_BCTHW - mean) / std
+
+    def restore(self, z_BCTHW: Tensor) -> Tensor:
+        """Latents of the store to latents of the codec."""
+        mean, std = self._shaped(z_BCTHW)
+        return z_BCTHW * std + mean
+
+    def _shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        return like.new_tensor(self.mean).view(shape), like.new_tensor(self.std).view(shape)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """All that a process needs to encode any shard of a stage's latents."""
+
+    stage: DiffusionStage
+    weights: Path
+    weights_digest: str
+    scale: Scale
+    members: Members
+    root: Path  # of the store
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the store: changes whenever a stored number could change."""
+        return self.root.name
+
+
+def plan_job(
+    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: Path
+) -> EncodeJob:
+    """Name the store of a stage by everything that decides its content."""
+    digest = file_digest(weights)
+    captions = hashlib.blake2b(digest_size=16)
+    for name, clips in sorted(members.clips.items()):
+        captions.update(json.dumps([name, [(c.sample_id, c.text) for c in clips]]).encode())
+    fields: dict[str, Any] = {  # Any: JSON
+        "codec": stage.codec.fingerprint_fields(),
+        "weights": digest,
+        "scale": [scale.mean, scale.std],
+        "text": stage.text.fingerprint_fields(),
+        "rate": stage.rate,
+        "decode": DECODE_VERSION,
+        "clips": captions.hexdigest(),
+    }
+    root = latents / fingerprint(fields)
+    write_atomic(root / "fingerprint.json", json.dumps(fields, indent=1).encode())
+    return EncodeJob(stage, weights, digest, scale, members, root)
+
+
+def open_store(job: EncodeJob) -> LatentStore:
+    """The store of the job, started if it is not there."""
+    stage, buckets, largest = job.stage, [], 1
+    for bucket in stage.buckets:
+        grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+        shape = (stage.codec.channels, *grid)
+        largest = max(largest, 2 * int(np.prod(shape)))
+        for name, clips in job.members.clips.items():
+            if name.split(".")[0] == bucket.name:
+                ids = tuple(clip.sample_id for clip in clips)
+                buckets.append(BucketPlan(name=name, shape=shape, sample_ids=ids))
+    texts = {clip.text for clips in job.members.clips.values() for clip in clips}
+    longest = max(len(stage.text.encode([text])[0].embedding_LD) for text in texts)
+    schema = StoreSchema(
+        fingerprint=job.fingerprint,
+        buckets=tuple(buckets),
+        samples_per_shard=max(1, min(SHARD_BYTES // largest, SHARD_SAMPLES)),
+        text_tokens=longest,
+        text_width=stage.text.width,
+        pooled_width=stage.text.pooled_width,
+    )
+    return LatentStore.create(job.root, schema)
+
+
+def encode_shard(job: EncodeJob, shard: ShardId) -> int:
+    """Encode and commit one shard; returns how many of its clips could not be decoded."""
+    store = LatentStore.open(job.root)
+    bucket = next(b for b in job.stage.buckets if b.name == shard[0].split(".")[0])
+    clips = {clip.sample_id: clip for clip in job.members.clips[shard[0]]}
+    codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
+    samples: list[Sample | Absent] = []
+    planned = store.planned(shard)
+    for first in range(0, len(planned), _CHUNK):
+        chunk = [clips[number] for number in planned[first : first + _CHUNK]]
+        samples += _encode(job, codec, bucket, chunk)
+    store.write_shard(*shard, samples)
+    return sum(isinstance(sample, Absent) for sample in samples)
+
+
+def _encode(
+    job: EncodeJob, codec: CodecModule, bucket: Bucket, clips: list[Clip]
+) -> list[Sample | Absent]:
+    decoded = [_decode(clip, bucket, job.stage.rate) for clip in clips]
+    good = [x for x in decoded if isinstance(x, Tensor)]
+    latents: list[Tensor] = []
+    if good:
+        device = next(codec.parameters()).device
+        with torch.no_grad():
+            z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu()
+        latents = list(job.scale.normalise(z_BCTHW).to(torch.bfloat16))
+    samples: list[Sample | Absent] = []
+    for clip, x in zip(clips, decoded, strict=True):
+        if isinstance(x, str):
+            samples.append(Absent(clip.sample_id, x))
+            continue
+        text = job.stage.text.encode([clip.text])[0]
+        text_LD, pooled_P = text.embedding_LD.bfloat16(), text.pooled_D.bfloat16()
+        samples.append(Sample(clip.sample_id, latents.pop(0).contiguous(), text_LD, pooled_P))
+    return samples
+
+
+def _decode(clip: Clip, bucket: Bucket, rate: float) -> Tensor | str:
+    try:
+        return decode_clip(clip.path, bucket.frames, rate, bucket.height, bucket.width)
+    except BadVideo as error:
+        return str(error)
+
+
+def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
+    """Mean and deviation of each channel over the first clips of the stage's longest bucket."""
+    bucket = max(stage.buckets, key=lambda b: b.frames)
+    codec = load_codec(stage.codec, weights, file_digest(weights))
+    device = next(codec.parameters()).device
+    sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
+    clips = members.clips[bucket.name][:STATISTICS_CLIPS]
+    for first in range(0, len(clips), _CHUNK):
+        decoded = [_decode(clip, bucket, stage.rate) for clip in clips[first : first + _CHUNK]]
+        good = [x for x in decoded if isinstance(x, Tensor)]
+        if not good:
+            continue
+        with torch.no_grad():
+            z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu().double()
+        z_CN = z_BCTHW.transpose(0, 1).flatten(1)
+        sums += torch.stack(
+            [torch.full_like(sums[0], z_CN.shape[1]), z_CN.sum(1), z_CN.square().sum(1)]
+        )
+    count, total, squares = sums
+    if not count.any():
+        raise InputError(
+            f"stage {stage.name!r}: none of the first {len(clips)} clips of bucket {bucket.name!r} "
+            "can be decoded any more, so the latents' scale cannot be measured; restore the files"
+        )
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
+    return Scale(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+@functools.lru_cache(maxsize=1)
+def load_codec(codec: Codec, weights: Path, digest: str) -> CodecModule:
+    """The codec with its weights, once a process; the digest makes other weights another codec."""
+    assert file_digest(weights) == digest, f"{weights} changed while it was being used"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = load_weights(codec.build(), weights).to(device)
+    assert isinstance(module, CodecModule), f"{codec.name} built {type(module)}"
+    return module

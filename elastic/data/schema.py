@@ -1,0 +1,160 @@
+"""What a latent store will hold, fixed before encoding: samples, shapes, and the fingerprint."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic.data.shards import as_bytes, canonical_digest, chunk_name, publish, publish_json
+from elastic.errors import InputError
+
+SCHEMA = 1
+TEXT_BLOCK = 8  # tokens; one by one the index would grow as large as short embeddings
+AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP"}
+ARRAYS = tuple(AXES)
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
+
+
+def fingerprint(fields: Mapping[str, object]) -> str:
+    """32 hex digits that stand for the fields, whatever their order; values are JSON values."""
+    return canonical_digest(dict(fields))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketPlan:
+    """The samples of a bucket in the order of the store, and the shape C,T,H,W of a latent."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    sample_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not _SAFE.fullmatch(self.name):
+            raise InputError(
+                f"bucket {self.name!r} becomes a folder; a name is letters, digits, dot, dash and "
+                f"underscore, and starts with a letter or digit"
+            )
+        if not self.sample_ids:
+            raise InputError(
+                f"bucket {self.name!r} has no samples; no clip is long enough for it: "
+                f"ask for fewer frames, or add longer clips"
+            )
+        if len(set(self.sample_ids)) != len(self.sample_ids) or min(self.sample_ids) < 0:
+            raise ValueError(f"bucket {self.name!r}: sample ids must be distinct and not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSchema:
+    """All that is known before encoding: what makes the latents, which samples, which shapes."""
+
+    fingerprint: str
+    buckets: tuple[BucketPlan, ...]
+    samples_per_shard: int
+    text_tokens: int
+    text_width: int
+    pooled_width: int
+
+    def __post_init__(self) -> None:
+        if not _SAFE.fullmatch(self.fingerprint):
+            raise ValueError(f"fingerprint {self.fingerprint!r} must be usable as a folder name")
+        names = [bucket.name for bucket in self.buckets]
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"bucket names must be distinct and at least one, got {names}")
+        sizes = (self.samples_per_shard, self.text_tokens, self.text_width, self.pooled_width)
+        if min(sizes) < 1:
+            raise ValueError(f"samples_per_shard, text and pooled sizes must be >= 1, got {sizes}")
+
+    def bucket(self, name: str) -> BucketPlan:
+        """The bucket of that name."""
+        return next(bucket for bucket in self.buckets if bucket.name == name)
+
+    def shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each array of the bucket: shape of one sample as stored, and of one inner chunk."""
+        blocks = -(-self.text_tokens // TEXT_BLOCK)
+        return {
+            "latent": (self.bucket(name).shape, self.bucket(name).shape),
+            "text": ((blocks * TEXT_BLOCK, self.text_width), (TEXT_BLOCK, self.text_width)),
+            "pooled": ((self.pooled_width,), (self.pooled_width,)),
+        }
+
+    def sample_bytes(self, name: str, lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Bytes that each present sample takes in each array, given its number of text tokens."""
+        fixed = {array: 2 * int(np.prod(s)) for array, (s, _) in self.shapes(name).items()}
+        blocks = -(-lengths // TEXT_BLOCK)
+        return {
+            "latent": np.full_like(lengths, fixed["latent"]),
+            "text": blocks * (TEXT_BLOCK * self.text_width * 2),
+            "pooled": np.full_like(lengths, fixed["pooled"]),
+        }
+
+
+def shard_file(root: Path, bucket: str, array: str, shard: int) -> Path:
+    """Where a shard of an array lies."""
+    return root / bucket / array / chunk_name(shard, len(AXES[array]))
+
+
+def save_plan(root: Path, schema: StoreSchema) -> None:
+    """Write the plan of a store, or check the one there; InputError if they differ."""
+    plan = plan_json(schema)
+    if (root / "plan.json").exists():
+        _require_same(root, json.loads((root / "plan.json").read_text()), plan)
+        return
+    for bucket in schema.buckets:
+        ids = np.asarray(bucket.sample_ids, "<i8")
+        publish(root / f"plan-{bucket.name}.i64", [as_bytes(ids)])
+    # Last: it says that the ids are there.
+    publish_json(root / "plan.json", plan)
+
+
+def load_schema(root: Path) -> StoreSchema:
+    """The schema that a store was started with."""
+    plan = json.loads((root / "plan.json").read_text())
+    buckets = []
+    for name, known in plan["buckets"].items():
+        ids = np.fromfile(root / f"plan-{name}.i64", "<i8")
+        if array_digest(ids) != known["sample_ids"]:
+            raise InputError(
+                f"{str(root)!r}: plan-{name}.i64 is damaged, its digest is not that of plan.json; "
+                f"delete the folder and encode again"
+            )
+        shape = tuple(known["shape"])
+        buckets.append(BucketPlan(name=name, shape=shape, sample_ids=tuple(ids.tolist())))
+    sizes = {name: plan[name] for name in _SIZES}
+    return StoreSchema(fingerprint=plan["fingerprint"], buckets=tuple(buckets), **sizes)
+
+
+def plan_json(schema: StoreSchema) -> dict[str, Any]:  # Any: a JSON tree
+    """The plan as JSON: sizes, and shape, count and digest of the ids of each bucket."""
+    sizes = {name: getattr(schema, name) for name in _SIZES}
+    buckets = {
+        bucket.name: {
+            "shape": list(bucket.shape),
+            "num_samples": len(bucket.sample_ids),
+            "sample_ids": array_digest(np.asarray(bucket.sample_ids, "<i8")),
+        }
+        for bucket in schema.buckets
+    }
+    return {"schema": SCHEMA, "fingerprint": schema.fingerprint, **sizes, "buckets": buckets}
+
+
+def _require_same(root: Path, found: dict[str, object], asked: dict[str, object]) -> None:
+    differing = [name for name in asked if found.get(name) != asked[name]]
+    if not differing:
+        return
+    shown = "; ".join(f"{name} is {found.get(name)}, asked {asked[name]}" for name in differing)
+    raise InputError(
+        f"latents at {str(root)!r} were planned otherwise: {shown}. A store keeps the plan it was "
+        f"started with: restore the table and the stage file, or encode to another folder"
+    )
+
+
+def array_digest(array: NDArray[np.generic]) -> str:
+    """32 hex digits of the bytes of an array."""
+    return hashlib.blake2b(as_bytes(array).data, digest_size=16).hexdigest()

@@ -1,0 +1,88 @@
+"""The two sources of samples: video files for autoencoders, latent stores for DiTs."""
+
+import logging
+
+import numpy as np
+import torch
+
+from elastic.data.assign import Members, held_out_name
+from elastic.data.decode import BadVideo, decode_clip, to_unit
+from elastic.data.load import Samples
+from elastic.data.order import Indices
+from elastic.data.sealed import SealedStore
+from elastic.data.table import Clip
+from models.text import TextEmbedding, pad
+from stages.schedule import Bucket
+from stages.stage import Stage
+
+log = logging.getLogger(__name__)
+
+
+class VideoSource:
+    """Decodes clips when they are asked for."""
+
+    def __init__(self, stage: Stage, members: Members, held_out: bool) -> None:
+        self._rate = stage.rate
+        self._clips: dict[str, list[Clip]] = {}
+        for bucket in stage.buckets:
+            name = held_out_name(bucket) if held_out else bucket.name
+            self._clips[bucket.name] = members.clips[name]
+
+    def counts(self) -> dict[str, int]:
+        """Clips of each bucket, by its name."""
+        return {name: len(clips) for name, clips in self._clips.items()}
+
+    def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
+        """The ids of the clips at these indices."""
+        clips = self._clips[bucket.name]
+        return np.array([clips[i].sample_id for i in indices], dtype=np.int64)
+
+    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+        """Decode these clips; one that breaks only now is grey and has weight 0."""
+        decoded = [self._decode(self._clips[bucket.name][i], bucket) for i in indices]
+        grey = torch.zeros(3, bucket.frames, bucket.height, bucket.width)
+        return Samples(
+            x_BCTHW=torch.stack([grey if x is None else x for x in decoded]),
+            text=None,
+            ids=self.sample_ids(bucket, indices),
+            weight_B=torch.tensor([float(x is not None) for x in decoded]),
+        )
+
+    def _decode(self, clip: Clip, bucket: Bucket) -> torch.Tensor | None:
+        try:
+            return to_unit(
+                decode_clip(clip.path, bucket.frames, self._rate, bucket.height, bucket.width)
+            )
+        except BadVideo as error:
+            log.warning("%s: left out of its batch: %s", clip.path, error)
+            return None
+
+
+class LatentSource:
+    """Reads latents and text from a sealed store; no video is opened."""
+
+    def __init__(self, stage: Stage, store: SealedStore, held_out: bool) -> None:
+        self._store = store
+        self._names = {b.name: held_out_name(b) if held_out else b.name for b in stage.buckets}
+
+    def counts(self) -> dict[str, int]:
+        """Samples of each bucket, by its name."""
+        return {name: self._store.count(stored) for name, stored in self._names.items()}
+
+    def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
+        """The ids of the samples at these indices."""
+        return self._store.sample_ids(self._names[bucket.name])[indices]
+
+    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+        """Read these samples, widened to fp32."""
+        read = self._store.read_batch(self._names[bucket.name], indices)
+        texts = [
+            TextEmbedding(text_LD.float(), pooled_P.float())
+            for text_LD, pooled_P in zip(read.texts_LD, read.pooled_BP, strict=True)
+        ]
+        return Samples(
+            x_BCTHW=read.latents_BCTHW.float(),
+            text=pad(texts),
+            ids=read.sample_ids,
+            weight_B=torch.ones(len(indices)),
+        )

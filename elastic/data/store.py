@@ -1,0 +1,287 @@
+"""The latent store: written shard by shard by many processes, then sealed to a digest.
+
+A standard zarr v3 group for each bucket, with these arrays over its N planned samples:
+`latent` [N,C,T,H,W] and `text` [N,L,D] and `pooled` [N,P], bf16 kept as uint16, in shards of
+`samples_per_shard`; `sample_id` [N], -1 for an absent sample; `text_length` [N]; `crc32c` [N,3].
+Text is ragged on the disk: chunks of 8 tokens, those beyond a sample's length are absent.
+"""
+
+# B sample, C channel, T frame, H, W latent grid, L text token, D text width, P pooled width
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elastic.data import manifest
+from elastic.data.manifest import Commit, ShardId
+from elastic.data.schema import (
+    ARRAYS,
+    AXES,
+    BucketPlan,
+    StoreSchema,
+    array_digest,
+    fingerprint,
+    load_schema,
+    plan_json,
+    save_plan,
+    shard_file,
+)
+from elastic.data.sealed import DamagedStore, LatentBatch, SealedStore
+from elastic.data.shards import (
+    Bytes,
+    canonical_digest,
+    chunk_name,
+    crc32c,
+    group_json,
+    index_bytes,
+    plain_bytes,
+    plain_json,
+    publish,
+    publish_json,
+    sharded_json,
+)
+from elastic.errors import InputError
+
+__all__ = [
+    "Absent",
+    "BucketPlan",
+    "DamagedStore",
+    "LatentBatch",
+    "LatentStore",
+    "Sample",
+    "SealedStore",
+    "ShardId",
+    "StoreSchema",
+    "fingerprint",
+]
+
+_PER_SAMPLE = {"sample_id": "B", "text_length": "B", "crc32c": "BA"}
+
+
+class Sample(NamedTuple):
+    """One encoded clip, all bf16 on the CPU: latent C,T,H,W, text L,D of its true length."""
+
+    sample_id: int
+    latent_CTHW: Tensor
+    text_LD: Tensor
+    pooled_P: Tensor
+
+
+class Absent(NamedTuple):
+    """A planned clip that could not be encoded."""
+
+    sample_id: int
+    reason: str
+
+
+class LatentStore:
+    """The writing side. Any number of processes may hold the same store open."""
+
+    def __init__(self, root: Path, schema: StoreSchema) -> None:
+        self.root = root
+        self.schema = schema
+        self._own_manifest = root / f"manifest-{uuid.uuid4().hex}.jsonl"
+
+    @classmethod
+    def create(cls, root: str | Path, schema: StoreSchema) -> Self:
+        """Start a store, or go on with the one there; InputError if that has another plan."""
+        save_plan(Path(root), schema)
+        return cls(Path(root), schema)
+
+    @classmethod
+    def open(cls, root: str | Path) -> Self:
+        """The store that was started at `root`; InputError if there is none."""
+        root = Path(root)
+        if not (root / "plan.json").exists():
+            raise InputError(f"{str(root)!r} holds no latent store: plan.json is missing; encode")
+        return cls(root, load_schema(root))
+
+    def shard_ids(self) -> list[ShardId]:
+        """All shards of the plan, in order."""
+        k = self.schema.samples_per_shard
+        return [
+            (bucket.name, shard)
+            for bucket in self.schema.buckets
+            for shard in range(-(-len(bucket.sample_ids) // k))
+        ]
+
+    def planned(self, shard: ShardId) -> tuple[int, ...]:
+        """The sample ids of a shard, slot by slot."""
+        k = self.schema.samples_per_shard
+        return self.schema.bucket(shard[0]).sample_ids[shard[1] * k : (shard[1] + 1) * k]
+
+    def missing(self) -> list[ShardId]:
+        """Shards that are not committed, or whose files are not there in the right size."""
+        committed = self._committed()
+        return [shard for shard in self.shard_ids() if shard not in committed]
+
+    def quarantined(self) -> dict[int, str]:
+        """The samples that could not be encoded, with the reason, of all committed shards."""
+        commits = self._committed().values()
+        return {number: why for commit in commits for number, why in commit.absent.items()}
+
+    def write_shard(self, bucket: str, shard: int, samples: Sequence[Sample | Absent]) -> None:
+        """Publish a whole shard and commit it; samples come in the planned order.
+
+        Safe to call again, and by two processes at once: content is a function of the plan.
+        """
+        ids = self.planned((bucket, shard))
+        given = tuple(sample.sample_id for sample in samples)
+        if given != ids or not ids:
+            raise ValueError(f"shard {shard} of {bucket!r} is planned as {ids}, got {given}")
+        parts = [self._parts(bucket, sample) for sample in samples]
+        num_bytes = []
+        for place, array in enumerate(ARRAYS):
+            pieces = self._pieces(bucket, array, [p and p[place] for p in parts])
+            publish(self._file(bucket, array, shard), pieces)
+            num_bytes.append(sum(piece.nbytes for piece in pieces))
+        commit = Commit(
+            bucket=bucket,
+            shard=shard,
+            sample_ids=list(ids),
+            lengths=[s.text_LD.shape[0] if isinstance(s, Sample) else 0 for s in samples],
+            crcs=[[crc32c(data) for data in p] if p else [0, 0, 0] for p in parts],
+            absent={s.sample_id: s.reason for s in samples if isinstance(s, Absent)},
+            num_bytes=num_bytes,
+        )
+        # Last: the line says that the three files are whole and on the disk.
+        manifest.append(self._own_manifest, commit)
+
+    def seal(self) -> str:
+        """Publish the digest of the finished store; from here zarr and `SealedStore` can read it.
+
+        Called once, by one process, when no other one writes. The same content gives the same
+        digest. ValueError while shards are missing.
+        """
+        committed = self._committed()
+        missing = [shard for shard in self.shard_ids() if shard not in committed]
+        if missing:
+            raise ValueError(f"{len(missing)} shards are missing, the first is {missing[0]}")
+        for leftover in self.root.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        content: dict[str, Any] = {
+            **plan_json(self.schema),
+            "arrays": {},
+            "absent": {},
+        }  # Any: JSON
+        for bucket in self.schema.buckets:
+            arrays = _per_sample(bucket, [c for s, c in committed.items() if s[0] == bucket.name])
+            content["arrays"][bucket.name] = {name: array_digest(a) for name, a in arrays.items()}
+            self._describe(bucket, arrays)
+        for commit in committed.values():
+            content["absent"].update({str(n): why for n, why in commit.absent.items()})
+        digest = canonical_digest(content)
+        publish_json(self.root / f"manifest-{digest}.json", content)
+        # Last: this file is what `SealedStore.open` looks for.
+        attributes: dict[str, object] = {"fingerprint": self.schema.fingerprint, "digest": digest}
+        publish_json(self.root / "zarr.json", group_json(attributes))
+        return digest
+
+    def _describe(self, bucket: BucketPlan, arrays: dict[str, NDArray[np.generic]]) -> None:
+        """Write the per-sample arrays and the zarr metadata of a bucket."""
+        home = self.root / bucket.name
+        for name, array in arrays.items():
+            publish(home / name / chunk_name(0, array.ndim), plain_bytes(array))
+            publish_json(home / name / "zarr.json", plain_json(array, list(_PER_SAMPLE[name])))
+        count, k = len(bucket.sample_ids), self.schema.samples_per_shard
+        for name, (sample, chunk) in self.schema.shapes(bucket.name).items():
+            shown = (self.schema.text_tokens, sample[1]) if name == "text" else sample
+            metadata = sharded_json((count, *shown), (k, *sample), (1, *chunk), list(AXES[name]))
+            publish_json(home / name / "zarr.json", metadata)
+        publish_json(home / "zarr.json", group_json({"bucket": bucket.name}))
+
+    def _committed(self) -> dict[ShardId, Commit]:
+        """The commit of each shard that is whole, in plan order."""
+        found = manifest.read_all(self.root)
+        whole = {}
+        for shard in self.shard_ids():
+            fitting = [commit for commit in found.get(shard, []) if self._fits(commit)]
+            if len(fitting) > 1:
+                # Two machines rounded differently: only the files know whose shard this is.
+                fitting = [commit for commit in fitting if self._matches(commit)]
+            if fitting:
+                whole[shard] = fitting[0]
+        return whole
+
+    def _fits(self, commit: Commit) -> bool:
+        if tuple(commit.sample_ids) != self.planned((commit.bucket, commit.shard)):
+            return False
+        for array, num_bytes in zip(ARRAYS, commit.num_bytes, strict=True):
+            path = self._file(commit.bucket, array, commit.shard)
+            if not path.is_file() or path.stat().st_size != num_bytes:
+                return False
+        return True
+
+    def _matches(self, commit: Commit) -> bool:
+        """Whether the CRCs of the line are those of the files; reads the whole shard."""
+        here = [number not in commit.absent for number in commit.sample_ids]
+        lengths = np.asarray(commit.lengths, np.int64)[here]
+        sizes = self.schema.sample_bytes(commit.bucket, lengths)
+        for place, array in enumerate(ARRAYS):
+            data = np.fromfile(self._file(commit.bucket, array, commit.shard), np.uint8)
+            expected = [c[place] for c, is_here in zip(commit.crcs, here, strict=True) if is_here]
+            ends = np.cumsum(sizes[array])
+            parts = np.split(data[: ends[-1] if len(ends) else 0], ends[:-1])
+            if [crc32c(part) for part in parts[: len(expected)]] != expected:
+                return False
+        return True
+
+    def _file(self, bucket: str, array: str, shard: int) -> Path:
+        return shard_file(self.root, bucket, array, shard)
+
+    def _parts(self, bucket: str, sample: Sample | Absent) -> tuple[Bytes, Bytes, Bytes] | None:
+        """The bytes of a sample in each array; text is filled up to whole blocks with zeros."""
+        if isinstance(sample, Absent):
+            return None
+        schema = self.schema
+        length = sample.text_LD.shape[0]
+        wanted = (schema.bucket(bucket).shape, (length, schema.text_width), (schema.pooled_width,))
+        tensors = (sample.latent_CTHW, sample.text_LD, sample.pooled_P)
+        for array, tensor, shape in zip(ARRAYS, tensors, wanted, strict=True):
+            if tensor.dtype != torch.bfloat16 or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"sample {sample.sample_id}, {array}: must be bfloat16 {shape}, "
+                    f"is {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        if length > schema.text_tokens:
+            raise ValueError(f"sample {sample.sample_id}: {length} > {schema.text_tokens} tokens")
+        latent, text, pooled = (_bytes_of(tensor) for tensor in tensors)
+        size = int(schema.sample_bytes(bucket, np.asarray([length]))["text"][0])
+        return latent, np.pad(text, (0, size - text.nbytes)), pooled
+
+    def _pieces(self, bucket: str, array: str, parts: Sequence[Bytes | None]) -> list[Bytes]:
+        """The pieces of a shard file: the samples that are present, then the index."""
+        sample, chunk = self.schema.shapes(bucket)[array]
+        per_sample = int(np.prod(sample)) // int(np.prod(chunk))
+        chunk_bytes = 2 * int(np.prod(chunk))
+        entries: list[int | None] = []
+        for part in parts:
+            used = part.nbytes // chunk_bytes if part is not None else 0
+            entries += [chunk_bytes] * used + [None] * (per_sample - used)
+        empty_slots = self.schema.samples_per_shard - len(parts)
+        entries += [None] * (empty_slots * per_sample)
+        return [*(part for part in parts if part is not None), index_bytes(entries)]
+
+
+def _per_sample(bucket: BucketPlan, commits: list[Commit]) -> dict[str, NDArray[np.generic]]:
+    ids = [
+        -1 if number in commit.absent else number
+        for commit in commits
+        for number in commit.sample_ids
+    ]
+    return {
+        "sample_id": np.asarray(ids, np.int64),
+        "text_length": np.asarray([n for c in commits for n in c.lengths], np.int32),
+        "crc32c": np.asarray([row for c in commits for row in c.crcs], np.uint32),
+    }
+
+
+def _bytes_of(tensor: Tensor) -> Bytes:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return flat.numpy()

@@ -1,0 +1,240 @@
+"""The report's plots as Plotly figures in plain dictionaries; every name is HTML-escaped."""
+
+import html
+from collections.abc import Sequence
+from typing import Any, TypedDict, TypeVar
+
+from elastic.journal import Event, Metric
+from elastic.summary import ACTIVITIES, History, contexts_of, values_of
+
+COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#b565c4", "#c9a227", "#d1495b", "#4fb3bf", "#8a8f98")
+_MOST_POINTS = 2000  # of one line; a phone draws no more in good time
+
+# Kind of event: symbol, colour, label.
+_MARKS = {
+    "crash": ("x", "#d1495b", "crash"),
+    "fault_injected": ("triangle-down", "#e07b39", "fault injected"),
+    "resize_requested": ("diamond", "#3fa66b", "resize"),
+    "capacity": ("circle", "#4fb3bf", "capacity"),
+    "run_start": ("star", "#8a8f98", "run started"),
+}
+
+Point = TypeVar("Point")
+Trace = dict[str, Any]  # Any: Plotly's own schema
+
+
+class Figure(TypedDict):
+    """One plot: the id of its element on the page, and what Plotly draws there."""
+
+    id: str
+    data: list[Trace]
+    layout: dict[str, Any]
+
+
+def safe(value: object) -> str:
+    """The value as text for HTML, and for Plotly, which reads names as HTML too."""
+    return html.escape(str(value))
+
+
+def loss_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure:
+    """Loss over samples of one stage: by bucket and on the held-out clips."""
+    data: list[Trace] = []
+    buckets = contexts_of(latest, stage, "bucket")
+    for number, bucket in enumerate(buckets):
+        points = values_of(latest, stage, "loss", {"bucket": bucket})
+        data.append(_line(points, f"train {bucket}", number, width=1.5))
+    if not buckets:
+        data.append(_line(values_of(latest, stage, "loss", {}), "train", 0, width=1.5))
+    for subset in contexts_of(latest, stage, "subset"):
+        points = values_of(latest, stage, "loss", {"subset": subset})
+        held_out = _line(points, subset.replace("_", "-"), len(data), width=2.5)
+        data.append({**held_out, "mode": "lines+markers", "line": {"width": 2.5, "dash": "dot"}})
+        data[-1]["line"]["color"] = data[-1]["marker"]["color"] = COLOURS[5]
+    data = [trace for trace in data if trace["x"]]
+    values = [value for trace in data for value in trace["y"]]
+    is_wide = bool(values) and min(values) > 0 and max(values) > 8 * min(values)
+    return _figure(identifier, data, "loss", "log" if is_wide else "linear")
+
+
+def psnr_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure | None:
+    """PSNR over samples on the held-out clips; None for a stage that does not measure it."""
+    points = values_of(latest, stage, "psnr", {"subset": "held_out"})
+    if not points:
+        return None
+    line = {**_line(points, "PSNR held-out", 2, width=2.5), "mode": "lines+markers"}
+    return _figure(identifier, [line], "PSNR, dB", "linear")
+
+
+def timeline_figure(history: History, identifier: str) -> Figure:
+    """World size above throughput on one time axis, with what happened to the machines."""
+    zero = _zero(history)
+    data = [
+        trace
+        for number, stage in enumerate(history.stages)
+        for trace in _stage_traces(history, stage, number, zero)
+    ]
+    marks = _marks(history, zero)
+    lines = [_vertical(x, trace["marker"]["color"]) for trace in marks for x in trace["x"]]
+    minutes = {"title": {"text": "minutes since the start"}, "rangemode": "tozero"}
+    world = {"title": {"text": "world size"}, "domain": [0.56, 1], "rangemode": "tozero"}
+    layout = {
+        "xaxis": {**minutes, "anchor": "y2"},
+        "yaxis": {**world, "dtick": max(1, _most_workers(history.events) // 5)},
+        "yaxis2": {"title": {"text": "samples / s"}, "domain": [0, 0.46], "rangemode": "tozero"},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "margin": {"t": 10, "r": 10, "b": 45, "l": 55},
+        "shapes": lines,
+    }
+    return {"id": identifier, "data": data + marks, "layout": layout}
+
+
+def _stage_traces(history: History, stage: str, number: int, zero: float) -> list[Trace]:
+    """World size and throughput of one stage, in one colour."""
+    colour = COLOURS[number % len(COLOURS)]
+    worlds, rates = _world_steps(history, stage), _rates(history.metrics, stage)
+    common = {"name": safe(stage), "legendgroup": str(number), "mode": "lines"}
+    world = {
+        "x": [_minutes(wall, zero) for wall, _ in worlds],
+        "y": [workers for _, workers in worlds],
+        "line": {"shape": "hv", "width": 2, "color": colour},
+        "fill": "tozeroy",
+        "fillcolor": colour + "38",
+        "hovertemplate": "world %{y}, minute %{x:.1f}",
+    }
+    rate = {
+        "x": [_minutes(wall, zero) for wall, _ in rates],
+        "y": [samples_per_s for _, samples_per_s in rates],
+        "yaxis": "y2",
+        "showlegend": False,
+        "line": {"width": 1.5, "color": colour},
+        "hovertemplate": "%{y:.3s} samples/s, minute %{x:.1f}",
+    }
+    return [{**common, **world}, {**common, **rate}]
+
+
+def time_figure(accounts: dict[str, dict[str, float]], identifier: str) -> Figure:
+    """Seconds by stage and activity as stacked bars."""
+    stages = [stage for stage, account in accounts.items() if sum(account.values()) >= 0.5]
+    data: list[Trace] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": activity,
+            "x": [accounts[stage][activity] for stage in stages],
+            "y": [safe(stage or "between stages") for stage in stages],
+            "marker": {"color": COLOURS[(2, 3, 4, 1, 0, 7)[number]]},
+            "hovertemplate": f"{activity} %{{x:.1f}} s",
+        }
+        for number, activity in enumerate(ACTIVITIES)
+        if any(accounts[stage][activity] >= 0.05 for stage in stages)
+    ]
+    layout = {
+        "barmode": "stack",
+        "xaxis": {"title": {"text": "seconds"}},
+        "yaxis": {"autorange": "reversed", "type": "category"},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "margin": {"t": 10, "r": 10, "b": 45, "l": 10},
+    }
+    return {"id": identifier, "data": data, "layout": layout}
+
+
+def _figure(identifier: str, data: list[Trace], title: str, scale: str) -> Figure:
+    ticks = {"tickvals": _log_ticks()} if scale == "log" else {}
+    layout = {
+        "xaxis": {"title": {"text": "samples seen"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": title}, "type": scale, **ticks},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "showlegend": True,
+        "margin": {"t": 10, "r": 10, "b": 45, "l": 55},
+    }
+    return {"id": identifier, "data": data, "layout": layout}
+
+
+def _log_ticks() -> list[float]:
+    """1, 2 and 5 of every decade: Plotly itself writes bare digits between the decades."""
+    return [float(f"{digit}e{decade}") for decade in range(-9, 10) for digit in (1, 2, 5)]
+
+
+def _line(points: list[tuple[int, float]], name: str, number: int, width: float) -> Trace:
+    points = _thin(points)
+    colour = COLOURS[number % len(COLOURS)]
+    return {
+        "x": [position for position, _ in points],
+        "y": [value for _, value in points],
+        "name": safe(name),
+        "mode": "lines" if len(points) > 1 else "markers",
+        "line": {"width": width, "color": colour},
+        "marker": {"color": colour, "size": 6},
+        "hovertemplate": "%{y:.4g} at %{x:,} samples",
+    }
+
+
+def _thin(points: list[Point]) -> list[Point]:
+    stride = max(1, -(-len(points) // _MOST_POINTS))
+    return points[::stride] + (points[-1:] if (len(points) - 1) % stride else [])
+
+
+def _world_steps(history: History, stage: str) -> list[tuple[float, int]]:
+    """(wall, workers) at every change; 0 while no group of this stage is training."""
+    starts = {e["wall"]: e["world"] or 0 for e in history.events if e["kind"] == "start"}
+    steps: list[tuple[float, int]] = []
+    for span in history.spans:
+        if span.stage == stage and span.activity == "training":
+            steps += [(span.begin, 0), (span.begin, starts[span.begin]), (span.end, 0)]
+    return steps
+
+
+def _rates(metrics: Sequence[Metric], stage: str) -> list[tuple[float, float | None]]:
+    """(wall, samples/s); a None between attempts breaks the line."""
+    points: list[tuple[float, float | None]] = []
+    attempt = None
+    for metric in metrics:
+        rate = metric["values"].get("samples_per_s")
+        if metric["stage"] != stage or rate is None:
+            continue
+        if points and metric["attempt"] != attempt:
+            points.append((metric["wall"], None))
+        attempt = metric["attempt"]
+        points.append((metric["wall"], rate))
+    return _thin(points)
+
+
+def _marks(history: History, zero: float) -> list[Trace]:
+    marks: list[Trace] = []
+    most = _most_workers(history.events)
+    for kind, (symbol, colour, label) in _MARKS.items():
+        events = [event for event in history.events if event["kind"] == kind]
+        if kind == "run_start":
+            events = events[1:]  # the first one is the start of the axis
+        if not events:
+            continue
+        marks.append(
+            {
+                "x": [_minutes(event["wall"], zero) for event in events],
+                "y": [most * (1.08 + 0.09 * len(marks))] * len(events),
+                "text": [safe(event["reason"] or label) for event in events],
+                "mode": "markers",
+                "name": label,
+                "marker": {"symbol": symbol, "size": 11, "color": colour},
+                "hovertemplate": f"{label}, minute %{{x:.1f}}<br>%{{text}}<extra></extra>",
+            }
+        )
+    return marks
+
+
+def _vertical(x: float, colour: str) -> dict[str, Any]:
+    line = {"color": colour, "width": 1, "dash": "dot"}
+    return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+
+
+def _most_workers(events: Sequence[Event]) -> int:
+    return max([event["world"] or 0 for event in events], default=0) or 1
+
+
+def _zero(history: History) -> float:
+    walls = [event["wall"] for event in history.events] + [m["wall"] for m in history.metrics]
+    return min(walls, default=0.0)
+
+
+def _minutes(wall: float, zero: float) -> float:
+    return round((wall - zero) / 60, 4)

@@ -1,0 +1,99 @@
+"""What a plan would do, from arithmetic alone: tokens, parameters, memory, FLOPs, disk."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from elastic.folders import RunFolder
+from elastic.weights import finished
+from models.flow import time_shift
+from stages.plan import Plan
+from stages.schedule import Bucket
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
+
+_BYTES_A_PARAMETER = 20  # fp32: value, gradient, two moments, average
+
+
+def forecast(plan: Plan, storage: Path) -> str:
+    """The text that `plan` prints."""
+    folder = RunFolder.of(storage, plan)
+    lines = [f"plan {plan.name}: {len(plan.stages)} stages, kept in {folder.root}"]
+    for number, stage in enumerate(plan.stages, 1):
+        done = "finished" if finished(folder.stage(stage.name)) else "to do"
+        lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
+        lines += [f"   {line}" for line in _stage(stage)]
+    return "\n".join(lines)
+
+
+def _stage(stage: Stage) -> list[str]:
+    codec, (low, high) = stage.codec, stage.workers
+    module = build_meta(stage)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    t, h, w = codec.stride
+    return [
+        f"codec       {codec.name} {t}x{h}x{w}, {codec.channels} channels"
+        + (f", trained by {stage.vae.name}" if _has_parent(stage) else ""),
+        f"parameters  {count:,} {stage.init!r}",
+        f"workers     {low} to {high}; state {_bytes(count * _BYTES_A_PARAMETER)} in all, "
+        f"{_bytes(count * _BYTES_A_PARAMETER / low)} each on the fewest",
+        f"checkpoint  {_bytes(count * 16)} every {stage.save_every:,} samples",
+        *_phases(stage),
+    ]
+
+
+def _has_parent(stage: Stage) -> bool:
+    return isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage)
+
+
+def build_meta(stage: Stage) -> nn.Module:
+    """The stage's model without memory."""
+    if isinstance(stage, AutoencoderStage):
+        return stage.codec.build(device="meta")
+    text = stage.text
+    return stage.model.build(stage.codec.channels, text.width, text.pooled_width, device="meta")
+
+
+def _phases(stage: Stage) -> list[str]:
+    lines, start = [], 0
+    for phase in stage.schedule:
+        cycles = (phase.until - start) // phase.cycle
+        lines.append(f"samples     {start:,} to {phase.until:,}: {cycles:,} rounds of")
+        for bucket in phase.buckets:
+            lines.append(f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, bucket)}")
+        start = phase.until
+    return lines
+
+
+def _shape(stage: Stage, bucket: Bucket) -> str:
+    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    values = stage.codec.channels * grid[0] * grid[1] * grid[2]
+    shape = f"latent {stage.codec.channels}x{'x'.join(map(str, grid))}"
+    if not isinstance(stage, DiffusionStage):
+        return shape
+    frames, height, width = stage.model.token_grid(grid)
+    text = stage.text
+    flops = 3 * stage.model.forward_flops(
+        frames * height * width, 0, stage.codec.channels, text.width, text.pooled_width
+    )
+    return (
+        f"{shape}, {frames * height * width:,} tokens, time shift "
+        f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample without its text, "
+        f"{_bytes(values * torch.bfloat16.itemsize)} stored a clip"
+    )
+
+
+def _flops(count: float) -> str:
+    return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
+
+
+def _bytes(count: float) -> str:
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while count >= base and power < len(units) - 1:
+        count /= base
+        power += 1
+    return f"{count:.3g} {units[power]}"

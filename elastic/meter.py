@@ -1,0 +1,132 @@
+"""Sums that stay on the device between log points, and the lines that are made of them."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.data.load import Step
+from elastic.state import Progress
+from elastic.world import World
+from stages.schedule import Bucket
+from stages.stage import Stage
+
+Sink = Callable[[dict[str, Any]], None]  # one metrics.jsonl line
+
+
+class NonFiniteLoss(RuntimeError):
+    """The gradient has no finite norm; nothing was changed by it."""
+
+
+def is_due(every: int, samples: int, last: int) -> bool:
+    """Whether a multiple of `every` has been passed since `last` (both in samples)."""
+    return samples // every > last // every
+
+
+class Meter:
+    """Collects what happened since the last log point; the ranks add up when it is written."""
+
+    def __init__(self, stage: Stage, world: World, attempt: int, sink: Sink) -> None:
+        self._stage = stage
+        self._world = world
+        self._attempt = attempt
+        self._sink = sink
+        self._tokens = {b.name: _tokens(stage, b) for b in stage.buckets}
+        self._restart(0)
+
+    def _restart(self, samples: int) -> None:
+        self._since = samples
+        self._began = time.monotonic()
+        self._waited_s = 0.0
+        self._num_tokens = 0
+        self._loss: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._latest: dict[str, float | Tensor] = {}
+
+    def begin(self, samples: int) -> None:
+        """Start counting at this position."""
+        self._restart(samples)
+
+    def waiting(self, wait: Callable[[int], Step], position: int) -> Step:
+        """Take the next step from `wait`, and count the time until it was there."""
+        began = time.monotonic()
+        step = wait(position)
+        self._waited_s += time.monotonic() - began
+        return step
+
+    def add_loss(self, bucket: Bucket, loss_B: Tensor) -> None:
+        """Add the weighted losses of one micro-batch."""
+        total = loss_B.detach().sum()
+        self._loss[bucket.name] = self._loss.get(bucket.name, 0) + total
+
+    def require_finite(self, norm: Tensor, progress: Progress) -> None:
+        """Raise NonFiniteLoss unless the gradient norm is a number."""
+        if not torch.isfinite(norm):
+            raise NonFiniteLoss(
+                f"stage {progress.stage!r}: gradient norm {norm.item()} at {progress.samples:,} "
+                "samples; lower optimizer.lr or optimizer.max_norm, or look at the latents"
+            )
+
+    def stepped(self, progress: Progress, step: Step, rate: float, norm: Tensor) -> None:
+        """Count one update; writes the lines when a log point is passed."""
+        bucket = step.plan.bucket
+        self._counts[bucket.name] = self._counts.get(bucket.name, 0) + bucket.batch
+        self._num_tokens += self._tokens[bucket.name] * bucket.batch
+        self._latest = {"lr": rate, "grad_norm": norm}
+        if is_due(self._stage.log_every, progress.samples, self._since):
+            self.flush(progress)
+
+    def flush(self, progress: Progress) -> None:
+        """Write what was collected since the last log point; every rank calls it."""
+        if not self._counts:
+            return
+        names = sorted(self._counts)
+        zero = torch.zeros((), device=self._world.device)
+        sums = torch.stack([self._loss.get(name, zero) for name in names]).double()
+        sums = self._world.sum(sums).cpu()  # waits for the device
+        elapsed = time.monotonic() - self._began
+        num_samples = progress.samples - self._since
+        for name, total in zip(names, sums.tolist(), strict=True):
+            self._write(progress, {"bucket": name}, {"loss": total / self._counts[name]})
+        self._write(
+            progress,
+            {},
+            {
+                "loss": float(sums.sum()) / num_samples,
+                "lr": float(self._latest["lr"]),
+                "grad_norm": float(self._latest["grad_norm"]),
+                "samples_per_s": num_samples / elapsed,
+                "tokens_per_s": self._num_tokens / elapsed,
+                "data_wait": self._waited_s / elapsed,
+            },
+        )
+        self._restart(progress.samples)
+
+    def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
+        """Write a measurement on the held-out clips."""
+        self._write(progress, {"subset": "held_out"}, values)
+
+    def _write(self, progress: Progress, context: dict[str, str], values: dict[str, float]) -> None:
+        if not self._world.is_first:
+            return
+        self._sink(
+            {
+                "wall": time.time(),
+                "stage": progress.stage,
+                "attempt": self._attempt,
+                "position": progress.samples,
+                "world": self._world.size,
+                "context": context,
+                "values": {k: v if math.isfinite(v) else None for k, v in values.items()},
+                "order_digest": progress.order_digest,
+            }
+        )
+
+
+def _tokens(stage: Stage, bucket: Bucket) -> int:
+    patch = getattr(getattr(stage, "model", None), "patch", 1)
+    t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    return t * (h // patch) * (w // patch)

@@ -1,0 +1,153 @@
+"""What a stage minimises: reconstruction for an autoencoder, flow matching for a DiT."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from elastic.data.load import Micro, Source, held_out_rounds
+from elastic.randomness import normals, sample_generator, uniforms
+from elastic.world import World
+from models.flow import flow_loss_B, time_shift, timesteps
+from models.reconstruction import psnr_B, reconstruction_loss
+from models.text import TextBatch
+from stages.schedule import Bucket
+from stages.stage import AutoencoderStage, DiffusionStage
+
+
+class Objective(Protocol):
+    """What the training loop asks of a stage."""
+
+    source: Source
+
+    def build(self) -> nn.Module:
+        """The model on the meta device."""
+        ...
+
+    def loss_B(self, model: nn.Module, micro: Micro) -> Tensor:
+        """The loss of each sample of a micro-batch, unweighted."""
+        ...
+
+    def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
+        """Means over the held-out samples; every rank calls it."""
+        ...
+
+
+class FlowMatching:
+    """Rectified flow on latents (DiffusionStage)."""
+
+    def __init__(self, stage: DiffusionStage, source: Source, held_out: Source) -> None:
+        self.source = source
+        self._held_out = held_out
+        self._stage = stage
+        self._null = stage.text.null()
+        self._alpha = {}
+        for bucket in stage.buckets:
+            grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+            frames, height, width = stage.model.token_grid(grid)
+            self._alpha[bucket.name] = time_shift(height * width, frames)
+
+    def build(self) -> nn.Module:
+        """The DiT on the meta device."""
+        text, channels = self._stage.text, self._stage.codec.channels
+        return self._stage.model.build(channels, text.width, text.pooled_width, device="meta")
+
+    def loss_B(self, model: nn.Module, micro: Micro) -> Tensor:
+        """Squared error of the velocity, per sample."""
+        return self._loss_B(model, micro, "train", self._stage.text_dropout)
+
+    def _loss_B(self, model: nn.Module, micro: Micro, use: str, dropout: float) -> Tensor:
+        samples, stage = micro.samples, self._stage
+        generators = [
+            sample_generator(stage.seed, stage.name, use, int(epoch), int(sample_id))
+            for epoch, sample_id in zip(micro.epochs, samples.ids, strict=True)
+        ]
+        t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
+        dropped_B = uniforms(generators) < dropout
+        noise_BCTHW = normals(generators, tuple(samples.x_BCTHW.shape[1:]))
+        assert samples.text is not None, "a diffusion stage reads latents with their text"
+        text = without_text(samples.text, dropped_B)
+        device = next(model.parameters()).device
+        return flow_loss_B(
+            model,
+            samples.x_BCTHW.to(device),
+            noise_BCTHW.to(device),
+            t_B.to(device),
+            TextBatch(*(None if x is None else x.to(device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
+        )
+
+    def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
+        """Mean flow loss, at noise and times that are fixed for each held-out sample."""
+        totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+        for bucket in self._stage.buckets:
+            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+                with torch.no_grad():
+                    loss_B = self._loss_B(model, micro, "held-out", 0.0).cpu().double()
+                weight_B = micro.samples.weight_B.double()
+                totals += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()]).to(totals)
+        total, count = world.sum(totals).tolist()
+        return {"loss": total / count} if count else {}
+
+
+def without_text(text: TextBatch, dropped_B: Tensor) -> TextBatch:
+    """The batch with the null text (one zero token) in the rows that are dropped."""
+    mask_BL = text.mask_BL
+    if mask_BL is None:
+        mask_BL = torch.ones(text.text_BLD.shape[:2], dtype=torch.bool)
+    first_L = torch.arange(mask_BL.shape[1]) == 0
+    keep_B = ~dropped_B
+    return TextBatch(
+        text.text_BLD * keep_B[:, None, None],
+        torch.where(keep_B[:, None], mask_BL, first_L[None]),
+        text.pooled_BD * keep_B[:, None],
+    )
+
+
+class Reconstructing:
+    """Absolute plus squared error of the pixels, and a small KL (AutoencoderStage)."""
+
+    def __init__(self, stage: AutoencoderStage, source: Source, held_out: Source) -> None:
+        self.source = source
+        self._held_out = held_out
+        self._stage = stage
+
+    def build(self) -> nn.Module:
+        """The codec on the meta device."""
+        return self._stage.codec.build(device="meta")
+
+    def loss_B(self, model: nn.Module, micro: Micro) -> Tensor:
+        """Reconstruction loss per sample; the latent is sampled if its KL has a weight."""
+        stage, bucket = self._stage, micro.bucket
+        shape = (
+            stage.codec.channels,
+            *stage.codec.grid(bucket.frames, bucket.height, bucket.width),
+        )
+        generators = [
+            sample_generator(stage.seed, stage.name, "train", int(epoch), int(sample_id))
+            for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
+        ]
+        device = next(model.parameters()).device
+        x_BCTHW = micro.samples.x_BCTHW.to(device)
+        noise = normals(generators, shape).to(device) if stage.kl_weight else None
+        reconstruction = model(x_BCTHW, noise)
+        return reconstruction_loss(x_BCTHW, reconstruction, stage.kl_weight)
+
+    def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
+        """Mean PSNR in dB and mean loss on held-out clips, the latent at its mean."""
+        totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+        for bucket in self._video_buckets():
+            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+                x_BCTHW = micro.samples.x_BCTHW.to(world.device)
+                with torch.no_grad():
+                    output = model(x_BCTHW, None)
+                loss_B = reconstruction_loss(x_BCTHW, output, self._stage.kl_weight)
+                values = torch.stack([psnr_B(x_BCTHW, output.x_BCTHW), loss_B]).double().cpu()
+                weight_B = micro.samples.weight_B.double()
+                totals[:2] += (values * weight_B).sum(1).to(totals)
+                totals[2] += weight_B.sum().to(totals)
+        psnr, loss, count = world.sum(totals).tolist()
+        return {"psnr": psnr / count, "loss": loss / count} if count else {}
+
+    def _video_buckets(self) -> tuple[Bucket, ...]:
+        longest = max(bucket.frames for bucket in self._stage.buckets)
+        return tuple(bucket for bucket in self._stage.buckets if bucket.frames == longest)

@@ -1,0 +1,42 @@
+"""Encoding as Ray tasks, one a shard: nodes come and go, a lost shard is simply done again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+
+from elastic.data.assign import Members
+from elastic.data.encode import EncodeJob, Scale, encode_shard, measure_scale, open_store
+from stages.stage import DiffusionStage
+
+_RETRIES = 8
+
+Progress = Callable[[int, int], None]  # shards done, shards in all
+
+
+def measure_scale_on_ray(
+    stage: DiffusionStage, weights: Path, members: Members, gpus: float
+) -> Scale:
+    """`measure_scale` on a worker, which has the codec's memory and perhaps a GPU."""
+    task = ray.remote(measure_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+    scale: Scale = ray.get(task.remote(stage, weights, members))
+    return scale
+
+
+def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str, dict[int, str]]:
+    """Encode what the store lacks and seal it; returns its digest and the quarantined clips.
+
+    A task that fails for a reason of its own, such as a full disk, is raised after the others.
+    """
+    store = open_store(job)
+    missing = store.missing()
+    task = ray.remote(encode_shard).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+    shared = ray.put(job)
+    running = [task.remote(shared, shard) for shard in missing]
+    total = len(store.shard_ids())
+    progress(total - len(running), total)
+    while running:
+        done, running = ray.wait(running, num_returns=1)
+        ray.get(done)
+        progress(total - len(running), total)
+    return store.seal(), store.quarantined()

@@ -1,0 +1,132 @@
+"""The tracker as a Ray actor on the head: workers and driver tell it, and never wait for it."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastic.journal import EVENTS, Event, Journal, Metric
+from elastic.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "restage"
+_CLOSE_S = 120.0
+
+
+class TrackerService:
+    """Owns events.jsonl, metrics.jsonl and Aim for the life of a driver, across worker groups."""
+
+    def __init__(self, run_dir: str, plan: str, stages: dict[str, int], use_aim: bool) -> None:
+        self._events = Journal(Path(run_dir) / EVENTS, durable=True)
+        self._tracker = Tracker(run_dir, plan, stages, use_aim)
+        self._latest: dict[str, Any] = {}
+        self._pids: list[int] = []
+
+    def metric(self, metric: Metric) -> None:
+        """Keep one line of metrics."""
+        if not metric["context"]:
+            values = metric["values"]
+            self._latest = {
+                **metric,
+                "loss": values.get("loss"),
+                "rate": values.get("samples_per_s"),
+            }
+        self._tracker.log(metric)
+
+    def event(self, event: Event) -> None:
+        """Keep one event."""
+        if event["kind"] == "start":
+            self._latest = {**event}
+            self._pids = event.get("pids", [])
+        self._events.append(**event)
+        self._tracker.event(event)
+
+    def images(self, stage: str, position: int, caption: str, path: str) -> None:
+        """Show one sample in Aim."""
+        self._tracker.images(stage, position, caption, path)
+
+    def progress(self, stage: str, text: str) -> None:
+        """Show something that is no metric in the progress line."""
+        self._latest = {"stage": stage, "text": text}
+
+    def latest(self) -> dict[str, Any]:
+        """What the progress line shows: the newest metrics, start of a group, or text."""
+        return {**self._latest, "pids": self._pids}
+
+    def close(self) -> str | None:
+        """Flush everything to disk; why Aim shows nothing, or None."""
+        problem = self._tracker.aim_problem()
+        self._tracker.close()
+        self._events.close()
+        return problem
+
+
+class TrackerHandle:
+    """Sends to the tracker without waiting; the same object serves driver and workers."""
+
+    def __init__(self, name: str, actor: Any = None) -> None:  # Any: Ray's actor handle
+        self.name = name
+        # Only the handle that made the actor keeps it alive: the driver's.
+        self._actor = actor or ray.get_actor(name, namespace=NAMESPACE)
+
+    @classmethod
+    def launch(
+        cls, name: str, run_dir: Path, plan: str, stages: dict[str, int], use_aim: bool
+    ) -> "TrackerHandle":
+        """Start the actor on this node; it is restarted if it dies."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        service = ray.remote(TrackerService).options(
+            name=name,
+            namespace=NAMESPACE,
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=1,
+            scheduling_strategy=here,
+        )
+        return cls(name, service.remote(str(run_dir), plan, stages, use_aim))
+
+    def metric(self, metric: dict[str, Any]) -> None:
+        """Send one line of metrics."""
+        self._actor.metric.remote(metric)
+
+    def event(
+        self,
+        kind: str,
+        stage: str | None = None,
+        position: int | None = None,
+        reason: str = "",
+        **more: Any,  # the fields of Event that belong to the kind
+    ) -> None:
+        """Send one event with the time of now."""
+        fields = {"attempt": None, "world": None, **more}
+        event = {"wall": time.time(), "kind": kind, "stage": stage, "position": position}
+        self._actor.event.remote({**event, "reason": reason, **fields})
+
+    def progress(self, stage: str, text: str) -> None:
+        """Send a text for the progress line."""
+        self._actor.progress.remote(stage, text)
+
+    def images(self, stage: str, position: int, caption: str, path: Path) -> None:
+        """Send one sample."""
+        self._actor.images.remote(stage, position, caption, str(path))
+
+    def latest(self) -> dict[str, Any]:
+        """What the progress line shows; empty while the tracker is busy, or starting again."""
+        try:
+            return dict(ray.get(self._actor.latest.remote(), timeout=2))
+        except (GetTimeoutError, RayActorError):
+            return {}
+
+    def close(self) -> str | None:
+        """Wait until everything sent before is on disk, and end the actor."""
+        try:
+            problem: str | None = ray.get(self._actor.close.remote(), timeout=_CLOSE_S)
+        except (GetTimeoutError, RayActorError) as error:
+            return f"the tracker did not answer: {error}"
+        ray.kill(self._actor)
+        return problem

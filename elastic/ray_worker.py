@@ -1,0 +1,110 @@
+"""What runs in a Ray Train worker: the training loop, and the switch that stops it."""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic.checkpoint import Checkpoints, Fence
+from elastic.data.assign import load_members
+from elastic.data.sealed import SealedStore
+from elastic.data.sources import LatentSource, VideoSource
+from elastic.loop import Outcome, Run, train_stage
+from elastic.meter import Meter
+from elastic.objective import FlowMatching, Objective, Reconstructing
+from elastic.ray_tracker import TrackerHandle
+from elastic.world import World
+from stages.stage import AutoencoderStage, Stage
+
+log = logging.getLogger(__name__)
+
+MEMBERS = "clips.parquet"
+# A group that was asked to stop is ended by the controller within seconds; longer means that the
+# resize did not happen, and then the group must start over rather than wait for ever.
+_STOPPED_WAIT_S = 120.0
+
+_stop = threading.Event()
+_stopped = threading.Event()
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """Plain data that the driver sends to every worker."""
+
+    stage: Stage
+    folder: Path  # of the stage
+    tracker: str
+    store: Path | None = None  # the latents of a diffusion stage
+
+
+def request_stop() -> None:
+    """Make the loop save at its next step and stop; runs in the worker's main thread."""
+    _stop.set()
+
+
+def has_stopped() -> bool:
+    """Whether the loop has published and stopped."""
+    return _stopped.is_set()
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The training function that Ray Train calls in a thread of every worker."""
+    job: WorkerJob = config["job"]
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world = World.current()
+    fence = world.from_first(Fence.take(job.folder) if world.is_first else None)
+    pids = world.gather((os.getpid(), os.uname().nodename))
+    tracker = TrackerHandle(job.tracker)
+
+    def event(kind: str, position: int, reason: str, **more: Any) -> None:
+        if world.is_first:
+            if kind == "start":
+                more = {**more, "pids": [pid for pid, _ in pids]}
+            tracker.event(
+                kind, job.stage.name, position, reason,
+                attempt=fence.attempt, world=world.size, **more,
+            )  # fmt: skip
+
+    run = Run(
+        folder=job.folder,
+        world=world,
+        checkpoints=Checkpoints(job.folder, world, fence, event),
+        meter=Meter(job.stage, world, fence.attempt, tracker.metric),
+        stop_wanted=_stop.is_set,
+        event=event,
+    )
+    if train_stage(job.stage, make_objective(job), run) is Outcome.STOPPED:
+        _stopped.set()
+        _wait_for_the_end()
+
+
+def make_objective(job: WorkerJob) -> Objective:
+    """What the stage minimises, on its clips or its latents."""
+    if isinstance(job.stage, AutoencoderStage):
+        members = load_members(job.folder / MEMBERS)
+        return Reconstructing(
+            job.stage,
+            VideoSource(job.stage, members, held_out=False),
+            VideoSource(job.stage, members, held_out=True),
+        )
+    assert job.store is not None, f"stage {job.stage.name} was started without its latents"
+    store = SealedStore.open(job.store, job.store.name)
+    return FlowMatching(
+        job.stage,
+        LatentSource(job.stage, store, held_out=False),
+        LatentSource(job.stage, store, held_out=True),
+    )
+
+
+def _wait_for_the_end() -> None:
+    """Returning would tell Ray Train that the run is finished, so wait for the controller."""
+    deadline = time.monotonic() + _STOPPED_WAIT_S
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+    raise TimeoutError(f"asked to stop for a resize, but not ended within {_STOPPED_WAIT_S:.0f} s")

@@ -1,0 +1,85 @@
+"""run.json: which plan a run folder belongs to, and its stages as they were when they started."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from elastic.errors import InputError
+from elastic.files import write_atomic
+from elastic.folders import RunFolder
+from stages.plan import Plan
+from stages.stage import Stage, description
+
+SCHEMA = 1
+_VERSIONS = ("restage", "torch", "ray", "zarr", "av", "diffusers")
+
+
+def write_record(folder: RunFolder, plan: Plan) -> None:
+    """Write run.json for this start; the stages that have started stay as they were recorded."""
+    record = {
+        "schema": SCHEMA,
+        "plan": plan.name,
+        "definition": plan.model_dump(mode="json"),
+        "started": _read(folder)["started"],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
+        },
+    }
+    write_atomic(folder.record, json.dumps(record, indent=1).encode())
+
+
+def start_stage(folder: RunFolder, stage: Stage) -> None:
+    """Record a stage as it starts."""
+    record = _read(folder)
+    record["started"][stage.name] = description(stage)
+    write_atomic(folder.record, json.dumps(record, indent=1).encode())
+
+
+def check_unchanged(folder: RunFolder, plan: Plan) -> None:
+    """InputError with the difference if a stage that has started is not what it was."""
+    started = _read(folder)["started"]
+    for stage in plan.stages:
+        if stage.name not in started:
+            continue
+        # Through JSON, so that both sides have lists where records have tuples.
+        changes = difference(started[stage.name], json.loads(json.dumps(description(stage))))
+        if changes:
+            raise InputError(
+                f"stage {stage.name!r} of run {str(folder.root)!r} has already started and may "
+                f"not change: {'; '.join(changes)}. Undo the change, or give the stage or the "
+                "plan another name"
+            )
+
+
+def read_plan(folder: RunFolder) -> Plan:
+    """The plan as it was at the last start; InputError if this is no run folder."""
+    record = _read(folder)
+    if "definition" not in record:
+        raise InputError(f"{str(folder.root)!r} is no run folder: run.json is missing")
+    return Plan.model_validate(record["definition"])
+
+
+def difference(before: Any, after: Any, where: str = "") -> list[str]:  # Any: JSON
+    """Each leaf that differs, as `path: before -> after`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted({*before, *after})
+        return [
+            line
+            for name in names
+            for line in difference(before.get(name), after.get(name), f"{where}.{name}".strip("."))
+        ]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [line for i, (b, a) in pairs for line in difference(b, a, f"{where}[{i}]")]
+    return [] if before == after else [f"{where}: {before!r} -> {after!r}"]
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    if not folder.record.exists():
+        return {"schema": SCHEMA, "started": {}}
+    record: dict[str, Any] = json.loads(folder.record.read_text())
+    if record["schema"] != SCHEMA:
+        raise InputError(f"{folder.record}: schema {record['schema']}, this version reads {SCHEMA}")
+    return record

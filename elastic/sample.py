@@ -1,0 +1,118 @@
+"""Videos from a finished stage: samples of a DiT for captions, or reconstructions of a codec."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elastic.data.decode import decode_clip, to_unit
+from elastic.data.encode import Scale, load_codec
+from elastic.data.table import Clip
+from elastic.film import contact_sheet, write_mp4
+from elastic.weights import file_digest, load_weights
+from models.flow import euler_sample, time_shift
+from models.fresh import named_seed
+from models.text import pad
+from stages.schedule import Bucket
+from stages.stage import AutoencoderStage, DiffusionStage
+
+_CHUNK = 8  # clips decoded at once
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to sample from a finished diffusion stage, and where to put it."""
+
+    stage: DiffusionStage
+    weights: Path
+    codec_weights: Path
+    scale: Scale
+    captions: tuple[str, ...]
+    folder: Path
+    steps: int = 25
+    guidance: float = 3.0
+    seed: int = 0
+
+
+def longest_bucket(stage: AutoencoderStage | DiffusionStage) -> Bucket:
+    """The bucket that samples are made in: the stage's longest clips."""
+    return max(stage.buckets, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
+
+
+def make_samples(request: SampleRequest) -> list[Path]:
+    """Write one mp4 for each caption and a contact sheet; the paths of the mp4s.
+
+    Averaged weights, Euler steps, classifier-free guidance; the noise of a caption is a function
+    of (seed, its place in the list).
+    """
+    stage, bucket = request.stage, longest_bucket(request.stage)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = load_codec(stage.codec, request.codec_weights, file_digest(request.codec_weights))
+    text, channels = stage.text, stage.codec.channels
+    model = load_weights(
+        stage.model.build(channels, text.width, text.pooled_width), request.weights
+    ).to(device)
+    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    frames, height, width = stage.model.token_grid(grid)
+    films: list[NDArray[np.uint8]] = []
+    for first in range(0, len(request.captions), _CHUNK):
+        captions = request.captions[first : first + _CHUNK]
+        noise_BCTHW = torch.stack(
+            [_noise((channels, *grid), request.seed, first + i) for i in range(len(captions))]
+        )
+        batch = pad(text.encode(captions))
+        z_BCTHW = euler_sample(
+            model,
+            noise_BCTHW.to(device),
+            type(batch)(*(None if x is None else x.to(device) for x in batch)),  # type: ignore[arg-type]  # only the mask may be None
+            text.null(),
+            steps=request.steps,
+            guidance=request.guidance,
+            alpha=time_shift(height * width, frames),
+        )
+        with torch.no_grad():
+            films += to_frames(codec.decode(request.scale.restore(z_BCTHW)))
+    return _write(request.folder, list(request.captions), films, stage.rate)
+
+
+def make_reconstructions(
+    stage: AutoencoderStage, weights: Path, clips: list[Clip], folder: Path
+) -> list[Path]:
+    """Write each clip beside what the codec gives back of it, left and right in one mp4."""
+    bucket = longest_bucket(stage)
+    codec = load_codec(stage.codec, weights, file_digest(weights))
+    device = next(codec.parameters()).device
+    films: list[NDArray[np.uint8]] = []
+    for clip in clips:
+        x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, bucket.height, bucket.width)
+        x_BCTHW = to_unit(x_CTHW)[None].to(device)
+        with torch.no_grad():
+            back_BCTHW = codec.decode(codec.encode(x_BCTHW))
+        films += to_frames(torch.cat([x_BCTHW, back_BCTHW], dim=-1))
+    return _write(folder, [clip.text for clip in clips], films, stage.rate)
+
+
+def to_frames(x_BCTHW: Tensor) -> list[NDArray[np.uint8]]:
+    """Clips in [-1, 1] as uint8 T,H,W,C arrays, clamped."""
+    pixels_BCTHW = ((x_BCTHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return list(rearrange(pixels_BCTHW, "b c t h w -> b t h w c").cpu().numpy())
+
+
+def _noise(shape: tuple[int, ...], seed: int, place: int) -> Tensor:
+    generator = torch.Generator().manual_seed(named_seed("sample", seed, place))
+    return torch.randn(shape, generator=generator)
+
+
+def _write(
+    folder: Path, captions: list[str], films: list[NDArray[np.uint8]], rate: float
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:02d}.mp4" for number in range(len(films))]
+    for path, film in zip(paths, films, strict=True):
+        write_mp4(path, film, rate)
+    contact_sheet(folder / "contact-sheet.png", list(zip(captions, films, strict=True)))
+    return paths

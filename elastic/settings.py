@@ -1,0 +1,51 @@
+"""Runtime settings: where runs lie and where they run. Never in a stage file."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from elastic.errors import InputError
+
+
+class Settings(BaseSettings):
+    """From flags, then `RESTAGE_*` variables, then a `.env` file, then these defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RESTAGE_", env_file=".env", extra="ignore", frozen=True
+    )
+
+    storage: str = "runs"
+    """Folder that holds one folder for each plan."""
+    ray_address: str | None = None
+    """Ray cluster to use; none means one of this machine alone, for the time of the command."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPUs, and so workers, of the cluster that is started; none means all."""
+    aim: bool = True
+    """Whether to fill the Aim repository in the run folder."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    @property
+    def storage_path(self) -> Path:
+        """The storage as an absolute local path; InputError for a URL."""
+        if "://" in self.storage:
+            raise InputError(
+                f"storage {self.storage!r}: runs are kept on a local path (or a mounted one); "
+                "URLs are not supported yet; give a folder, such as --storage runs"
+            )
+        return Path(self.storage).absolute()
+
+
+def read_settings(**flags: object) -> Settings:
+    """Settings with the flags that were given; InputError names a bad value and its source."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]  # validated by pydantic just here
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0])
+        raise InputError(
+            f"setting {name} (flag --{name.replace('_', '-')} or RESTAGE_{name.upper()}): "
+            f"{fault['msg']}, got {fault['input']!r}"
+        ) from None

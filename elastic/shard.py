@@ -1,0 +1,60 @@
+"""Building a model sharded over the world, and filling it with fresh parameters."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from elastic.ema import local
+from elastic.world import World
+from models.fresh import fresh_parameters, named_seed
+
+# Each group of fully_shard costs a gather and a few milliseconds of bookkeeping a step, so small
+# blocks are left to their parent.
+SMALLEST_GROUP = 5_000_000
+
+
+def shard(model: nn.Module, world: World) -> nn.Module:
+    """Shard a model built on the meta device and give it memory; values are undefined."""
+    for block in _blocks(model):
+        fully_shard(block, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh, reshard_after_forward=False)
+    return model.to_empty(device=world.device)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [block for blocks in lists for block in blocks]
+    return [b for b in blocks if sum(p.numel() for p in b.parameters()) >= SMALLEST_GROUP]
+
+
+def own_part(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a full tensor that this rank holds of `like`."""
+    if not isinstance(like, DTensor):
+        return full
+    shape, offset = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    return full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, stage: str) -> int:
+    """Fill every parameter from (seed, stage, its name); returns how many values were drawn.
+
+    Each rank draws each parameter in full and keeps its part: no messages, no rank in the result,
+    one parameter of memory at a time.
+    """
+
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(named_seed("fresh", seed, stage, name))
+
+    parameters = dict(model.named_parameters())
+    drawn = 0
+    for name, full in fresh_parameters(model, generator):
+        parameter = parameters.pop(name)
+        local(parameter).copy_(own_part(full, parameter))
+        drawn += full.numel()
+    assert not parameters, f"no rule gave values to {sorted(parameters)}"
+    return drawn

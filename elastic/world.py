@@ -1,0 +1,64 @@
+"""The ranks of this attempt, and the few things that they agree on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """Who takes part in this attempt. Says who does something, never what is computed."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @classmethod
+    def current(cls) -> "World":
+        """The world of the process group that is already initialised."""
+        device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else _CPU
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        return cls(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def any(self, here: bool) -> bool:
+        """Whether the statement is true on any rank; the same answer on every rank."""
+        flag = torch.tensor(int(here), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())  # waits for the device
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over the ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def from_first(self, value: Any) -> Any:  # Any: whatever the first rank decided
+        """The first rank's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:  # Any: whatever each rank has to say
+        """Every rank's value, in the order of the ranks."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        dist.barrier()
+
+
+_CPU = torch.device("cpu")
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() and dist.get_backend() != "gloo"

@@ -1,0 +1,120 @@
+"""Rectified flow: where on the path a sample is trained, what is learned there, and sampling.
+
+Time runs from 0 (data) to 1 (noise). Schedule as in Open-Sora 2.0 (arXiv 2503.09642), whose
+sigma_min of 1e-5 is left out.
+"""
+
+# B sample, C channel, T frame, H, W latent grid, L text token, D text width
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from models.text import TextBatch, TextEmbedding
+
+# velocity_BCTHW = model(z_BCTHW, t_B, text_BLD, mask_BL, pooled_BD)
+VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
+def time_shift(tokens_per_frame: int, latent_frames: int) -> float:
+    """The factor alpha by which the odds of noise grow with the size of the video.
+
+    A line through (256 tokens, 1) and (4096, 3), times the root of the latent frames. Tokens are
+    counted with the model's own patch (the published training code fixes it at 2, its sampler
+    does not). Below 256 tokens the line goes on downwards; alpha itself is held at 1 or more.
+    """
+    if tokens_per_frame < 1 or latent_frames < 1:
+        raise ValueError(
+            f"time shift of {tokens_per_frame} tokens x {latent_frames} frames: both must be >= 1"
+        )
+    line = 1 + (tokens_per_frame - 256) * (3 - 1) / (4096 - 256)
+    return max(1.0, line * math.sqrt(latent_frames))
+
+
+def timesteps(normal_B: Tensor, alpha: float) -> Tensor:
+    """Logit-normal timesteps in (0, 1) from standard normal draws, shifted by `alpha`, fp32.
+
+    The shift t -> alpha t / (1 + (alpha - 1) t) multiplies the odds of t, so it adds to the logit.
+    """
+    return torch.sigmoid(normal_B.float() + math.log(alpha))
+
+
+def mix(z_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
+    """The point at time t on the straight path from data to noise."""
+    t_B1111 = rearrange(t_B, "b -> b 1 1 1 1")
+    return (1 - t_B1111) * z_BCTHW + t_B1111 * noise_BCTHW
+
+
+def velocity(z_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
+    """The path's derivative by time, which the model learns."""
+    return noise_BCTHW - z_BCTHW
+
+
+def flow_loss_B(
+    model: VelocityModel, z_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, text: TextBatch
+) -> Tensor:
+    """Mean squared error of the velocity over each sample's own elements, in fp32."""
+    z_BCTHW, noise_BCTHW = z_BCTHW.float(), noise_BCTHW.float()
+    predicted_BCTHW = model(mix(z_BCTHW, noise_BCTHW, t_B), t_B, *text)
+    error_BCTHW = predicted_BCTHW.float() - velocity(z_BCTHW, noise_BCTHW)
+    return error_BCTHW.square().mean(dim=(1, 2, 3, 4))
+
+
+@torch.no_grad()
+def euler_sample(
+    model: VelocityModel,
+    noise_BCTHW: Tensor,
+    text: TextBatch,
+    null: TextEmbedding,
+    *,
+    steps: int,
+    guidance: float,
+    alpha: float,
+) -> Tensor:
+    """Walk from noise to latents in `steps` equal steps of unshifted time, fp32.
+
+    Guidance runs captioned and null text as one doubled batch; a guidance of 1 is the captioned
+    model alone and runs it once.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling with steps={steps}: at least 1 is needed")
+    guided = guidance != 1.0
+    if guided:
+        text = _with_null(text, null)
+    even = [1 - step / steps for step in range(steps + 1)]
+    times = [alpha * s / (1 + (alpha - 1) * s) for s in even]
+    z_BCTHW = noise_BCTHW.float()
+    for now, after in itertools.pairwise(times):
+        input_BCTHW = torch.cat([z_BCTHW, z_BCTHW]) if guided else z_BCTHW
+        t_B = torch.full((len(input_BCTHW),), now, device=z_BCTHW.device)
+        v_BCTHW = model(input_BCTHW, t_B, *text).float()
+        if guided:
+            captioned_BCTHW, null_BCTHW = v_BCTHW.chunk(2)
+            v_BCTHW = null_BCTHW + guidance * (captioned_BCTHW - null_BCTHW)
+        z_BCTHW = z_BCTHW + (after - now) * v_BCTHW
+    return z_BCTHW
+
+
+def _with_null(text: TextBatch, null: TextEmbedding) -> TextBatch:
+    """The batch followed by as many rows of the null text, padded to the same length."""
+    text_BLD, mask_BL, pooled_BD = text
+    num_samples, length, _ = text_BLD.shape
+    num_tokens = len(null.embedding_LD)
+    if num_tokens > length:
+        raise ValueError(f"null text of {num_tokens} tokens does not fit captions of {length}")
+    if mask_BL is None:
+        mask_BL = torch.ones(num_samples, length, dtype=torch.bool, device=text_BLD.device)
+    null_BLD = torch.zeros_like(text_BLD)
+    null_BLD[:, :num_tokens] = null.embedding_LD.to(text_BLD)
+    null_mask_BL = torch.zeros_like(mask_BL)
+    null_mask_BL[:, :num_tokens] = True
+    null_BD = null.pooled_D.to(pooled_BD).expand(num_samples, -1)
+    return TextBatch(
+        torch.cat([text_BLD, null_BLD]),
+        torch.cat([mask_BL, null_mask_BL]),
+        torch.cat([pooled_BD, null_BD]),
+    )

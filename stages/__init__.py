@@ -1,0 +1,24 @@
+"""What is trained, in what order."""
+
+from stages.init import Fresh
+from stages.optimizer import AdamW, Ema, Muon
+from stages.plan import Plan, PlanError, load_plan
+from stages.schedule import Bucket, Phase
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
+from stages.videos import Videos
+
+__all__ = [
+    "AdamW",
+    "AutoencoderStage",
+    "Bucket",
+    "DiffusionStage",
+    "Ema",
+    "Fresh",
+    "Muon",
+    "Phase",
+    "Plan",
+    "PlanError",
+    "Stage",
+    "Videos",
+    "load_plan",
+]

@@ -1,0 +1,104 @@
+"""Open-Sora 2.0's course for a laptop: learn on HunyuanVAE latents, then start over on DC-AE.
+
+The architectures and the ratios are the published ones, the widths are small: the deep-compression
+codec leaves a quarter of the tokens, with more channels, patch 2 becomes patch 1.
+"""
+
+from models import DCAE, DiT, HunyuanVAE
+from stages import (
+    AdamW,
+    AutoencoderStage,
+    Bucket,
+    DiffusionStage,
+    Ema,
+    Fresh,
+    Muon,
+    Phase,
+    Plan,
+    Videos,
+)
+
+
+def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Plan:
+    """The four stages on some videos, at some size; `times` as long for clearer pictures."""
+    k = 1_000 * times
+    hunyuan_vae = AutoencoderStage(
+        name="hunyuan-vae",
+        data=videos,
+        vae=HunyuanVAE(
+            channels=16, widths=(16, 16, 32, 32), layers=1, norm_groups=4, pixel_centre=-0.78
+        ),
+        kl_weight=0.0,
+        init=Fresh(seed=0),
+        rate=24.0,
+        schedule=[  # stills, then clips
+            Phase(until=4 * k, buckets=[Bucket(size, frames=1, batch=16, micro=8)]),
+            Phase(until=28 * k // 5, buckets=[Bucket(size, frames=9, batch=8, micro=4)]),
+        ],
+        optimizer=Muon(lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.04, warmup=160, decay=2 * k),
+        ema=Ema(halflife=k // 10, rampup=0.03),
+        workers=(1, 3),
+        save_every=k,
+        log_every=k // 8,
+        evaluate_every=10 * k,
+    )
+    hunyuan_dit = DiffusionStage(
+        name="hunyuan-dit",
+        data=videos,
+        vae=hunyuan_vae,
+        model=DiT(depth=2, depth_single=2, width=96, heads=4, patch=2),
+        init=Fresh(seed=1),
+        rate=24.0,
+        schedule=[  # videos and stills together, then videos alone
+            Phase(
+                until=3 * k,
+                buckets=[
+                    Bucket(size, frames=17, batch=16, micro=8),
+                    Bucket(size, frames=1, batch=24, micro=12),
+                ],
+            ),
+            Phase(until=7 * k, buckets=[Bucket(size, frames=17, batch=16, micro=8)]),
+        ],
+        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), warmup=k // 2, decay=2 * k),
+        ema=Ema(halflife=k // 2),
+        workers=(1, 3),
+        save_every=k // 2,
+        log_every=k // 8,
+        evaluate_every=10 * k,
+    )
+    dc_ae = AutoencoderStage(
+        name="dc-ae",
+        data=videos,
+        vae=DCAE(
+            channels=128,
+            widths=(16, 16, 16, 32, 64, 128),
+            encoder_depths=(0, 1, 1, 1, 1, 1),
+            decoder_depths=(0, 1, 1, 1, 1, 1),
+            head_width=16,
+            pixel_centre=-0.78,
+        ),
+        kl_weight=0.0,
+        init=Fresh(seed=2),  # every parameter new: nothing of HunyuanVAE is kept
+        rate=24.0,
+        schedule=[
+            Phase(until=2 * k, buckets=[Bucket(size, frames=4, batch=8, micro=4)]),
+            Phase(until=3 * k, buckets=[Bucket(size, frames=8, batch=8, micro=4)]),
+        ],
+        optimizer=Muon(lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.02, warmup=80, decay=3 * k // 2),
+        ema=Ema(halflife=k // 20, rampup=0.03),
+        workers=(1, 3),
+        save_every=k // 4,
+        log_every=k // 20,
+        evaluate_every=10 * k,
+    )
+    dc_ae_dit = hunyuan_dit.replace(
+        name="dc-ae-dit",
+        vae=dc_ae,
+        model=hunyuan_dit.model.replace(patch=1),
+        init=Fresh(seed=3),  # the DiT starts over too
+        schedule=[Phase(until=8 * k, buckets=[Bucket(size, frames=16, batch=16, micro=4)])],
+    )
+    return Plan(name, [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit])
+
+
+plan = course("demo", Videos("runs/demo-videos/captions.csv"))

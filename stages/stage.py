@@ -1,0 +1,143 @@
+"""The two kinds of stage: training an autoencoder, and training a DiT on its latents."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from models.codec import Codec
+from models.dc_ae import DCAE
+from models.dit import DiT
+from models.hunyuan_vae import HunyuanVAE
+from models.record import Record
+from models.text import WordHash
+from stages.init import Fresh
+from stages.names import SafeName
+from stages.optimizer import AdamW, Ema, Muon
+from stages.schedule import Bucket, Phase, check_schedule
+from stages.videos import Videos
+
+# A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
+AnyCodec = HunyuanVAE | DCAE
+
+# What may change between two starts of the same stage: none of it changes the result.
+RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every"})
+
+
+class _Stage(Record):
+    name: SafeName
+    data: Videos
+    init: Fresh = Fresh()
+    schedule: tuple[Phase, ...]
+    optimizer: AdamW | Muon
+    ema: Ema
+    rate: float = Field(default=24.0, gt=0, le=240)
+    """Frames per second at which clips are sampled."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sample order and of the noise."""
+    workers: tuple[int, int] = (1, 64)
+    """Fewest and most workers; the stage starts with what is free."""
+    save_every: int = Field(gt=0)
+    """Samples between checkpoints."""
+    log_every: int = Field(gt=0)
+    """Samples between lines of metrics."""
+    evaluate_every: int = Field(gt=0)
+    """Samples between measurements on the held-out clips."""
+    held_out: int = Field(default=64, ge=1)
+    """Most held-out clips to measure on."""
+
+    @property
+    def budget(self) -> int:
+        """Samples after which the stage is finished."""
+        return self.schedule[-1].until
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Every bucket of the schedule, once by name, in order of first use."""
+        by_name = {b.name: b for phase in self.schedule for b in phase.buckets}
+        return tuple(by_name.values())
+
+    def _check(self, codec: Codec, patch: int) -> None:
+        where = f"stage {self.name!r}"
+        try:
+            check_schedule(self.schedule)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        for index, phase in enumerate(self.schedule):
+            for number, bucket in enumerate(phase.buckets):
+                try:
+                    codec.check(bucket.frames, bucket.height, bucket.width, patch)
+                except ValueError as error:
+                    field = f"schedule[{index}].buckets[{number}]"
+                    raise ValueError(f"{where}: {field}: {error}") from None
+        low, high = self.workers
+        if not 1 <= low <= high:
+            raise ValueError(f"{where}: workers {self.workers}: write (fewest, most), 1 or more")
+        for field in ("warmup", "decay"):
+            value = getattr(self.optimizer, field)
+            if value > self.budget:
+                raise ValueError(
+                    f"{where}: optimizer.{field} {value}: longer than the stage "
+                    f"({self.budget} samples)"
+                )
+
+
+class AutoencoderStage(_Stage):
+    """Train a codec from pixels: absolute plus squared error, and a small KL term if wanted."""
+
+    vae: AnyCodec
+    kl_weight: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
+    """Weight of the KL in nats per latent element; 0 trains at the posterior's mean, no noise."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> "AutoencoderStage":
+        self._check(self.vae, patch=1)
+        if self.vae.weights is not None:
+            raise ValueError(
+                f"stage {self.name!r}: vae.weights {self.vae.weights!r}: an autoencoder stage "
+                "trains from fresh parameters; leave weights out"
+            )
+        return self
+
+    @property
+    def codec(self) -> Codec:
+        """The codec that is trained."""
+        return self.vae
+
+
+class DiffusionStage(_Stage):
+    """Train a DiT by flow matching on the latents of a codec, or of the stage that trains one."""
+
+    vae: AnyCodec | AutoencoderStage
+    model: DiT
+    text: WordHash = WordHash()
+    text_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of samples trained with the empty caption, for classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> "DiffusionStage":
+        self._check(self.codec, self.model.patch)
+        if isinstance(self.vae, Codec) and self.vae.weights is None:
+            raise ValueError(
+                f"stage {self.name!r}: vae: {self.vae.name} has no weights; give "
+                "weights='path.safetensors', or the AutoencoderStage that trains it"
+            )
+        return self
+
+    @property
+    def codec(self) -> Codec:
+        """The codec whose latents are used."""
+        return self.vae.vae if isinstance(self.vae, AutoencoderStage) else self.vae
+
+
+Stage = AutoencoderStage | DiffusionStage
+
+
+def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
+    """What identifies the stage: every field that can change its result, a parent by its name."""
+    fields = stage.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
+    if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
+        fields["vae"] = {"stage": stage.vae.name}
+    for phase in fields["schedule"]:
+        for bucket in phase["buckets"]:
+            del bucket["micro"]
+    return {"kind": type(stage).__name__, **fields}

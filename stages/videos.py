@@ -1,0 +1,21 @@
+"""Where the clips of a stage come from."""
+
+from pydantic import Field
+
+from models.record import Record
+
+
+class Videos(Record):
+    """A table of clips: a CSV or Parquet file with the columns `path` and `text`.
+
+    Relative paths in the table are taken from `folder`, or from the table's own folder.
+    An optional column `split` marks held-out clips with the word `held-out`; without it every
+    `held_out_every`-th clip, by the hash of its path, is held out.
+    """
+
+    table: str
+    folder: str | None = None
+    held_out_every: int = Field(default=16, ge=2)
+
+    def __init__(self, table: str, **fields: object) -> None:
+        super().__init__(**{"table": table, **fields})

@@ -1,0 +1,174 @@
+"""Bad input gets one message and exit code 2, and nothing is written; help has examples."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from elastic.cli import main, make_parser
+from elastic.data.moving_shapes import write_demo_videos
+from elastic.forecast import forecast
+from stages.plan import load_plan
+
+PLAN = Path(__file__).with_name("tiny_plan.py")
+VERBS = ("plan", "encode", "train", "sample", "status", "report", "doctor", "demo")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_videos(tmp_path_factory.mktemp("videos"), clips=20).table
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a verb that must be refused; its one message."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("restage: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def variant(tmp_path: Path, old: str, new: str) -> Path:
+    """The tiny plan with one mistake in it."""
+    text = PLAN.read_text()
+    assert old in text
+    path = tmp_path / "mistaken_plan.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("schedule=[Phase(until=48", "shedule=[Phase(until=48", ["did you mean 'schedule'"]),
+        ('Bucket("32px", frames=5, batch=4', 'Bucket("32px", frames=6, batch=4', ["6 frames", "5"]),
+        ('Bucket("32px", frames=5, batch=4', 'Bucket("44px", frames=5, batch=4', ["44 px"]),
+        ("vae=hunyuan_vae,", "vae=hunyuan_va,", ["hunyuan_va", "did you mean 'hunyuan_vae'"]),
+        ("[hunyuan_vae, hunyuan_dit, dc", "[hunyuan_dit, dc", ["'hunyuan-vae'", "does not come"]),
+        ("until=48", "until=50", ["50", "nearest is 48"]),
+        ('name="dc-ae",', 'name="../dc-ae",', ["../dc-ae"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_stage_file_is_named_and_nothing_is_written(
+    old: str,
+    new: str,
+    words: list[str],
+    tmp_path: Path,
+    storage: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = refusal(capsys, "train", variant(tmp_path, old, new), "--storage", storage)
+    for word in words:
+        assert word in message
+    assert not storage.exists()
+
+
+def test_a_missing_stage_file_is_named(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.py" in refusal(capsys, "train", "none.py", "--storage", storage)
+    assert not storage.exists()
+
+
+def test_a_missing_video_folder_is_named(
+    videos: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(
+        capsys, "train", PLAN, "--videos", "nowhere", "--captions", videos, "--storage", storage
+    )
+    assert "nowhere" in message
+    assert not storage.exists()
+
+
+def test_captions_without_the_column_name_the_columns_that_are_there(
+    tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text("path,txt\na.mp4,a circle\n")
+    message = refusal(
+        capsys, "train", PLAN, "--videos", tmp_path, "--captions", table, "--storage", storage
+    )
+    assert "text" in message
+    assert "txt" in message
+    assert not storage.exists()
+
+
+def test_videos_without_captions_are_refused(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--captions" in refusal(capsys, "train", PLAN, "--videos", ".", "--storage", storage)
+
+
+def test_a_storage_that_cannot_be_written_is_named(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A file where the folder should be: it refuses root too, unlike a mode.
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    message = refusal(
+        capsys, "train", PLAN, "--videos", videos.parent, "--captions", videos,
+        "--storage", blocked,
+    )  # fmt: skip
+    assert str(blocked) in message
+    assert blocked.read_text() == ""
+
+
+def test_a_storage_url_is_refused_rather_than_taken_for_a_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "s3://bucket/runs" in refusal(capsys, "plan", PLAN, "--storage", "s3://bucket/runs")
+
+
+@pytest.mark.parametrize("verb", ["status", "report"])
+def test_a_folder_that_holds_no_run_is_named(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert str(tmp_path) in refusal(capsys, verb, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_setting_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RESTAGE_CPUS", "none")
+    assert "RESTAGE_CPUS" in refusal(capsys, "plan", PLAN)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        make_parser().parse_args([verb, "--help"])
+    assert leaving.value.code == 0
+    assert f"python -m elastic {verb}" in capsys.readouterr().out
+
+
+def test_plan_writes_nothing_and_says_what_would_happen(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(PLAN), "--storage", str(storage)]) == 0
+    out = capsys.readouterr().out
+    for word in ("hunyuan-vae", "tokens", "parameters", "checkpoint", "32px-5f"):
+        assert word in out
+    assert not storage.exists()
+
+
+def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
+    demo = load_plan(PLAN.parent.parent / "stages" / "recipes" / "demo.py")
+    text = forecast(demo, Path(os.devnull))
+    assert "20 tokens" in text
+    assert "4 tokens" in text
+
+
+def test_the_stage_file_of_the_readme_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (PLAN.parent.parent / "README.md").read_text()
+    path = tmp_path / "readme_plan.py"
+    path.write_text(readme.split("```python\n")[1].split("```")[0])
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
+    assert "11,877,022,848" in capsys.readouterr().out

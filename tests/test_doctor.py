@@ -1,0 +1,154 @@
+import base64
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from elastic import doctor
+from elastic.doctor import Finding, PackageError, check_packages, check_version, findings, render
+
+ROOT = Path(doctor.__file__).resolve().parent.parent
+
+
+def run_check(path: list[Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run check_packages in a fresh interpreter with only these folders in front."""
+    code = "from elastic.doctor import check_packages; print(check_packages())"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def install(site: Path, distribution: str, files: dict[str, str]) -> None:
+    """Put files and their RECORD there, as pip does."""
+    record = []
+    for name, text in files.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
+        record.append(f"{name},sha256={digest.rstrip(b'=').decode()},{len(text)}")
+    info = site / f"{distribution}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (info / "RECORD").write_text("\n".join(record) + "\n")
+
+
+def our_files() -> dict[str, str]:
+    files = {f"{name}/__init__.py": "" for name in doctor.PACKAGES}
+    return files | {
+        "elastic/doctor.py": (ROOT / "elastic" / "doctor.py").read_text(),
+        "models/dit.py": "WIDTH = 8\n",
+    }
+
+
+def test_the_checkout_holds_all_four_packages() -> None:
+    assert check_packages() == ROOT
+
+
+def test_a_folder_of_that_name_on_the_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").touch()
+    done = run_check([tmp_path, ROOT], tmp_path)
+    assert done.returncode == 1
+    assert f"package 'models' comes from {tmp_path / 'models'}" in done.stderr
+    assert f"take {tmp_path} off PYTHONPATH" in done.stderr
+
+
+def test_an_installation_that_is_whole_passes(tmp_path: Path) -> None:
+    install(tmp_path, "restage", our_files())
+    done = run_check([tmp_path], tmp_path.parent)
+    assert done.stdout.strip() == str(tmp_path), done.stderr
+
+
+def test_a_distribution_that_wrote_over_ours_is_named(tmp_path: Path) -> None:
+    install(tmp_path, "restage", our_files())
+    install(tmp_path, "intruder", {"models/dit.py": "WIDTH = 9\n"})
+    done = run_check([tmp_path], tmp_path.parent)
+    assert done.returncode == 1
+    assert "models/dit.py is not the file that restage installed" in done.stderr
+    assert "was written by intruder" in done.stderr
+
+
+def test_a_package_that_is_gone_is_named(tmp_path: Path) -> None:
+    install(tmp_path, "restage", {k: v for k, v in our_files().items() if "stages/" not in k})
+    done = run_check([tmp_path], tmp_path.parent)
+    assert "package 'stages' comes from nowhere" in done.stderr
+
+
+def test_the_start_up_check_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from elastic.doctor import check_packages; check_packages(); "
+        "print([n for n in ('torch', 'av', 'aim', 'ray', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_finding_that_is_not_ok_says_what_to_do(tmp_path: Path) -> None:
+    found = findings(tmp_path / "not" / "there")
+    names = [one.what for one in found]
+    assert len(names) == len(set(names))
+    assert {"python", "packages", "torch", "ray", "storage", "H.264", "Aim", "loopback"} <= {*names}
+    assert all(one.advice for one in found if one.level != "ok")
+    assert list(tmp_path.iterdir()) == [], "the probe is removed, and no folder is made"
+
+
+def test_a_storage_that_cannot_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("elastic.doctor.os.fsync", refuse)
+    found = {one.what: one for one in findings(tmp_path)}
+    assert found["storage"].level == "error"
+    assert "Read-only file system" in found["storage"].value
+    assert doctor.exit_code(found.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "level"),
+    [
+        ("pytest>=1", "ok"),
+        ("pytest==0.0.1", "error"),
+        ("no-such-distribution-is-installed>=1", "error"),
+        ("aim>=1000", "warn"),
+    ],
+)
+def test_a_version_outside_its_bounds_is_found(wanted: str, level: str) -> None:
+    finding = check_version(Requirement(wanted))
+    assert finding.level == level
+    assert bool(finding.advice) == (level != "ok")
+
+
+def test_the_requirements_of_the_project_are_read() -> None:
+    wanted = {one.name: str(one.specifier) for one in doctor.requirements()}
+    assert wanted["ray"].startswith("==")
+    assert "torch" in wanted
+    assert "pytest" not in wanted, "extras are not asked for"
+
+
+def test_findings_are_shown_with_their_advice() -> None:
+    text = render([Finding("ok", "a", "1"), Finding("error", "longer", "2", "do this")])
+    assert text.splitlines() == [
+        "ok     a       1",
+        "error  longer  2",
+        "               -> do this",
+        "1 errors, 0 warnings, 1 ok",
+    ]
+    assert doctor.exit_code([Finding("warn", "a", "1", "x")]) == 0
+
+
+def test_the_error_is_one_that_a_start_can_report() -> None:
+    assert issubclass(PackageError, ImportError)

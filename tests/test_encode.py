@@ -1,0 +1,345 @@
+"""Videos to sealed latents, and what training reads of either."""
+
+# B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from videos_fixture import level_video
+
+from elastic.data import encode
+from elastic.data.assign import (
+    Members,
+    assign,
+    held_out_name,
+    load_members,
+    save_members,
+)
+from elastic.data.decode import decode_clip, to_unit
+from elastic.data.encode import (
+    EncodeJob,
+    Scale,
+    encode_shard,
+    measure_scale,
+    open_store,
+    plan_job,
+)
+from elastic.data.moving_shapes import COLOURS, encode_mp4, render
+from elastic.data.probe import probe
+from elastic.data.sealed import SealedStore
+from elastic.data.sources import LatentSource, VideoSource
+from elastic.data.table import Clip
+from elastic.errors import InputError
+from elastic.weights import file_digest, load_weights
+from models import DCAE, DiT, WordHash
+from models.codec import CodecModule
+from models.fresh import fresh_parameters, named_generator
+from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
+
+SHORT, LONG = Bucket("32px", frames=4, batch=2), Bucket("32px", frames=8, batch=2)
+CODEC = DCAE(
+    channels=4,
+    widths=(4, 4, 8, 8, 8, 8),
+    encoder_depths=(1, 1, 1, 1, 1, 1),
+    decoder_depths=(1, 1, 1, 1, 1, 1),
+    head_width=8,
+    weights="given.safetensors",
+)
+STAGE = DiffusionStage(
+    name="tiny",
+    data=Videos("none.csv"),
+    vae=CODEC,
+    model=DiT(depth=1, depth_single=0, width=24, heads=2, patch=1),
+    text=WordHash(width=8),
+    schedule=(Phase(until=40, buckets=(SHORT, LONG)),),
+    optimizer=AdamW(lr=1e-3),
+    ema=Ema(halflife=10),
+    rate=8.0,
+    save_every=8,
+    log_every=8,
+    evaluate_every=8,
+)
+NUM_LONG, NUM_HELD_OUT = 7, 2
+# Halves: the largest difference of a value from its bf16 neighbour, relative.
+BF16_ROUNDING = 2**-8
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
+    """Eleven films on the disk: nine of 8 frames and more, two of them held out, two of 5."""
+    folder = tmp_path_factory.mktemp("films")
+    clips = []
+    for number in range(11):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        frames = 9 if number < NUM_LONG + NUM_HELD_OUT else 5
+        picture_THWC = render("circle", colour, "left", "slowly", (32, 48), frames, 8, seed=number)
+        path = folder / f"{number}.mp4"
+        path.write_bytes(encode_mp4(picture_THWC, tuple(range(frames)), Fraction(1, 8)))
+        text = f"a {colour} circle" + " moves" * (number % 3)
+        clips.append(Clip(900 + number, str(path), text, held_out=number < NUM_HELD_OUT))
+    return clips
+
+
+@pytest.fixture(scope="module")
+def members(clips: list[Clip]) -> Members:
+    return assign(STAGE, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+
+
+def _write_weights(path: Path, seed: int) -> Path:
+    model = CODEC.build(device="meta")
+    save_file(dict(fresh_parameters(model, lambda name: named_generator(seed, name))), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write_weights(tmp_path_factory.mktemp("weights") / "codec.safetensors", 0)
+
+
+@pytest.fixture(scope="module")
+def codec(weights: Path) -> CodecModule:
+    module = load_weights(CODEC.build(), weights)
+    assert isinstance(module, CodecModule)
+    return module
+
+
+@pytest.fixture(scope="module")
+def scale(weights: Path, members: Members) -> Scale:
+    return measure_scale(STAGE, weights, members)
+
+
+@pytest.fixture
+def job(
+    weights: Path, scale: Scale, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> EncodeJob:
+    monkeypatch.setattr(encode, "SHARD_SAMPLES", 3)
+    return plan_job(STAGE, weights, scale, members, tmp_path / "latents")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _sealed(job: EncodeJob) -> SealedStore:
+    store = open_store(job)
+    for shard in store.missing():
+        encode_shard(job, shard)
+    store.seal()
+    return SealedStore.open(job.root, job.fingerprint)
+
+
+def _pixels(clips: list[Clip], bucket: Bucket) -> torch.Tensor:
+    frames = [decode_clip(clip.path, bucket.frames, STAGE.rate, 32, 32) for clip in clips]
+    return to_unit(torch.stack(frames))
+
+
+def test_every_clip_is_in_each_bucket_that_it_fills(members: Members) -> None:
+    assert {name: len(found) for name, found in members.clips.items()} == {
+        SHORT.name: 9,
+        held_out_name(SHORT): 2,
+        LONG.name: NUM_LONG,
+        held_out_name(LONG): NUM_HELD_OUT,
+    }
+    assert members.num_clips() == 11
+
+
+def test_a_bucket_that_no_clip_fills_is_named(clips: list[Clip]) -> None:
+    probes = {clip.sample_id: probe(clip.path) for clip in clips}
+    large = Phase(until=2, buckets=(Bucket("64px", frames=4, batch=2),))
+    with pytest.raises(InputError, match=r"'tiny': bucket '64px-4f' has no train clip: of 11 "):
+        assign(STAGE.replace(schedule=[large]), clips, probes)
+    short = [clip for clip in clips if not clip.held_out or clip.sample_id == 900]
+    probes[900] = probes[910]
+    with pytest.raises(InputError, match="bucket '32px-8f' has no held-out clip"):
+        assign(STAGE, short, probes)
+
+
+def test_the_pinned_membership_reads_back_as_it_was(members: Members, tmp_path: Path) -> None:
+    save_members(tmp_path / "clips.parquet", members)
+    assert load_members(tmp_path / "clips.parquet") == members
+
+
+def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(job)
+    planned = store.missing()
+    # Shards of 3: 9, 2, 7 and 2 clips.
+    assert len(planned) == 3 + 1 + 3 + 1
+    assert encode_shard(job, planned[0]) == 0
+    assert open_store(job).missing() == planned[1:]
+    decoded: list[str] = []
+
+    def counted(path: str, frames: int, rate: float, height: int, width: int) -> torch.Tensor:
+        decoded.append(path)
+        return decode_clip(path, frames, rate, height, width)
+
+    monkeypatch.setattr(encode, "decode_clip", counted)
+    _sealed(job)
+    done = sum(len(store.planned(shard)) for shard in planned[1:])
+    assert len(decoded) == done == 20 - 3
+    assert open_store(job).missing() == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_sealed_latents_are_those_of_the_codec_normalised_in_bf16(
+    job: EncodeJob, codec: CodecModule, scale: Scale, members: Members
+) -> None:
+    store = _sealed(job)
+    for bucket in (SHORT, LONG):
+        clips = members.clips[bucket.name]
+        assert store.sample_ids(bucket.name).tolist() == [clip.sample_id for clip in clips]
+        with torch.no_grad():
+            z_BCTHW = scale.normalise(codec.encode(_pixels(clips, bucket)))
+        read = store.read_batch(bucket.name, range(len(clips)))
+        assert read.latents_BCTHW.dtype == torch.bfloat16
+        assert read.latents_BCTHW.shape == (len(clips), 4, bucket.frames // 4, 1, 1)
+        torch.testing.assert_close(
+            read.latents_BCTHW.float(), z_BCTHW, rtol=BF16_ROUNDING, atol=1e-5
+        )
+        assert z_BCTHW.std(0).min() > 0.01, "clips that give equal latents would prove little"
+        for text_LD, pooled_P, clip in zip(read.texts_LD, read.pooled_BP, clips, strict=True):
+            text = STAGE.text.encode([clip.text])[0]
+            assert torch.equal(text_LD, text.embedding_LD.bfloat16())
+            assert torch.equal(pooled_P, text.pooled_D.bfloat16())
+
+
+def test_latents_have_mean_zero_and_deviation_one(job: EncodeJob) -> None:
+    store = _sealed(job)
+    z_BCTHW = store.read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW.double()
+    z_CN = z_BCTHW.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(z_CN.mean(1), torch.zeros(4).double(), rtol=0, atol=0.01)
+    torch.testing.assert_close(z_CN.std(1, correction=0), torch.ones(4).double(), rtol=0.01, atol=0)
+
+
+def test_restore_undoes_normalise(scale: Scale) -> None:
+    z_BCTHW = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(scale.restore(scale.normalise(z_BCTHW)), z_BCTHW)
+    assert min(scale.std) > 0
+
+
+def test_the_store_is_named_by_all_that_changes_a_number(job: EncodeJob, tmp_path: Path) -> None:
+    def name(
+        stage: DiffusionStage = job.stage,
+        weights: Path = job.weights,
+        scale: Scale = job.scale,
+        members: Members = job.members,
+    ) -> str:
+        return plan_job(stage, weights, scale, members, tmp_path / "others").fingerprint
+
+    first = job.members.clips[SHORT.name][0]
+    reworded = {name: list(clips) for name, clips in job.members.clips.items()}
+    reworded[SHORT.name][0] = first._replace(text=first.text + " slowly")
+    fewer = {**job.members.clips, SHORT.name: job.members.clips[SHORT.name][1:]}
+    names = [
+        name(),
+        name(weights=_write_weights(tmp_path / "other.safetensors", 1)),
+        name(scale=replace(job.scale, mean=tuple(m + 1e-6 for m in job.scale.mean))),
+        name(scale=replace(job.scale, std=tuple(s * 2 for s in job.scale.std))),
+        name(stage=STAGE.replace(rate=7.9)),
+        name(stage=STAGE.replace(text=WordHash(width=8, position=0.5))),
+        name(stage=STAGE.replace(vae=CODEC.replace(head_width=4))),
+        name(members=Members(reworded)),
+        name(members=Members(fewer)),
+    ]
+    assert names[0] == job.fingerprint
+    assert len(set(names)) == len(names)
+    # What changes no number changes no name: the training of the DiT, and where files lie.
+    moved = {
+        name: [clip._replace(path="/elsewhere" + clip.path) for clip in clips]
+        for name, clips in job.members.clips.items()
+    }
+    assert name(stage=STAGE.replace(seed=5, optimizer=AdamW(lr=1.0))) == names[0]
+    assert name(members=Members(moved)) == names[0]
+
+
+def test_a_store_of_another_fingerprint_is_refused(job: EncodeJob) -> None:
+    _sealed(job)
+    with pytest.raises(InputError, match="have the fingerprint"):
+        SealedStore.open(job.root, "0" * 32)
+
+
+def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
+    job: EncodeJob, members: Members, tmp_path: Path
+) -> None:
+    clips = {name: list(found) for name, found in members.clips.items()}
+    broken, gone = clips[LONG.name][1], clips[LONG.name][4]
+    half = tmp_path / "half.mp4"
+    half.write_bytes(Path(broken.path).read_bytes()[:200])
+    clips[LONG.name][1] = broken._replace(path=str(half))
+    clips[LONG.name][4] = gone._replace(path=str(tmp_path / "gone.mp4"))
+    hurt = replace(job, members=Members(clips))
+    store = open_store(hurt)
+    absent = sum(encode_shard(hurt, shard) for shard in store.missing())
+    assert absent == 2
+    reasons = store.quarantined()
+    assert set(reasons) == {broken.sample_id, gone.sample_id}
+    assert all(reasons.values())
+    store.seal()
+    sealed = SealedStore.open(job.root, job.fingerprint)
+    source = LatentSource(STAGE, sealed, held_out=False)
+    assert source.counts() == {SHORT.name: 9, LONG.name: NUM_LONG - 2}
+    ids = source.sample_ids(LONG, np.arange(NUM_LONG - 2))
+    assert not {broken.sample_id, gone.sample_id} & set(ids.tolist())
+
+
+def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) -> None:
+    store = _sealed(job)
+    source = LatentSource(STAGE, store, held_out=False)
+    indices = np.array([2, 0, 1])
+    samples = source.fetch(SHORT, indices)
+    read = store.read_batch(SHORT.name, indices)
+    assert samples.x_BCTHW.dtype == torch.float32
+    assert torch.equal(samples.x_BCTHW, read.latents_BCTHW.float())
+    assert samples.ids.tolist() == source.sample_ids(SHORT, indices).tolist()
+    assert samples.weight_B.tolist() == [1, 1, 1]
+    assert samples.text is not None
+    assert samples.text.mask_BL is not None
+    assert samples.text.mask_BL.sum(1).tolist() == [len(text_LD) for text_LD in read.texts_LD]
+    held_out = LatentSource(STAGE, store, held_out=True)
+    assert held_out.counts() == {SHORT.name: 2, LONG.name: 2}
+    assert held_out.sample_ids(LONG, np.arange(2)).tolist() == [900, 901]
+
+
+def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(
+    members: Members, tmp_path: Path
+) -> None:
+    clips = {name: list(found) for name, found in members.clips.items()}
+    clips[SHORT.name][1] = clips[SHORT.name][1]._replace(path=str(tmp_path / "gone.mp4"))
+    source = VideoSource(STAGE, Members(clips), held_out=False)
+    samples = source.fetch(SHORT, np.array([0, 1]))
+    assert samples.weight_B.tolist() == [1, 0]
+    assert samples.ids.tolist() == [clip.sample_id for clip in clips[SHORT.name][:2]]
+    assert torch.equal(samples.x_BCTHW[:1], _pixels(clips[SHORT.name][:1], SHORT))
+    assert torch.equal(samples.x_BCTHW[1], torch.zeros(3, 4, 32, 32))
+    assert VideoSource(STAGE, members, held_out=True).counts() == {SHORT.name: 2, LONG.name: 2}
+
+
+def test_a_scale_of_no_readable_clip_is_refused(
+    weights: Path, members: Members, tmp_path: Path
+) -> None:
+    path = tmp_path / "short.mp4"
+    level_video(path, [9], [0], Fraction(1, 8))
+    clips = {
+        name: [clip._replace(path=str(path)) for clip in found]
+        for name, found in members.clips.items()
+    }
+    with pytest.raises(InputError, match="none of the first 7 clips of bucket '32px-8f'"):
+        measure_scale(STAGE, weights, Members(clips))
+
+
+def test_weights_of_another_shape_are_named(weights: Path, tmp_path: Path) -> None:
+    assert file_digest(weights) == file_digest(_write_weights(tmp_path / "same.safetensors", 0))
+    other = CODEC.replace(encoder_depths=(1, 1, 1, 1, 1, 2))
+    with pytest.raises(KeyError, match=r"missing .*encoder"):
+        load_weights(other.build(), weights)

@@ -1,0 +1,173 @@
+"""Dealing a batch to ranks, and reading it ahead of training."""
+
+# B sample
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from math import ceil
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CLIP, STAGE, STILL, DrawnLatents
+
+from elastic.data.load import Samples, Source, Stream, deal, held_out_rounds, rounds_of
+from elastic.data.order import Indices, batch_at
+from elastic.world import World
+from stages import Bucket
+
+COUNTS = {CLIP: 23, STILL: 17}
+sizes = st.integers(1, 64)
+
+
+def _world(rank: int, size: int) -> World:
+    """What a stream reads of a world; it sends no message, so no group is needed."""
+    return cast(World, SimpleNamespace(rank=rank, size=size))
+
+
+class Breaking(DrawnLatents):
+    """A source whose disk fails at a batch of stills."""
+
+    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+        if bucket.name == STILL:
+            raise OSError("the disk is gone")
+        return super().fetch(bucket, indices)
+
+
+@settings(deadline=None)
+@given(batch=sizes, micro=sizes, world=st.integers(1, 12))
+def test_every_sample_counts_once_and_every_rank_computes_alike(
+    batch: int, micro: int, world: int
+) -> None:
+    dealt = [deal(batch, micro, rank, world) for rank in range(world)]
+    counted = Counter(
+        offset for rounds in dealt for offsets, real in rounds for offset in offsets[:real]
+    )
+    assert counted == Counter(range(batch))
+    assert {len(offsets) for rounds in dealt for offsets, _ in rounds} == {micro}
+    assert len({len(rounds) for rounds in dealt}) == 1, "ranks with fewer rounds would hang"
+    assert all(
+        0 <= offset < batch for rounds in dealt for offsets, _ in rounds for offset in offsets
+    )
+    assert len(dealt[0]) == ceil(ceil(batch / micro) / world), "more rounds than are needed"
+
+
+@settings(deadline=None)
+@given(batch=sizes, micro=sizes, world=st.integers(1, 12))
+def test_the_same_micro_batches_are_cut_for_any_world(batch: int, micro: int, world: int) -> None:
+    def cuts(size: int) -> list[tuple[int, ...]]:
+        dealt = [deal(batch, micro, rank, size) for rank in range(size)]
+        return [
+            tuple(offsets[:real])
+            for turn in zip(*dealt, strict=True)
+            for offsets, real in turn
+            if real
+        ]
+
+    assert cuts(world) == cuts(1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_weights_are_one_for_each_sample_of_the_batch_and_zero_for_the_filling(size: int) -> None:
+    source = DrawnLatents(STAGE, COUNTS, 100)
+    plan = batch_at(STAGE, 165, COUNTS)
+    assert len(plan.indices) == 7
+    weights: Counter[int] = Counter()
+    for rank in range(size):
+        micros = list(rounds_of(plan, source, rank, size))
+        assert [micro.is_last for micro in micros] == [False] * (len(micros) - 1) + [True]
+        for micro in micros:
+            assert micro.batch == 7
+            assert micro.samples.x_BCTHW.shape == (3, 4, 2, 4, 4)
+            pairs = zip(micro.samples.ids, micro.samples.weight_B.tolist(), strict=True)
+            for number, weight in pairs:
+                weights[int(number)] += int(weight)
+    expected = source.sample_ids(plan.bucket, plan.indices)
+    assert weights == Counter({int(number): 1 for number in expected})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_held_out_samples_are_each_measured_once_and_no_more_than_asked(size: int) -> None:
+    source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
+    for most, expected in ((64, 23), (7, 7)):
+        weights: Counter[int] = Counter()
+        for rank in range(size):
+            for micro in held_out_rounds(source, bucket, most, _world(rank, size)):
+                pairs = zip(micro.samples.ids, micro.samples.weight_B.tolist(), strict=True)
+                weights.update({int(number): 1 for number, weight in pairs if weight})
+        assert weights == Counter(range(100, 100 + expected))
+
+
+@pytest.fixture
+def threads_end() -> Iterator[None]:
+    """No reading thread may outlive its test."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def _stream(source: Source, position: int = 0) -> Stream:
+    return Stream(STAGE, source, _world(0, 1), position)
+
+
+@pytest.mark.usefixtures("threads_end")
+@pytest.mark.parametrize("position", [0, 110, 165])
+def test_steps_come_in_order_from_any_position_to_the_end(position: int) -> None:
+    source = DrawnLatents(STAGE, COUNTS, 100)
+    stream = _stream(source, position)
+    while position < STAGE.budget:
+        step = stream.step(position)
+        plan = batch_at(STAGE, position, COUNTS)
+        assert np.array_equal(step.sample_ids, source.sample_ids(plan.bucket, plan.indices))
+        assert np.array_equal(
+            np.concatenate([m.samples.ids[m.samples.weight_B.bool()] for m in step.micros]),
+            step.sample_ids,
+        )
+        position += plan.bucket.batch
+    stream.close()
+
+
+@pytest.mark.usefixtures("threads_end")
+def test_a_stream_that_nobody_reads_can_be_closed() -> None:
+    stream = _stream(DrawnLatents(STAGE, COUNTS, 100))
+    stream.step(0)  # so that the thread runs, and fills the queue again
+    stream.close()
+
+
+@pytest.mark.usefixtures("threads_end")
+def test_an_error_of_the_source_reaches_who_trains() -> None:
+    stream = _stream(Breaking(STAGE, COUNTS, 100))
+    position, first_still = 0, _first_still()
+    while position < first_still:
+        position += stream.step(position).plan.bucket.batch
+    with pytest.raises(OSError, match="the disk is gone"):
+        stream.step(position)
+    stream.close()
+
+
+def _first_still() -> int:
+    position = 0
+    while (plan := batch_at(STAGE, position, COUNTS)).bucket.name != STILL:
+        position += plan.bucket.batch
+    return position
+
+
+def test_a_step_that_was_not_asked_for_in_order_is_noticed() -> None:
+    stream = _stream(DrawnLatents(STAGE, COUNTS, 100))
+    with pytest.raises(AssertionError, match="asked 110, read 0"):
+        stream.step(110)
+    stream.close()
+
+
+def test_a_sample_is_the_same_whatever_comes_with_it() -> None:
+    """The fake itself: what the tests of worlds rest on."""
+    source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
+    alone = source.fetch(bucket, np.array([4]))
+    among = source.fetch(bucket, np.array([1, 4, 2]))
+    assert torch.equal(alone.x_BCTHW[0], among.x_BCTHW[1])
+    assert not torch.equal(among.x_BCTHW[0], among.x_BCTHW[1])

@@ -1,0 +1,317 @@
+import html.parser
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic.data.moving_shapes import render
+from elastic.film import write_mp4
+from elastic.journal import EVENTS, METRICS, Journal
+from elastic.report import print_table, summarise, write_report
+from elastic.summary import read_history, table_text, time_accounts
+
+HOSTILE = "<script>alert('x')</script>\"&lt;@@BODY@@"
+T0 = 1_800_000_000.0
+
+
+class Machines:
+    """Writes the journals that a driver would write, with a clock of its own."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.events = Journal(run_dir / EVENTS)
+        self.metrics = Journal(run_dir / METRICS)
+        self.now = T0
+        self.attempt = 0
+
+    def event(self, kind: str, after: float = 1.0, **fields: Any) -> None:
+        self.now += after
+        line = {"stage": None, "position": None, "attempt": self.attempt, "world": None}
+        self.events.append(wall=self.now, kind=kind, **{**line, "reason": "", **fields})
+
+    def start(self, stage: str, position: int, world: int, after: float = 4.0) -> None:
+        self.attempt += 1
+        self.event("start", after, stage=stage, position=position, world=world)
+
+    def steps(self, stage: str, begin: int, end: int, world: int, top: float, psnr: bool) -> None:
+        """Log every 20 samples at 4 samples a second for each worker; wait for a tenth of it."""
+        for position in range(begin + 20, end + 1, 20):
+            seconds = 20 / (4 * world)
+            self.now += seconds
+            loss = 0.2 + top * math.exp(-position / 150)
+            overall = {"loss": loss, "lr": 1e-3, "grad_norm": 1.0, "data_wait": 0.1}
+            overall |= {"samples_per_s": 20 / seconds, "tokens_per_s": 999.0}
+            for context, values in (
+                ({"bucket": "64px-17f"}, {"loss": loss}),
+                ({"bucket": "64px-1f"}, {"loss": loss / 2}),
+                ({}, overall),
+            ):
+                self.metric(stage, position, world, context, values)
+            if position % 100 == 0:
+                held_out = {"loss": loss * 1.1} | ({"psnr": 30 - 10 * loss} if psnr else {})
+                self.metric(stage, position, world, {"subset": "held_out"}, held_out)
+
+    def metric(
+        self, stage: str, position: int, world: int, context: dict[str, str], values: dict[str, Any]
+    ) -> None:
+        self.metrics.append(
+            wall=self.now,
+            stage=stage,
+            attempt=self.attempt,
+            position=position,
+            world=world,
+            context=context,
+            values=values,
+            order_digest="00",
+        )
+
+    def finish(self, stage: str, position: int, captions: list[str], colour: str) -> None:
+        self.event("publish", 2.0, stage=stage, position=position, path="x", seconds=2.0)
+        self.event("stage_end", 0.0, stage=stage, position=position)
+        paths = []
+        folder = self.run_dir / "samples" / stage.replace("/", "_")[:20]
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(len(captions)):
+            film_THWC = render("circle", colour, "right", "quickly", (64, 64), 17, 8, number)
+            path = folder / f"{number}.mp4"
+            write_mp4(path, film_THWC, 8)
+            paths.append(str(path.relative_to(self.run_dir)))
+        self.event("sample", 5.0, stage=stage, position=position, paths=paths, captions=captions)
+
+
+def write_run(
+    run_dir: Path, second: str = "dit-hunyuan", captions: list[str] | None = None
+) -> None:
+    """Four stages: a crash at 260 of 400 in the second, a resize from 2 to 3 in the fourth."""
+    captions = captions or [f"a red circle moving right quickly, number {i}" for i in range(4)]
+    run = {"schema": 1, "plan": "demo", "versions": {"torch": "2.13.0", "evil": HOSTILE}}
+    (run_dir / "run.json").write_text(json.dumps(run))
+    m = Machines(run_dir)
+    m.event("run_start", 0.0)
+    m.event("stage_start", stage="hunyuan-vae")
+    m.start("hunyuan-vae", 0, 2)
+    m.steps("hunyuan-vae", 0, 400, 2, 3.0, psnr=True)
+    m.finish("hunyuan-vae", 400, captions, "red")
+
+    m.event("stage_start", stage=second)
+    m.event("encode_start", 0.0, stage=second)
+    m.event("encode_end", 20.0, stage=second, clips=640, quarantined=5, seconds=20.0)
+    m.start(second, 0, 2)
+    m.steps(second, 0, 200, 2, 1.0, psnr=False)
+    m.event("publish", 1.0, stage=second, position=200, path="x", seconds=1.0)
+    m.steps(second, 200, 260, 2, 1.0, psnr=False)
+    m.event("fault_injected", 0.5, stage=second, what="kill -9 of worker 1")
+    m.event("crash", 0.5, stage=second, reason="worker 1 died: signal 9")
+    m.start(second, 200, 2, after=6.0)
+    m.steps(second, 200, 400, 2, 1.0, psnr=False)
+    m.finish(second, 400, captions, "blue")
+
+    m.event("stage_start", stage="dc-ae")
+    m.start("dc-ae", 0, 2)
+    m.steps("dc-ae", 0, 200, 2, 3.0, psnr=True)
+    m.finish("dc-ae", 200, captions, "green")
+
+    m.event("stage_start", stage="dit-dc-ae")
+    m.start("dit-dc-ae", 0, 2)
+    m.steps("dit-dc-ae", 0, 100, 2, 1.0, psnr=False)
+    m.event("capacity", 0.5, nodes=2)
+    m.event("resize_requested", 0.5, stage="dit-dc-ae", world_from=2, world_to=3, reason="2 -> 3")
+    m.event("publish", 1.0, stage="dit-dc-ae", position=100, path="x", seconds=1.0)
+    m.start("dit-dc-ae", 100, 3, after=5.0)
+    m.steps("dit-dc-ae", 100, 400, 3, 1.0, psnr=False)
+    m.finish("dit-dc-ae", 400, captions, "yellow")
+    m.event("run_end", 0.0)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    write_run(tmp_path)
+    return tmp_path
+
+
+def test_the_summary_counts_what_each_stage_lost(run_dir: Path) -> None:
+    vae, dit, dc_ae, dit_dc = summarise(run_dir)
+    assert [one.stage for one in (vae, dit, dc_ae, dit_dc)] == [
+        "hunyuan-vae", "dit-hunyuan", "dc-ae", "dit-dc-ae",
+    ]  # fmt: skip
+    assert [one.samples for one in (vae, dit, dc_ae, dit_dc)] == [400, 400, 200, 400]
+    assert (vae.samples_lost, dit.samples_lost, dc_ae.samples_lost, dit_dc.samples_lost) == (
+        0, 60, 0, 0,
+    )  # fmt: skip
+    assert (dit.crashes, dit.resizes, dit_dc.crashes, dit_dc.resizes) == (1, 0, 0, 1)
+    assert all(one.is_finished for one in (vae, dit, dc_ae, dit_dc))
+    # Half a second to the fault, half to the crash, six to the new group.
+    assert dit.longest_gap == pytest.approx(7.0)
+    # One to the request, one to publish, five to the new group.
+    assert dit_dc.longest_gap == pytest.approx(7.0)
+    assert vae.longest_gap == 0
+    assert vae.psnr == pytest.approx(30 - 10 * (0.2 + 3 * math.exp(-400 / 150)))
+    assert dit.psnr is None
+    assert vae.loss_first == pytest.approx(0.2 + 3 * math.exp(-20 / 150))
+    assert vae.loss_last == pytest.approx(0.2 + 3 * math.exp(-400 / 150))
+    assert vae.held_out_first == pytest.approx(1.1 * (0.2 + 3 * math.exp(-100 / 150)))
+
+
+def test_restarts_say_where_they_left_and_where_they_went_on(run_dir: Path) -> None:
+    crash, resize = read_history(run_dir).restarts
+    assert (crash.cause, crash.position_before, crash.position_after) == ("crash", 260, 200)
+    assert crash.reason == "worker 1 died: signal 9"
+    assert (resize.cause, resize.position_before, resize.position_after) == ("resize", 100, 100)
+    assert (resize.world_before, resize.world_after) == (2, 3)
+
+
+def test_every_second_of_the_run_is_accounted_for_once(run_dir: Path) -> None:
+    history = read_history(run_dir)
+    accounts = time_accounts(history)
+    whole = history.events[-1]["wall"] - history.events[0]["wall"]
+    assert sum(sum(account.values()) for account in accounts.values()) == pytest.approx(whole)
+    dit = accounts["dit-hunyuan"]
+    assert dit["encoding"] == pytest.approx(20)
+    assert dit["saving"] == pytest.approx(1 + 2)
+    # 460 samples at 8 a second, a tenth of it waiting.
+    assert dit["waiting for data"] == pytest.approx(460 / 8 / 10)
+    # To the start after encoding, and from the crash to the next start.
+    assert dit["starting"] == pytest.approx(4 + 6)
+    assert dit["training"] == pytest.approx(460 / 8 * 0.9 + 0.5 + 0.5)
+
+
+def test_a_second_crash_does_not_count_the_first_loss_again(tmp_path: Path) -> None:
+    m = Machines(tmp_path)
+    m.event("run_start")
+    m.event("stage_start", stage="a")
+    for begin, end in ((0, 100), (60, 80), (60, 120)):
+        m.start("a", begin, 1)
+        m.steps("a", begin, end, 1, 1.0, psnr=False)
+        m.event("crash", stage="a")
+    (one,) = summarise(tmp_path)
+    assert one.samples_lost == (100 - 60) + (80 - 60)
+    assert (one.crashes, one.samples, one.is_finished) == (3, 120, False)
+
+
+def test_the_time_in_which_a_killed_driver_was_gone_is_not_counted(tmp_path: Path) -> None:
+    m = Machines(tmp_path)
+    m.event("run_start", 0.0)
+    m.event("stage_start", stage="a")
+    m.start("a", 0, 1)
+    m.steps("a", 0, 100, 1, 1.0, psnr=False)
+    alive = m.now - T0
+    m.event("run_start", 3600.0)
+    m.event("stage_start", 1.0, stage="a")
+    m.start("a", 80, 1, after=4.0)
+    m.steps("a", 80, 100, 1, 1.0, psnr=False)
+    history = read_history(tmp_path)
+    total = sum(span.end - span.begin for span in history.spans)
+    assert total == pytest.approx(alive + 1 + 4 + 5)
+    (restart,) = history.restarts
+    assert (restart.cause, restart.samples_lost) == ("run restarted", 20)
+    (one,) = summarise(tmp_path)
+    assert (one.samples, one.crashes) == (100, 0)
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a browser would see as elements, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag != "script":
+            self.text += data
+
+
+def test_the_report_holds_everything_and_asks_no_network(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    page = Page(path.read_text("utf-8"))
+    assert page.tags.count("video") == 16
+    assert page.tags.count("script") == 2
+    assert all(source.startswith("data:video/mp4;base64,") for source in page.sources)
+    assert len(page.sources) == 16
+    for text in ("dit-hunyuan", "worker 1 died: signal 9", "a red circle", "2 -> 3", "torch"):
+        assert text in page.text
+    figures = figures_of(path)
+    assert set(figures) == {
+        "loss-0", "psnr-0", "loss-1", "loss-2", "psnr-2", "loss-3", "timeline", "time",
+    }  # fmt: skip
+    raw = path.read_text("utf-8")
+    assert all(f'id="{name}"' in raw for name in figures)
+
+
+def figures_of(path: Path) -> dict[str, Any]:
+    text = path.read_text("utf-8")
+    begin = text.index("const FIGURES = ") + len("const FIGURES = ")
+    figures, _ = json.JSONDecoder().raw_decode(text, begin)
+    return {figure["id"]: figure for figure in figures}
+
+
+def test_the_plots_show_the_last_truth_of_every_position(run_dir: Path) -> None:
+    figures = figures_of(write_report(run_dir))
+    names = [trace["name"] for trace in figures["loss-1"]["data"]]
+    assert names == ["train 64px-17f", "train 64px-1f", "held-out"]
+    assert figures["loss-1"]["data"][0]["x"] == list(range(20, 401, 20))
+    world = {t["name"]: t["y"] for t in figures["timeline"]["data"] if t.get("fill")}
+    assert world["dit-hunyuan"] == [0, 2, 0, 0, 2, 0]
+    assert world["dit-dc-ae"] == [0, 2, 0, 0, 3, 0]
+    marks = {t["name"] for t in figures["timeline"]["data"] if t["mode"] == "markers"}
+    assert marks == {"crash", "fault injected", "resize", "capacity"}
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    write_run(tmp_path, second=HOSTILE, captions=[HOSTILE, "b"])
+    path = write_report(tmp_path)
+    page = Page(path.read_text("utf-8"))
+    assert page.tags.count("script") == 2
+    assert page.text.count(HOSTILE) > 5
+    figures = figures_of(path)
+    for figure in figures.values():
+        assert "<script" not in json.dumps(figure), figure["id"]
+    table = table_text(summarise(tmp_path))
+    assert HOSTILE in table
+
+
+def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
+    text = Page(write_report(tmp_path).read_text("utf-8")).text
+    assert "has not begun" in text
+    assert "No stage has begun" in text
+    assert summarise(tmp_path) == []
+
+
+def test_missing_and_unknown_samples_are_named(run_dir: Path) -> None:
+    m = Machines(run_dir)
+    m.now = T0 + 9000
+    (run_dir / "notes.txt").write_text("text")
+    m.event(
+        "sample",
+        stage="dit-dc-ae",
+        position=500,
+        paths=["gone.mp4", "notes.txt"],
+        captions=["first", "second"],
+    )
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "gone.mp4 is missing" in page.text
+    assert "notes.txt: 4 bytes, not put into this page" in page.text
+    assert page.tags.count("video") == 12
+
+
+def test_the_table_lines_up(run_dir: Path) -> None:
+    out = io.StringIO()
+    print_table(summarise(run_dir), out)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 6
+    assert lines[0].split()[:2] == ["stage", "samples"]
+    ends = {line.rindex("-") if set(line) <= {"-", " "} else len(line) - 1 for line in lines}
+    assert ends == {len(lines[1]) - 1}
+    crash = next(line for line in lines if line.startswith("dit-hunyuan"))
+    assert crash.split()[1] == "400"
+    assert crash.split()[-6:] == ["-", "98", "60", "0", "1", "7.0"]

@@ -1,0 +1,357 @@
+"""The latent store: what was committed is read back exactly, and damage is named."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic.data.schema import shard_file
+from elastic.data.store import (
+    Absent,
+    BucketPlan,
+    DamagedStore,
+    LatentStore,
+    Sample,
+    SealedStore,
+    ShardId,
+    StoreSchema,
+    fingerprint,
+)
+from elastic.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+PRINT = fingerprint({"codec": "test", "rate": 8})
+VIDEO, IMAGE = "32px-5f", "64px-1f"
+
+
+def _schema(
+    videos: int = 11, images: int = 3, k: int = 4, shape: tuple[int, int, int, int] = (4, 2, 3, 5)
+) -> StoreSchema:
+    return StoreSchema(
+        fingerprint=PRINT,
+        buckets=(
+            BucketPlan(name=VIDEO, shape=shape, sample_ids=tuple(range(100, 100 + videos))),
+            BucketPlan(name=IMAGE, shape=(4, 1, 2, 2), sample_ids=tuple(range(7, 7 + images))),
+        ),
+        samples_per_shard=k,
+        text_tokens=19,
+        text_width=6,
+        pooled_width=5,
+    )
+
+
+def _sample(schema: StoreSchema, bucket: str, number: int) -> Sample:
+    """The sample that encoding would give: a function of its id, as the store demands."""
+    made = torch.Generator().manual_seed(number)
+    length = number * 7 % (schema.text_tokens + 1)
+    shapes = (schema.bucket(bucket).shape, (length, schema.text_width), (schema.pooled_width,))
+    tensors = [torch.randn(shape, generator=made).to(torch.bfloat16) for shape in shapes]
+    return Sample(number, tensors[0], tensors[1], tensors[2])
+
+
+def _fill(store: LatentStore, absent: frozenset[int] = frozenset()) -> None:
+    for shard in store.missing():
+        _write(store, shard, absent)
+
+
+def _write(store: LatentStore, shard: ShardId, absent: frozenset[int] = frozenset()) -> None:
+    samples = [
+        Absent(n, "cut off") if n in absent else _sample(store.schema, shard[0], n)
+        for n in store.planned(shard)
+    ]
+    store.write_shard(*shard, samples)
+
+
+def _check(root: Path, schema: StoreSchema, absent: frozenset[int] = frozenset()) -> None:
+    sealed = SealedStore.open(root, PRINT)
+    for bucket in schema.buckets:
+        ids = [n for n in bucket.sample_ids if n not in absent]
+        assert sealed.count(bucket.name) == len(ids)
+        assert sealed.sample_ids(bucket.name).tolist() == ids
+        order = random.Random(0).sample(range(len(ids)), len(ids))
+        batch = sealed.read_batch(bucket.name, order)
+        assert batch.sample_ids.tolist() == [ids[i] for i in order]
+        for place, index in enumerate(order):
+            wanted = _sample(schema, bucket.name, ids[index])
+            assert torch.equal(batch.latents_BCTHW[place], wanted.latent_CTHW)
+            assert torch.equal(batch.texts_LD[place], wanted.text_LD)
+            assert torch.equal(batch.pooled_BP[place], wanted.pooled_P)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    videos=st.integers(1, 14),
+    images=st.integers(1, 5),
+    k=st.integers(1, 6),
+    absent=st.frozensets(st.integers(100, 113)),
+)
+def test_what_is_written_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    videos: int,
+    images: int,
+    k: int,
+    absent: frozenset[int],
+) -> None:
+    root = tmp_path_factory.mktemp("latents")
+    schema = _schema(videos, images, k)
+    store = LatentStore.create(root, schema)
+    _fill(store, absent)
+    assert store.missing() == []
+    store.seal()
+    _check(root, schema, absent)
+    assert store.quarantined() == {n: "cut off" for n in absent if n < 100 + videos}
+
+
+def test_zarr_reads_the_same_values(tmp_path: Path) -> None:
+    schema = _schema()
+    absent = frozenset({102, 107})
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store, absent)
+    digest = store.seal()
+    group = zarr.open_group(tmp_path, mode="r")
+    assert dict(group.attrs) == {"fingerprint": PRINT, "digest": digest}
+    bucket = group[VIDEO]
+    latent, text, pooled = bucket["latent"][:], bucket["text"][:], bucket["pooled"][:]
+    assert bucket["latent"].attrs["logical_dtype"] == "bfloat16"
+    assert (latent.shape, text.shape, pooled.shape) == ((11, 4, 2, 3, 5), (11, 19, 6), (11, 5))
+    ids, lengths = bucket["sample_id"][:], bucket["text_length"][:]
+    for slot, number in enumerate(schema.bucket(VIDEO).sample_ids):
+        if number in absent:
+            assert ids[slot] == -1
+            assert (latent[slot] == 0x7FC0).all()  # NaN, which nothing takes for data
+            continue
+        wanted = _sample(schema, VIDEO, number)
+        assert ids[slot] == number
+        assert lengths[slot] == len(wanted.text_LD)
+        for array, tensor in (
+            (latent[slot], wanted.latent_CTHW),
+            (text[slot, : lengths[slot]], wanted.text_LD),
+            (pooled[slot], wanted.pooled_P),
+        ):
+            assert torch.equal(torch.from_numpy(array).view(torch.bfloat16), tensor)
+
+
+def test_reading_fills_the_callers_buffer(tmp_path: Path) -> None:
+    schema = _schema()
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    store.seal()
+    sealed = SealedStore.open(tmp_path, PRINT)
+    ring = torch.zeros((2, *schema.bucket(VIDEO).shape), dtype=torch.bfloat16)
+    batch = sealed.read_batch(VIDEO, [9, 2], out=ring)
+    assert batch.latents_BCTHW.data_ptr() == ring.data_ptr()
+    assert torch.equal(ring[1], _sample(schema, VIDEO, 102).latent_CTHW)
+    with pytest.raises(ValueError, match="contiguous bfloat16"):
+        sealed.read(VIDEO, 0, ring[0].float())
+    with pytest.raises(IndexError, match="11 samples, not 11"):
+        sealed.read(VIDEO, 11, ring[0])
+
+
+def test_the_digest_is_of_the_content_and_not_of_the_way(tmp_path: Path) -> None:
+    schema = _schema()
+    digests = []
+    for name, order in (("a", 1), ("b", -1)):
+        writers = [LatentStore.create(tmp_path / name, schema) for _ in range(2)]
+        for turn, shard in enumerate(writers[0].shard_ids()[::order]):
+            _write(writers[turn % 2], shard)
+        _write(writers[1], (VIDEO, 0))  # a second time, by whoever
+        digests.append(writers[0].seal())
+        assert writers[1].seal() == digests[-1]
+    assert digests[0] == digests[1]
+    other = LatentStore.create(tmp_path / "c", schema)
+    _fill(other, frozenset({100}))
+    assert other.seal() != digests[0]
+
+
+def test_another_fingerprint_digest_or_plan_is_refused(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, _schema())
+    with pytest.raises(InputError, match="not sealed"):
+        SealedStore.open(tmp_path, PRINT)
+    with pytest.raises(ValueError, match="4 shards are missing"):
+        store.seal()
+    _fill(store)
+    digest = store.seal()
+    assert SealedStore.open(tmp_path, PRINT, digest).digest == digest
+    other = fingerprint({"codec": "test", "rate": 9})
+    with pytest.raises(InputError, match=f"fingerprint {PRINT}, the stage needs {other}"):
+        SealedStore.open(tmp_path, other)
+    with pytest.raises(InputError, match=f"digest {digest}, the stage needs 00"):
+        SealedStore.open(tmp_path, PRINT, "00")
+    with pytest.raises(InputError, match="buckets is"):
+        LatentStore.create(tmp_path, _schema(videos=12))
+    assert LatentStore.open(tmp_path).schema == _schema()
+    with pytest.raises(InputError, match=r"plan\.json is missing"):
+        LatentStore.open(tmp_path / "none")
+
+
+def test_fingerprints_follow_values_and_not_order() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    with pytest.raises(TypeError):
+        fingerprint({"a": object()})
+
+
+def test_wrong_samples_are_not_written(tmp_path: Path) -> None:
+    schema = _schema()
+    store = LatentStore.create(tmp_path, schema)
+    samples = [_sample(schema, VIDEO, n) for n in store.planned((VIDEO, 0))]
+    with pytest.raises(ValueError, match="is planned as"):
+        store.write_shard(VIDEO, 0, samples[::-1])
+    wide = samples[0]._replace(latent_CTHW=samples[0].latent_CTHW.float())
+    with pytest.raises(ValueError, match="sample 100, latent: must be bfloat16"):
+        store.write_shard(VIDEO, 0, [wide, *samples[1:]])
+    assert len(store.missing()) == 4
+
+
+def test_a_torn_or_damaged_line_costs_one_shard(tmp_path: Path) -> None:
+    schema = _schema()
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    (lines,) = tmp_path.glob("manifest-*.jsonl")
+    whole = lines.read_bytes()
+    for cut in range(1, 60, 7):
+        lines.write_bytes(whole[:-cut])
+        assert LatentStore.open(tmp_path).missing() == ([(IMAGE, 0)] if cut > 1 else [])
+    middle = whole.index(b"absent", len(whole) // 2)
+    lines.write_bytes(whole[:middle] + b"A" + whole[middle + 1 :])
+    again = LatentStore.open(tmp_path)
+    assert len(again.missing()) == 1
+    # A torn line in front of a good one, as after a full disk.
+    lines.write_bytes(whole[:-20])
+    _fill(again)
+    again.seal()
+    _check(tmp_path, schema)
+
+
+@pytest.mark.parametrize("array", ["latent", "text", "pooled"])
+def test_a_flipped_bit_is_found_and_named(tmp_path: Path, array: str) -> None:
+    schema = _schema()
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    digest = store.seal()
+    path = shard_file(tmp_path, VIDEO, array, 1)
+    data = bytearray(path.read_bytes())
+    data[1] ^= 4
+    path.write_bytes(data)
+    sealed = SealedStore.open(tmp_path, PRINT)
+    with pytest.raises(DamagedStore) as caught:
+        sealed.read_batch(VIDEO, range(11))
+    for word in (str(path), f"{array} of sample 104", "CRC", "delete that file"):
+        assert word in str(caught.value)
+    path.unlink()
+    with pytest.raises(DamagedStore, match="is gone with its shard"):
+        SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(11))
+    assert store.missing() == [(VIDEO, 1)]
+    _fill(store)
+    assert store.seal() == digest
+    _check(tmp_path, schema)
+
+
+@pytest.mark.parametrize("array", ["latent", "text", "pooled"])
+def test_a_truncated_shard_is_missing(tmp_path: Path, array: str) -> None:
+    store = LatentStore.create(tmp_path, _schema())
+    _fill(store)
+    store.seal()
+    path = shard_file(tmp_path, VIDEO, array, 2)
+    os.truncate(path, 3)
+    assert store.missing() == [(VIDEO, 2)]
+    with pytest.raises(DamagedStore, match="is cut off after"):
+        SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(11))
+
+
+def test_changed_rows_are_found_when_opened(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, _schema())
+    _fill(store)
+    store.seal()
+    path = tmp_path / VIDEO / "sample_id" / "c.0"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedStore, match="sample_id"):
+        SealedStore.open(tmp_path, PRINT)
+
+
+def test_two_machines_that_round_differently_leave_one_truth(tmp_path: Path) -> None:
+    schema = _schema()
+    first, second = (LatentStore.create(tmp_path, schema) for _ in range(2))
+    _fill(first)
+    samples = [_sample(schema, VIDEO, n) for n in first.planned((VIDEO, 1))]
+    rounded = samples[2]._replace(latent_CTHW=samples[2].latent_CTHW + 1)
+    second.write_shard(VIDEO, 1, [*samples[:2], rounded, samples[3]])
+    assert first.missing() == []
+    first.seal()
+    batch = SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, [6])
+    assert torch.equal(batch.latents_BCTHW[0], rounded.latent_CTHW)
+    # A mixture of both: neither line is true, so the shard is encoded again.
+    mixed = shard_file(tmp_path, VIDEO, "latent", 1)
+    data = bytearray(mixed.read_bytes())
+    data[0] ^= 1
+    mixed.write_bytes(data)
+    assert first.missing() == [(VIDEO, 1)]
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_store import _fill, _schema
+from elastic.data.store import LatentStore
+_fill(LatentStore.create(Path(sys.argv[1]), _schema(videos=480, shape=(16, 5, 16, 16))))
+"""
+
+
+def test_killed_writers_lose_nothing_that_was_committed(tmp_path: Path) -> None:
+    schema = _schema(videos=480, shape=(16, 5, 16, 16))
+    held = 0
+    for _ in range(3):
+        before = sum(p.read_bytes().count(b"crcs") for p in tmp_path.glob("manifest-*.jsonl"))
+        with subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], cwd=ROOT) as child:
+            deadline = time.monotonic() + 60
+            lines = before
+            while lines < before + 8 and time.monotonic() < deadline and child.poll() is None:
+                time.sleep(0.003)
+                found = [p.read_bytes().count(b"crcs") for p in tmp_path.glob("manifest-*.jsonl")]
+                lines = sum(found)
+            os.kill(child.pid, signal.SIGKILL)
+        missing = LatentStore.open(tmp_path).missing()
+        done = 121 - len(missing)
+        assert held + 8 <= done < 121  # it went on where the last one stopped
+        held = done
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    store.seal()
+    assert list(tmp_path.rglob("*.tmp")) == []
+    _check(tmp_path, schema)
+
+
+def test_bad_plans_are_refused() -> None:
+    with pytest.raises(InputError, match="becomes a folder"):
+        BucketPlan(name="../x", shape=(1, 1, 1, 1), sample_ids=(1,))
+    with pytest.raises(InputError, match="has no samples"):
+        BucketPlan(name="x", shape=(1, 1, 1, 1), sample_ids=())
+    with pytest.raises(ValueError, match="distinct"):
+        BucketPlan(name="x", shape=(1, 1, 1, 1), sample_ids=(1, 1))
+
+
+def test_many_shards_are_read_with_few_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic.data.sealed._OPEN_FILES", 3)
+    schema = _schema(videos=20, k=1)
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    store.seal()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    sealed = SealedStore.open(tmp_path, PRINT)
+    assert np.array_equal(sealed.read_batch(VIDEO, range(20)).sample_ids, np.arange(100, 120))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3

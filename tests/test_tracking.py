@@ -1,0 +1,243 @@
+import json
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from elastic.data.moving_shapes import render
+from elastic.film import write_mp4
+from elastic.journal import EVENTS, METRICS, Event, Journal, Metric, read_journal
+from elastic.tracking import AIM_RUNS, PLAN_RUN, Tracker, rebuild_aim
+
+STAGES = {"vae": 100, "dit <i>": 200}
+
+
+def metric(stage: str, position: int, loss: float, attempt: int = 1, **context: str) -> Metric:
+    return {
+        "wall": 1000.0 + position,
+        "stage": stage,
+        "attempt": attempt,
+        "position": position,
+        "world": 2,
+        "context": context,
+        "values": {"loss": loss, "psnr": None},
+        "order_digest": "00",
+    }
+
+
+def event(kind: str, stage: str | None, position: int | None, reason: str = "") -> Event:
+    return {
+        "wall": 1.0,
+        "kind": kind,
+        "stage": stage,
+        "position": position,
+        "attempt": 1,
+        "world": 2,
+        "reason": reason,
+    }
+
+
+class Reader:
+    """Reads an Aim repository back as its web page would."""
+
+    def __init__(self, run_dir: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import aim
+            from aim.sdk.index_manager import RepoIndexManager
+        self.repo = aim.Repo(str(run_dir))
+        for run_hash in json.loads((run_dir / AIM_RUNS).read_text())["runs"].values():
+            RepoIndexManager(self.repo).index(run_hash)
+        self.repo.container_pool.clear()
+
+    def series(self, name: str) -> dict[tuple[str, str], list[tuple[int, float]]]:
+        """(run name, context as sorted JSON) to (step, value)."""
+        from aim.sdk.types import QueryReportMode
+
+        found = {}
+        query = self.repo.query_metrics(
+            f"metric.name == {name!r}", report_mode=QueryReportMode.DISABLED
+        )
+        for runs in query.iter_runs():
+            for one in runs:
+                steps, (values, *_) = one.data.numpy()
+                context = json.dumps(one.context.to_dict(), sort_keys=True)
+                pairs = sorted(zip(steps.tolist(), values.tolist(), strict=True))
+                found[one.run.name, context] = [(int(step), value) for step, value in pairs]
+        return found
+
+    def objects(self, name: str, query: Any) -> dict[tuple[str, str, int], list[Any]]:
+        """(run name, stage of the context, step) to the texts or images of that step."""
+        from aim.sdk.types import QueryReportMode
+
+        found: dict[tuple[str, str, int], list[Any]] = {}
+        for runs in query(self.repo)("", report_mode=QueryReportMode.DISABLED).iter_runs():
+            for one in runs:
+                if one.name != name:
+                    continue
+                for step, (value, *_) in one.data.items():
+                    key = (one.run.name, one.context.to_dict()["stage"], step)
+                    found.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+        return found
+
+
+def context(**fields: str) -> str:
+    return json.dumps(fields, sort_keys=True)
+
+
+def test_values_reach_the_journal_and_the_runs_of_stage_and_plan(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    tracker.log(metric("vae", 50, 3.0, bucket="64px-17f"))
+    tracker.log(metric("vae", 100, 2.0, bucket="64px-17f"))
+    tracker.log(metric("dit <i>", 10, 1.5, subset="held_out"))
+    tracker.event(event("crash", "dit <i>", 10, "signal 9 <b>"))
+    tracker.flush()
+    tracker.close()
+    tracker.close()
+    assert tracker.aim_problem() is None
+    assert [one["position"] for one in read_journal(tmp_path / METRICS)] == [50, 100, 10]
+    reader = Reader(tmp_path)
+    bucket = context(stage="vae", bucket="64px-17f")
+    held_out = context(stage="dit <i>", subset="held_out")
+    assert reader.series("loss") == {
+        ("demo / 1-vae", bucket): [(50, 3.0), (100, 2.0)],
+        ("demo", bucket): [(50, 3.0), (100, 2.0)],
+        ("demo / 2-dit <i>", held_out): [(10, 1.5)],
+        ("demo", held_out): [(110, 1.5)],
+    }
+    assert reader.series("psnr") == {}, "a value that is no number is not shown"
+    assert reader.series("world_size")["demo", held_out] == [(110, 2.0)]
+    texts = reader.objects("events", lambda repo: repo.query_texts)
+    assert [t.data for t in texts["demo / 2-dit <i>", "dit <i>", 10]] == [
+        "crash, at 10 samples, world 2: signal 9 <b>"
+    ]
+    assert ("demo", "dit <i>", 110) in texts
+
+
+def test_a_restart_continues_the_same_runs_and_overwrites_redone_positions(tmp_path: Path) -> None:
+    for attempt, positions in ((1, (10, 20, 30)), (2, (20, 30, 40))):
+        tracker = Tracker(tmp_path, "demo", STAGES)
+        for position in positions:
+            tracker.log(metric("vae", position, attempt * 100.0 + position, attempt))
+        tracker.close()
+        assert tracker.aim_problem() is None
+    runs = json.loads((tmp_path / AIM_RUNS).read_text())["runs"]
+    assert set(runs) == {"vae", PLAN_RUN}
+    losses = Reader(tmp_path).series("loss")
+    assert losses["demo / 1-vae", context(stage="vae")] == [
+        (10, 110.0),
+        (20, 220.0),
+        (30, 230.0),
+        (40, 240.0),
+    ]
+    assert len(losses) == 2
+    assert len(read_journal(tmp_path / METRICS)) == 6
+
+
+def test_samples_of_one_position_are_shown_together_and_move(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    for caption in ("a red circle", "a blue square"):
+        path = tmp_path / f"{caption}.mp4"
+        write_mp4(path, render("circle", "red", "up", "slowly", (64, 64), 5, 8, 0), 8)
+        tracker.images("dit <i>", 40, caption, str(path))
+    still = tmp_path / "still.png"
+    Image.new("RGB", (8, 8)).save(still)
+    tracker.images("dit <i>", 80, "still", str(still))
+    tracker.close()
+    assert tracker.aim_problem() is None
+    images = Reader(tmp_path).objects("samples", lambda repo: repo.query_images)
+    name, stage = "demo / 2-dit <i>", "dit <i>"
+    assert [one.caption for one in images[name, stage, 40]] == ["a red circle", "a blue square"]
+    assert [one.caption for one in images[name, stage, 80]] == ["still"]
+    picture = images[name, stage, 40][0].to_pil_image()
+    assert (picture.format, picture.n_frames, picture.size) == ("WEBP", 5, (64, 64))
+
+
+def test_without_aim_the_journal_goes_on_and_the_reason_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "aim", None)
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(tmp_path, "demo", STAGES)
+        tracker.log(metric("vae", 50, 3.0))
+        tracker.event(event("crash", "vae", 50))
+        tracker.images("vae", 50, "caption", "/nowhere.mp4")
+        tracker.close()
+    assert len(caplog.records) == 1
+    assert "pip install aim" in caplog.text
+    assert "pip install aim" in str(tracker.aim_problem())
+    assert not (tmp_path / ".aim").exists()
+    assert len(read_journal(tmp_path / METRICS)) == 1
+
+
+def test_an_aim_that_fails_is_switched_off_and_training_is_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    tracker.log(metric("vae", 50, 3.0))
+    with caplog.at_level(logging.WARNING):
+        tracker.images("vae", 50, "caption", "/nowhere.mp4")
+        tracker.log(metric("vae", 60, 3.0))
+        tracker.event(event("crash", "vae", 60))
+    tracker.close()
+    assert [r.name for r in caplog.records] == ["elastic.tracking"]
+    assert "/nowhere.mp4" in str(tracker.aim_problem())
+    assert [one["position"] for one in read_journal(tmp_path / METRICS)] == [50, 60]
+
+
+def test_a_damaged_index_of_runs_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / AIM_RUNS).write_text("{torn")
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    tracker.log(metric("vae", 50, 3.0))
+    tracker.close()
+    assert "JSONDecodeError" in str(tracker.aim_problem())
+    assert len(read_journal(tmp_path / METRICS)) == 1
+
+
+def test_the_view_is_rebuilt_from_the_journals_alone(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    tracker.log(metric("vae", 50, 3.0))
+    tracker.log(metric("vae", 50, 2.0, attempt=2))
+    tracker.close()
+    events = Journal(tmp_path / EVENTS)
+    (tmp_path / "samples").mkdir()
+    write_mp4(
+        tmp_path / "samples" / "a.mp4",
+        render("circle", "red", "up", "slowly", (64, 64), 3, 8, 0),
+        8,
+    )
+    events.append(
+        **event("sample", "vae", 50),
+        paths=["samples/a.mp4", "samples/gone.mp4"],
+        captions=["kept", "gone"],
+    )
+    events.close()
+    before = Reader(tmp_path).series("loss")
+    # Under another path: Aim keeps what it knows of a path as long as the process lives.
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved, ignore=shutil.ignore_patterns(".aim", "moved"))
+    (moved / ".aim").mkdir()
+    (moved / ".aim" / "damaged").touch()
+    assert set(rebuild_aim(moved)) == {"vae", PLAN_RUN}
+    reader = Reader(moved)
+    assert reader.series("loss") == before
+    assert not list(moved.glob(".aim-rebuild-*"))
+    assert not (moved / ".aim" / "damaged").exists()
+    assert before["demo / 1-vae", context(stage="vae")] == [(50, 2.0)]
+    images = reader.objects("samples", lambda repo: repo.query_images)
+    assert [one.caption for one in images["demo / 1-vae", "vae", 50]] == ["kept"]
+
+
+def test_a_rebuild_without_aim_says_so_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".aim").mkdir()
+    monkeypatch.setitem(sys.modules, "aim", None)
+    with pytest.raises(ImportError):
+        rebuild_aim(tmp_path)
+    assert (tmp_path / ".aim").exists()

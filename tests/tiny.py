@@ -1,0 +1,222 @@
+"""A tiny stage, latents made up in memory, and worlds in turn: training tests in seconds."""
+
+# B sample, C channel, T frame, H, W latent grid
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from elastic.checkpoint import Checkpoints, Fence
+from elastic.data.load import Samples
+from elastic.data.order import Indices
+from elastic.ema import EmaWeights
+from elastic.loop import Outcome, Run, build_optimizer, train_stage
+from elastic.meter import Meter
+from elastic.objective import FlowMatching
+from elastic.randomness import normals, sample_generator
+from elastic.shard import shard
+from elastic.state import Progress, TrainState
+from elastic.world import World
+from models import DiT, HunyuanVAE, WordHash
+from models.text import pad
+from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
+
+CLIP, STILL = "32px-5f", "32px-1f"
+NUM_UPDATES = 50
+HALF, HALF_UPDATES = 110, 20  # a position at which a save is due, and the updates before it
+ODD, ODD_UPDATES = 72, 13  # a position at which nothing is due
+
+# Batches of 5, 6 and 7 in micro-batches of 2, 4 and 3: no world of 2 or 3 divides all of them.
+STAGE = DiffusionStage(
+    name="tiny",
+    data=Videos("none.csv"),
+    vae=HunyuanVAE(channels=4, weights="none.safetensors"),
+    model=DiT(depth=1, depth_single=1, width=24, heads=2, patch=2),
+    text=WordHash(width=8),
+    schedule=(
+        Phase(
+            until=165,
+            buckets=(
+                Bucket("32px", frames=5, batch=5, micro=2),
+                Bucket("32px", frames=1, batch=6, micro=4),
+            ),
+        ),
+        Phase(until=305, buckets=(Bucket("32px", frames=5, batch=7, micro=3),)),
+    ),
+    optimizer=AdamW(lr=3e-3, warmup=40, decay=100, weight_decay=0.01),
+    ema=Ema(halflife=60),
+    save_every=HALF,
+    log_every=22,
+    evaluate_every=150,
+)
+
+
+class DrawnLatents:
+    """Latents that are a function of the sample's id; one id may be given an infinite one."""
+
+    def __init__(
+        self, stage: DiffusionStage, counts: dict[str, int], first_id: int, poisoned: int = -1
+    ) -> None:
+        self._stage = stage
+        self._counts = counts
+        self._first_id = first_id
+        self._poisoned = poisoned
+
+    def counts(self) -> dict[str, int]:
+        return self._counts
+
+    def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
+        return indices + self._first_id + (1000 if bucket.name == STILL else 0)
+
+    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+        ids, codec = self.sample_ids(bucket, indices), self._stage.codec
+        shape = (codec.channels, *codec.grid(bucket.frames, bucket.height, bucket.width))
+        draws = [sample_generator(0, "drawn", "latent", 0, int(number)) for number in ids]
+        # Near one pattern of four, so that there is something to learn.
+        kinds = [sample_generator(0, "drawn", "kind", 0, int(number) % 4) for number in ids]
+        x_BCTHW = 0.1 * normals(draws, shape) + normals(kinds, (shape[0], 1, 1, 1))
+        x_BCTHW[torch.from_numpy(ids == self._poisoned)] = torch.inf
+        # Captions of different lengths, so that padding matters.
+        captions = ["a moving shape"[: 1 + int(number) % 14] for number in ids]
+        text = pad(self._stage.text.encode(captions))
+        return Samples(x_BCTHW, text, ids, torch.ones(len(ids)))
+
+
+def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching:
+    """Flow matching on 23 clips and 17 stills, measured on 5 of each."""
+    return FlowMatching(
+        stage,
+        DrawnLatents(stage, {CLIP: 23, STILL: 17}, 100, poisoned),
+        DrawnLatents(stage, {CLIP: 5, STILL: 5}, 5000),
+    )
+
+
+class Attempt(NamedTuple):
+    """What one attempt left behind: how it ended, its metric lines, its events."""
+
+    outcome: Outcome
+    lines: list[dict[str, Any]]
+    events: list[tuple[str, int, str]]
+
+
+def train(
+    world: World,
+    folder: Path,
+    stop_after: int | None = None,
+    stage: DiffusionStage = STAGE,
+    poisoned: int = -1,
+) -> Attempt:
+    """One attempt at the stage; only the last rank is told to stop, after `stop_after` updates."""
+    fence = world.from_first(Fence.take(folder) if world.is_first else None)
+    lines: list[dict[str, Any]] = []
+    events: list[tuple[str, int, str]] = []
+    updates = 0
+
+    def stop_wanted() -> bool:
+        nonlocal updates
+        updates += 1
+        return updates - 1 == stop_after and world.rank == world.size - 1
+
+    def event(kind: str, position: int, reason: str, seconds: float = 0.0) -> None:
+        events.append((kind, position, reason))
+
+    run = Run(
+        folder=folder,
+        world=world,
+        checkpoints=Checkpoints(folder, world, fence, event),
+        meter=Meter(stage, world, fence.attempt, lines.append),
+        stop_wanted=stop_wanted,
+        event=event,
+    )
+    return Attempt(train_stage(stage, objective(stage, poisoned), run), lines, events)
+
+
+def blank_state(world: World, stage: DiffusionStage = STAGE) -> TrainState:
+    """A sharded state whose tensors hold NaN until something fills them."""
+    model = shard(objective(stage).build(), world)
+    optimizer = build_optimizer(stage.optimizer, model)
+    progress = Progress(stage=stage.name)
+    state = TrainState(stage, model, optimizer, EmaWeights(model, stage.ema), progress)
+    for tensor in state.tensors().values():
+        tensor.fill_(torch.nan)
+    return state
+
+
+class Turn(NamedTuple):
+    """A module-level function, the size of its world, and what it is called with."""
+
+    size: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def in_turn(world: World, folder: Path, turns: list[Turn]) -> list[Any]:
+    """Play worlds of different sizes one after another in the same ranks; this rank's results.
+
+    Starting a process costs seconds and starting a group milliseconds. A rank that is not in a
+    world's turn has None there.
+    """
+    results = []
+    for number, turn in enumerate(turns):
+        result = None
+        if world.rank < turn.size:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _join(folder / f"turn-{number}", world.rank, turn.size)
+            result = turn.function(World.current(), *turn.arguments)
+            dist.destroy_process_group()
+        results.append(result)
+    _join(folder / "last", world.rank, world.size)
+    return results
+
+
+@contextmanager
+def world_of_one() -> Iterator[World]:
+    """A world of one rank in this very process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        _join(Path(folder) / "rendezvous", 0, 1)
+        try:
+            yield World.current()
+        finally:
+            dist.destroy_process_group()
+            torch.set_num_threads(threads)
+
+
+def _join(rendezvous: Path, rank: int, size: int) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything that lies in a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def whole_bytes(state: TrainState) -> dict[str, bytes]:
+    """Every tensor of a state in full, whatever the world; every rank calls it."""
+    assert isinstance(state.model, FSDPModule)
+    state.model.reshard()  # the last forward leaves whole parameters in place of the sharded ones
+    whole = {}
+    for name, tensor in state.tensors().items():
+        assert isinstance(tensor, DTensor), f"{name} is not sharded"
+        whole[name] = tensor.full_tensor().clone().numpy().tobytes()
+    return whole
