@@ -160,16 +160,15 @@ def _samples_done(course: Course, stage: Stage) -> bool:
     return (course.folder.samples(stage.name) / "contact-sheet.png").exists()
 
 
-def show_samples(course: Course, stage: Stage) -> list[Path]:
+def show_samples(course: Course, stage: Stage) -> None:
     """Make the videos that show what a finished stage can do."""
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
     clips = members.clips[held_out_name(longest_bucket(stage))]
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
     if isinstance(stage, AutoencoderStage):
-        chosen = clips[:NUM_RECONSTRUCTIONS]
-        captions = [clip.text for clip in chosen]
         task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)
-        paths: list[Path] = ray.get(task.remote(stage, weights, chosen, folder))
+        made = task.remote(stage, weights, clips, folder, NUM_RECONSTRUCTIONS)
+        paths, captions = ray.get(made)
     else:
         captions = list(dict.fromkeys(clip.text for clip in clips))[:NUM_SAMPLES]
         request = sample_request(course.folder, stage, tuple(captions), folder)
@@ -180,7 +179,6 @@ def show_samples(course: Course, stage: Stage) -> list[Path]:
     )  # fmt: skip
     for path, caption in zip(paths, captions, strict=True):
         course.tracker.images(stage.name, stage.budget, caption, path)
-    return paths
 
 
 def sample_request(

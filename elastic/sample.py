@@ -1,5 +1,6 @@
 """Videos from a finished stage: samples of a DiT for captions, or reconstructions of a codec."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic.data.decode import decode_clip, to_unit
+from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.encode import Scale, load_codec
 from elastic.data.table import Clip
 from elastic.film import contact_sheet, write_mp4
@@ -19,6 +20,8 @@ from models.fresh import named_seed
 from models.text import pad
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 8  # clips decoded at once
 
@@ -80,20 +83,31 @@ def make_samples(request: SampleRequest) -> list[Path]:
 
 
 def make_reconstructions(
-    stage: AutoencoderStage, weights: Path, clips: list[Clip], folder: Path
-) -> list[Path]:
-    """Write each clip beside what the codec gives back of it, left and right in one mp4."""
+    stage: AutoencoderStage, weights: Path, clips: list[Clip], folder: Path, most: int
+) -> tuple[list[Path], list[str]]:
+    """Write up to `most` clips beside what the codec gives back of them, left and right in one mp4.
+
+    Returns the paths of the mp4s and the captions; clips that broke since the probing are skipped.
+    """
     bucket = longest_bucket(stage)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
     films: list[NDArray[np.uint8]] = []
+    captions: list[str] = []
     for clip in clips:
-        x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, bucket.height, bucket.width)
+        if len(films) == most:
+            break
+        try:
+            x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, bucket.height, bucket.width)
+        except BadVideo as error:
+            log.warning("%s: not shown: %s", clip.path, error)
+            continue
         x_BCTHW = to_unit(x_CTHW)[None].to(device)
         with torch.no_grad():
             back_BCTHW = codec.decode(codec.encode(x_BCTHW))
         films += to_frames(torch.cat([x_BCTHW, back_BCTHW], dim=-1))
-    return _write(folder, [clip.text for clip in clips], films, stage.rate)
+        captions.append(clip.text)
+    return _write(folder, captions, films, stage.rate), captions
 
 
 def to_frames(x_BCTHW: Tensor) -> list[NDArray[np.uint8]]:
@@ -114,5 +128,6 @@ def _write(
     paths = [folder / f"{number:02d}.mp4" for number in range(len(films))]
     for path, film in zip(paths, films, strict=True):
         write_mp4(path, film, rate)
-    contact_sheet(folder / "contact-sheet.png", list(zip(captions, films, strict=True)))
+    if films:
+        contact_sheet(folder / "contact-sheet.png", list(zip(captions, films, strict=True)))
     return paths
