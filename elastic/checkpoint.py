@@ -5,6 +5,7 @@ manifest.json, and one rename makes the folder visible. The tensors are written 
 torch.distributed.checkpoint through its safetensors storage, so nothing that is read is a pickle.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -12,7 +13,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from elastic.errors import StageBlocked
 from elastic.files import fsync_dir, write_atomic
 from elastic.state import Progress, TrainState
 from elastic.world import World
@@ -33,12 +36,12 @@ DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothin
 Event = Callable[..., None]
 
 
-class StaleAttempt(RuntimeError):
+class StaleAttempt(StageBlocked):
     """A newer attempt at this stage has begun; this one may publish nothing more."""
 
 
-class DamagedCheckpoint(RuntimeError):
-    """A checkpoint whose files are not what its manifest says."""
+class NothingToRestore(StageBlocked):
+    """There are checkpoints, and none of them can be used; starting over would hide the loss."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Fence:
     def take(cls, folder: Path) -> "Fence":
         """Begin a new attempt at the stage that lives in `folder`."""
         path = folder / "attempt.json"
-        last = int(json.loads(path.read_text())["attempt"]) if path.exists() else 0
-        write_atomic(path, json.dumps({"attempt": last + 1}).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            last = int(json.loads(path.read_text())["attempt"]) if path.exists() else 0
+            write_atomic(path, json.dumps({"attempt": last + 1}).encode())
         return cls(path, last + 1)
 
     def check(self) -> None:
@@ -62,8 +67,23 @@ class Fence:
         if newest != self.attempt:
             raise StaleAttempt(
                 f"attempt {self.attempt} at {self.path.parent.name} may not publish: "
-                f"attempt {newest} has begun"
+                f"attempt {newest} has begun; leave the stage to that one"
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Publish inside this block: it is entered by the newest attempt alone, and none begins."""
+        with _alone(self.path):
+            self.check()
+            yield
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; the kernel lets go when it dies."""
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Checkpoints:
@@ -92,25 +112,35 @@ class Checkpoints:
         self._world.barrier()
         _write_tensors(state.tensors(), aside)
         self._world.barrier()  # every rank's file is there before it is listed
+        files = self._list(aside)
         if self._world.is_first:
-            self._publish(aside, progress)
+            self._publish(aside, progress, files)
         self._world.barrier()  # nobody goes on, or ends, before it is visible
         self.saved_at = progress.samples
         seconds = round(time.monotonic() - began, 3)
         self._event("publish", progress.samples, reason, seconds=seconds)
 
-    def _publish(self, aside: Path, progress: Progress) -> None:
-        files = {path.name: _entry(path) for path in sorted(aside.iterdir())}
+    def _list(self, folder: Path) -> dict[str, Any]:
+        """Flush and hash every file of the folder, each rank its share of them."""
+        paths = sorted(folder.iterdir())[self._world.rank :: self._world.size]
+        shares = self._world.gather({path.name: _entry(path) for path in paths})
+        return {name: entry for share in shares for name, entry in share.items()}
+
+    def require_current(self) -> None:
+        """Raise StaleAttempt on every rank if a newer attempt at the stage has begun."""
+        self._fence.check()
+
+    def _publish(self, aside: Path, progress: Progress, files: dict[str, Any]) -> None:
         manifest = {"schema": SCHEMA, "progress": progress.as_json(), "files": files}
         manifest["sha256"] = _digest_of(manifest)
         write_atomic(aside / MANIFEST, json.dumps(manifest, indent=1).encode())
         final = self._folder / str(progress.samples)
-        self._fence.check()
-        if final.exists():  # damaged, or left by an attempt that could not restore it: keep it
-            final.rename(final.with_name(f"{final.name}.{time.time_ns()}.replaced"))
-        os.rename(aside, final)
-        fsync_dir(self._folder)
-        self._delete_old()
+        with self._fence.held():
+            if final.exists():  # damaged, or left by an attempt that could not restore it: keep it
+                final.rename(final.with_name(f"{final.name}.{time.time_ns()}.replaced"))
+            os.rename(aside, final)
+            fsync_dir(self._folder)
+            self._delete_old()
 
     def _delete_old(self) -> None:
         """Delete what was never published, and all but the newest of the whole checkpoints."""
@@ -123,8 +153,18 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def restore_latest(self, state: TrainState) -> bool:
-        """Load the newest valid checkpoint into the state; False if there is none."""
-        position = self._world.from_first(self._newest_valid() if self._world.is_first else None)
+        """Load the newest valid checkpoint into the state; False if none was ever published.
+
+        NothingToRestore if there are some and all of them are damaged.
+        """
+        mine = (self._newest_valid(), published(self._folder)) if self._world.is_first else None
+        position, there = self._world.from_first(mine)
+        if position is None and there:
+            raise NothingToRestore(
+                f"none of the checkpoints {', '.join(map(str, there))} in {self._folder} can be "
+                f"restored (each has a {DAMAGED} that says why); put one back from a copy, or move "
+                "that folder away to train the stage from its beginning"
+            )
         if position is None:
             return False
         folder = self._folder / str(position)
@@ -155,6 +195,13 @@ def published(folder: Path) -> list[int]:
 
 def problems(folder: Path, thorough: bool) -> list[str]:
     """What is wrong with a checkpoint; empty if its files are what the manifest says."""
+    try:
+        return _problems(folder, thorough)
+    except OSError as error:
+        return [f"cannot be read: {error}"]
+
+
+def _problems(folder: Path, thorough: bool) -> list[str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         listed = manifest.pop("sha256")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic.errors import InputError
+from elastic.errors import InputError, StageBlocked
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
 from stages.plan import Plan, PlanError, load_plan
@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
+    except StageBlocked as error:
+        print(f"restage: {error}", file=sys.stderr)
+        return FAILED
     except Exception as error:  # the supervisor of a run: said in one line, or with its traceback
         if flags.log_level == "debug":
             raise

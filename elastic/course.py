@@ -13,17 +13,18 @@ from pathlib import Path
 import ray
 
 from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
-from elastic.data.encode import EncodeJob, Scale, plan_job
+from elastic.data.encode import FIELDS, EncodeJob, Scale, plan_job
 from elastic.data.probe import probe_all
 from elastic.data.table import read_table
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
-from elastic.ray_encode import encode_on_ray, measure_scale_on_ray
+from elastic.journal import read_events
+from elastic.ray_encode import encode_on_ray, measure_scale_on_ray, result_of
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import fit_stage
-from elastic.ray_worker import MEMBERS, WorkerJob
-from elastic.record import start_stage
+from elastic.ray_worker import MEMBERS, Latents, WorkerJob
+from elastic.record import difference, start_stage
 from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
 from elastic.weights import WEIGHTS, finished
 from stages.plan import Plan
@@ -56,6 +57,9 @@ def train_plan(course: Course) -> None:
     for stage in course.plan.stages:
         if finished(course.folder.stage(stage.name)) is None:
             train_one(course, stage)
+        elif not is_told(course, "stage_end", stage):
+            # A driver was killed between the last file of the stage and the line about it.
+            course.tracker.event("stage_end", stage.name, stage.budget)
         if not _samples_done(course, stage):
             show_samples(course, stage)
 
@@ -79,10 +83,8 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
-    store = None
-    if isinstance(stage, DiffusionStage):
-        store = encode_stage(course, stage, members).root
-    job = WorkerJob(stage, folder, course.tracker.name, store)
+    latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else None
+    job = WorkerJob(stage, folder, course.tracker.name, latents)
     fit_stage(job, course.folder.root / ".ray", course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
@@ -119,14 +121,18 @@ def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
     return path
 
 
-def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> EncodeJob:
-    """Encode what is missing of the stage's latents, and pin the store that it uses."""
+def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Latents:
+    """Encode what is missing of the stage's latents, and pin the store that it uses.
+
+    InputError if the stage was pinned to other latents than it would get now.
+    """
     weights = codec_weights(course.folder, stage)
     pinned = course.folder.stage(stage.name) / LATENTS
     scale = read_scale(pinned)
     if scale is None:
         scale = measure_scale_on_ray(stage, weights, members, course.gpus)
     job = plan_job(stage, weights, scale, members, course.folder.latents)
+    check_pinned(job, pinned)
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
 
     def progress(done: int, total: int) -> None:
@@ -145,7 +151,23 @@ def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Enc
         "encode_end", stage.name, None, f"sealed as {digest}",
         clips=members.num_clips(), quarantined=len(quarantined),
     )  # fmt: skip
-    return job
+    return Latents(job.root, job.fingerprint, digest)
+
+
+def check_pinned(job: EncodeJob, pinned: Path) -> None:
+    """InputError, with what differs, if the stage was pinned to other latents than the job's."""
+    if not pinned.exists():
+        return
+    before = json.loads(pinned.read_text())["fingerprint"]
+    if before == job.fingerprint:
+        return
+    roots = (job.root.with_name(before), job.root)
+    old, new = (json.loads((root / FIELDS).read_text()) for root in roots)
+    raise InputError(
+        f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
+        f"{'; '.join(difference(old, new))}. Put back what was there, or give the stage another "
+        f"name; while it has not been trained, {pinned} may be deleted instead"
+    )
 
 
 def read_scale(path: Path) -> Scale | None:
@@ -157,7 +179,14 @@ def read_scale(path: Path) -> Scale | None:
 
 
 def _samples_done(course: Course, stage: Stage) -> bool:
-    return (course.folder.samples(stage.name) / "contact-sheet.png").exists()
+    sheet = course.folder.samples(stage.name) / "contact-sheet.png"
+    return sheet.exists() and is_told(course, "sample", stage)
+
+
+def is_told(course: Course, kind: str, stage: Stage) -> bool:
+    """Whether an event of this kind about the stage is in the journal."""
+    events = read_events(course.folder.root)
+    return any(event["kind"] == kind and event["stage"] == stage.name for event in events)
 
 
 def show_samples(course: Course, stage: Stage) -> None:
@@ -168,11 +197,12 @@ def show_samples(course: Course, stage: Stage) -> None:
     if isinstance(stage, AutoencoderStage):
         task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)
         made = task.remote(stage, weights, clips, folder, NUM_RECONSTRUCTIONS)
-        paths, captions = ray.get(made)
+        paths, captions = result_of(made)
     else:
         captions = list(dict.fromkeys(clip.text for clip in clips))[:NUM_SAMPLES]
         request = sample_request(course.folder, stage, tuple(captions), folder)
-        paths = ray.get(ray.remote(make_samples).options(num_gpus=course.gpus).remote(request))
+        task = ray.remote(make_samples).options(num_gpus=course.gpus)
+        paths = result_of(task.remote(request))
     course.tracker.event(
         "sample", stage.name, stage.budget, "averaged weights",
         paths=[str(path.relative_to(course.folder.root)) for path in paths], captions=captions,

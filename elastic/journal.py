@@ -160,7 +160,8 @@ def latest_values(metrics: Iterable[Metric]) -> list[Metric]:
     kept = []
     for metric in latest.values():
         end = ends[metric["stage"], metric["attempt"]]
-        if end is None or metric["position"] < end:
+        # At the very point of the takeover the older line stands unless it was written again.
+        if end is None or metric["position"] <= end:
             kept.append(metric)
     return sorted(kept, key=lambda m: (order.index(m["stage"]), m["position"]))
 

@@ -111,6 +111,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     stream.close()
     if finished:
         with ema.in_place():
+            run.checkpoints.require_current()
             export(model, run.folder, progress, world)
     return Outcome.FINISHED if finished else Outcome.STOPPED
 
@@ -133,9 +134,13 @@ def build_optimizer(settings: AdamW, model: nn.Module) -> torch.optim.AdamW:
 def clip_gradients(model: nn.Module, max_norm: float, world: World) -> Tensor:
     """Scale the gradients so that their norm over all ranks is at most `max_norm`; the old norm."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    parts = torch.stack(
-        torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float64)
-    )
-    norm = world.sum(parts.square().sum()).sqrt()
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
+    # In a world larger than a parameter has rows, some ranks hold none of it, or nothing at all.
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    squares = torch.zeros((), dtype=torch.float64, device=world.device)
+    if gradients:
+        norms = torch._foreach_norm(gradients, dtype=torch.float64)
+        squares = torch.stack(norms).square().sum()
+    norm = world.sum(squares).sqrt()
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm

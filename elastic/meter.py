@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elastic.data.load import Step
+from elastic.errors import StageBlocked
 from elastic.state import Progress
 from elastic.world import World
 from stages.schedule import Bucket
@@ -17,7 +18,7 @@ from stages.stage import Stage
 Sink = Callable[[dict[str, Any]], None]  # one metrics.jsonl line
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(StageBlocked):
     """The gradient has no finite norm; nothing was changed by it."""
 
 

@@ -43,6 +43,8 @@ def gather(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
 
     A message for each would cost more than the step of a small model.
     """
+    if not like:
+        return []  # a model of narrow layers has none
     first = like[0]
     if not isinstance(first, DTensor):
         return list(parts)

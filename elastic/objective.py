@@ -57,12 +57,12 @@ class FlowMatching:
         return self._loss_B(model, micro, "train", self._stage.text_dropout)
 
     def _loss_B(self, model: nn.Module, micro: Micro, use: str, dropout: float) -> Tensor:
-        samples, stage = micro.samples, self._stage
+        samples, stage, bucket = micro.samples, self._stage, micro.bucket.name
         generators = [
-            sample_generator(stage.seed, stage.name, use, int(epoch), int(sample_id))
+            sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
             for epoch, sample_id in zip(micro.epochs, samples.ids, strict=True)
         ]
-        t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
+        t_B = timesteps(normals(generators, ()), self._alpha[bucket])
         dropped_B = uniforms(generators) < dropout
         noise_BCTHW = normals(generators, tuple(samples.x_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
@@ -123,7 +123,9 @@ class Reconstructing:
             *stage.codec.grid(bucket.frames, bucket.height, bucket.width),
         )
         generators = [
-            sample_generator(stage.seed, stage.name, "train", int(epoch), int(sample_id))
+            sample_generator(
+                stage.seed, stage.name, "train", bucket.name, int(epoch), int(sample_id)
+            )
             for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
         ]
         device = next(model.parameters()).device

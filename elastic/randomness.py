@@ -1,4 +1,4 @@
-"""Noise and choices addressed by (seed, stage, epoch, sample): the same on any world."""
+"""Noise and choices addressed by (seed, stage, bucket, epoch, sample): the same on any world."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,15 @@ from models.fresh import named_seed
 
 
 def sample_generator(
-    seed: int, stage: str, use: str, epoch: int, sample_id: int
+    seed: int, stage: str, use: str, bucket: str, epoch: int, sample_id: int
 ) -> torch.Generator:
-    """The generator of one sample's randomness in one epoch, for one use ('train', 'held-out')."""
-    return torch.Generator().manual_seed(named_seed("draw", seed, stage, use, epoch, sample_id))
+    """One sample's randomness in one epoch of its bucket, for one use ('train', 'held-out').
+
+    Bucket and epoch follow from the position, and stay right where a clip is in several buckets.
+    """
+    return torch.Generator().manual_seed(
+        named_seed("draw", seed, stage, use, bucket, epoch, sample_id)
+    )
 
 
 def normals(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:

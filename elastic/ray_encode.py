@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from elastic.data.assign import Members
 from elastic.data.encode import EncodeJob, Scale, encode_shard, measure_scale, open_store
+from elastic.errors import InputError
 from stages.stage import DiffusionStage
 
 _RETRIES = 8
@@ -19,8 +22,16 @@ def measure_scale_on_ray(
 ) -> Scale:
     """`measure_scale` on a worker, which has the codec's memory and perhaps a GPU."""
     task = ray.remote(measure_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
-    scale: Scale = ray.get(task.remote(stage, weights, members))
+    scale: Scale = result_of(task.remote(stage, weights, members))
     return scale
+
+
+def result_of(reference: Any) -> Any:  # Any: Ray has no types
+    """The result of a task; its own error instead of Ray's, which carries a remote traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError) else error) from None
 
 
 def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str, dict[int, str]]:
@@ -35,8 +46,14 @@ def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str,
     running = [task.remote(shared, shard) for shard in missing]
     total = len(store.shard_ids())
     progress(total - len(running), total)
+    failure: Exception | None = None
     while running:
-        done, running = ray.wait(running, num_returns=1)
-        ray.get(done)
+        (done,), running = ray.wait(running, num_returns=1)
+        try:
+            result_of(done)
+        except Exception as error:  # raised when the other shards are committed
+            failure = failure or error
         progress(total - len(running), total)
+    if failure is not None:
+        raise failure
     return store.seal(), store.quarantined()

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "restage"
 _CLOSE_S = 120.0
+_SETTLE_S = 30.0
 
 
 class TrackerService:
@@ -57,6 +58,10 @@ class TrackerService:
     def latest(self) -> dict[str, Any]:
         """What the progress line shows: the newest metrics, start of a group, or text."""
         return {**self._latest, "pids": self._pids}
+
+    def settle(self) -> None:
+        """Put on the disk what was told before this call."""
+        self._tracker.flush()
 
     def close(self) -> str | None:
         """Flush everything to disk; why Aim shows nothing, or None."""
@@ -121,6 +126,13 @@ class TrackerHandle:
             return dict(ray.get(self._actor.latest.remote(), timeout=2))
         except (GetTimeoutError, RayActorError):
             return {}
+
+    def settle(self) -> None:
+        """Wait until what this process has sent is on the disk, or for half a minute."""
+        try:
+            ray.get(self._actor.settle.remote(), timeout=_SETTLE_S)
+        except (GetTimeoutError, RayActorError) as error:
+            log.warning("the tracker lags behind: %s", error)
 
     def close(self) -> str | None:
         """Wait until everything sent before is on disk, and end the actor."""

@@ -13,13 +13,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from elastic.errors import InputError, StageBlocked
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_worker import WorkerJob, has_stopped, request_stop, train_worker
 
 log = logging.getLogger(__name__)
 
 MAX_CRASHES = 8
-_SAVE_DEADLINE_S = 60.0
+_SAVE_DEADLINE_S = 600.0  # of a large model; a rank that hangs is ended by the collectives' own
 _LOOK_EVERY_S = 2.0
 
 
@@ -54,10 +55,18 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
         self._group = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Keep the reason of a failure, and look at the nodes again every two seconds."""
+        """Keep the reason of a failure, and look at the nodes again every two seconds.
+
+        What another try would only repeat is raised here, which Ray Train does not retry.
+        """
         for rank, error in worker_group_status.errors.items():
             self._cause = f"rank {rank}: {str(error).strip().splitlines()[-1]}"
             break
+        for error in worker_group_status.errors.values():
+            blocked = getattr(error, "_base_exc", error)  # as the training function raised it
+            if isinstance(blocked, StageBlocked | InputError):
+                self._tell("blocked", str(blocked))
+                raise blocked
         if time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._refresh_capacity()
 
@@ -80,25 +89,37 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
             self._save(self._group)
         except RayError as error:
             # A worker died while it was asked; the resize goes on, from the last checkpoint.
-            log.warning("the workers could not save before the resize: %s", error)
+            self._tell("crash", f"the workers could not save before the resize: {error}")
 
     def _save(self, group: Any) -> None:
         group.execute(request_stop)
         deadline = time.monotonic() + _SAVE_DEADLINE_S
         while time.monotonic() < deadline:
             status = group.poll_status(timeout=1)
-            if status.errors or status.finished or all(group.execute(has_stopped)):
+            if status.errors:
+                self._tell("crash", self._cause)
+                return
+            if status.finished or all(group.execute(has_stopped)):
                 return
             time.sleep(0.05)
-        log.warning("the workers did not save within %.0f s", _SAVE_DEADLINE_S)
+        self._tell("crash", f"the workers did not save within {_SAVE_DEADLINE_S:.0f} s")
 
     def _refresh_capacity(self) -> None:
         self._looked = time.monotonic()
-        actor = coordinator.get_or_create_autoscaling_coordinator()
-        ray.get(actor.get_reserved_resources.remote(self._run_id, recompute=True), timeout=5)
+        try:
+            actor = coordinator.get_or_create_autoscaling_coordinator()
+            ray.get(actor.get_reserved_resources.remote(self._run_id, recompute=True), timeout=5)
+        except RayError as error:
+            # Only the view of the nodes stays old; raised here it would end a healthy stage.
+            log.warning("the capacity of the cluster is not known just now: %s", error)
 
     def _tell(self, kind: str, reason: str, **more: Any) -> None:
-        TrackerHandle(self._job.tracker).event(kind, self._job.stage.name, None, reason, **more)
+        try:
+            tracker = TrackerHandle(self._job.tracker)
+        except ValueError as error:  # the actor is gone; training goes on without it
+            log.warning("%s could not be told: %s", kind, error)
+            return
+        tracker.event(kind, self._job.stage.name, None, reason, **more)
 
 
 def fit_stage(job: WorkerJob, scratch: Path, use_gpu: bool) -> None:
@@ -126,8 +147,12 @@ def fit_stage(job: WorkerJob, scratch: Path, use_gpu: bool) -> None:
         ),
     )
     try:
-        result = trainer.fit()
+        failure = trainer.fit().error
     except Exception as error:  # Ray raises many kinds; all of them end the stage
-        raise StageFailed(f"stage {job.stage.name!r} failed: {error}") from error
-    if result.error is not None:
-        raise StageFailed(f"stage {job.stage.name!r} failed: {result.error}") from result.error
+        failure = error
+    if failure is None:
+        return
+    blocked = getattr(failure, "controller_failure", None)
+    if isinstance(blocked, StageBlocked | InputError):
+        raise blocked
+    raise StageFailed(f"stage {job.stage.name!r} failed: {failure}") from failure

@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,14 @@ _stop = threading.Event()
 _stopped = threading.Event()
 
 
+class Latents(NamedTuple):
+    """Which store a stage reads: refused if it is another one, or was sealed with other content."""
+
+    root: Path
+    fingerprint: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class WorkerJob:
     """Plain data that the driver sends to every worker."""
@@ -39,7 +47,7 @@ class WorkerJob:
     stage: Stage
     folder: Path  # of the stage
     tracker: str
-    store: Path | None = None  # the latents of a diffusion stage
+    latents: Latents | None = None  # of a diffusion stage
 
 
 def request_stop() -> None:
@@ -70,6 +78,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 kind, job.stage.name, position, reason,
                 attempt=fence.attempt, world=world.size, **more,
             )  # fmt: skip
+            if kind == "publish" and reason == "finished":
+                tracker.settle()  # the last lines of a stage are kept before it counts as finished
 
     run = Run(
         folder=job.folder,
@@ -93,8 +103,8 @@ def make_objective(job: WorkerJob) -> Objective:
             VideoSource(job.stage, members, held_out=False),
             VideoSource(job.stage, members, held_out=True),
         )
-    assert job.store is not None, f"stage {job.stage.name} was started without its latents"
-    store = SealedStore.open(job.store, job.store.name)
+    assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
+    store = SealedStore.open(*job.latents)
     return FlowMatching(
         job.stage,
         LatentSource(job.stage, store, held_out=False),

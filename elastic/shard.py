@@ -17,7 +17,8 @@ SMALLEST_GROUP = 5_000_000
 
 def shard(model: nn.Module, world: World) -> nn.Module:
     """Shard a model built on the meta device and give it memory; values are undefined."""
-    for block in _blocks(model):
+    # Innermost first: FSDP2 gives to a module what its inner groups have left.
+    for block in reversed(_blocks(model)):
         fully_shard(block, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh, reshard_after_forward=False)
     return model.to_empty(device=world.device)

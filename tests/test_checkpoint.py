@@ -21,6 +21,7 @@ from elastic.checkpoint import (
     MANIFEST,
     Checkpoints,
     Fence,
+    NothingToRestore,
     StaleAttempt,
     problems,
     published,
@@ -260,13 +261,14 @@ def test_many_damaged_ones_do_not_push_out_the_one_just_saved(world: World, tmp_
     assert published(folder) == [70, 60, 50, 12, 11]
 
 
-def test_where_nothing_whole_is_left_there_is_nothing_to_restore(
+def test_where_nothing_whole_is_left_the_stage_does_not_silently_start_over(
     world: World, stage_folder: Path
 ) -> None:
     for position in ("11", "22"):
         _truncate(stage_folder / "checkpoints" / position)
     store = _open(world, stage_folder)
-    assert not store.checkpoints.restore_latest(blank_state(world))
+    with pytest.raises(NothingToRestore, match=r"none of the checkpoints 22, 11 .* move"):
+        store.checkpoints.restore_latest(blank_state(world))
     assert [position for _, position, _ in store.events] == [22, 11]
     assert published(store.folder) == [22, 11]
 

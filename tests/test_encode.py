@@ -2,6 +2,7 @@
 
 # B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from videos_fixture import level_video
 
+from elastic.course import check_pinned
 from elastic.data import encode
 from elastic.data.assign import (
     Members,
@@ -269,6 +271,17 @@ def test_a_store_of_another_fingerprint_is_refused(job: EncodeJob) -> None:
         SealedStore.open(job.root, "0" * 32)
 
 
+def test_a_stage_keeps_the_latents_that_it_was_pinned_to(job: EncodeJob, tmp_path: Path) -> None:
+    pinned = tmp_path / "latents.json"
+    check_pinned(job, pinned)  # nothing is pinned before the first encoding
+    pinned.write_text(json.dumps({"fingerprint": job.fingerprint}))
+    check_pinned(job, pinned)
+    other = _write_weights(tmp_path / "codec.safetensors", 1)
+    changed = plan_job(job.stage, other, job.scale, job.members, job.root.parent)
+    with pytest.raises(InputError, match=rf"'tiny' was pinned to .*weights: '{job.weights_digest}"):
+        check_pinned(changed, pinned)
+
+
 def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
     job: EncodeJob, members: Members, tmp_path: Path
 ) -> None:
@@ -315,6 +328,7 @@ def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(
     members: Members, tmp_path: Path
 ) -> None:
     clips = {name: list(found) for name, found in members.clips.items()}
+    (tmp_path / "other.mp4").touch()  # in an empty folder it would be the mount that is gone
     clips[SHORT.name][1] = clips[SHORT.name][1]._replace(path=str(tmp_path / "gone.mp4"))
     source = VideoSource(STAGE, Members(clips), held_out=False)
     samples = source.fetch(SHORT, np.array([0, 1]))

@@ -143,3 +143,11 @@ def test_positions_that_were_lost_and_not_yet_redone_are_left_out() -> None:
     metrics = [line("b", position, 1, 1.0) for position in (10, 20, 25, 30, 40)]
     metrics += [line("b", position, 2, 2.0) for position in (20, 30)]
     assert losses(metrics) == [("b", 10, 1.0), ("b", 20, 2.0), ("b", 30, 2.0)]
+
+
+def test_a_stage_resumed_at_its_very_end_keeps_its_last_losses() -> None:
+    # Killed after the last checkpoint: the next attempt has nothing to train, and measures only.
+    measured = line("b", 20, 2, 5.0)
+    measured["context"] = {"subset": "held_out"}
+    metrics = [line("b", 10, 1, 1.0), line("b", 20, 1, 2.0), measured]
+    assert losses(metrics) == [("b", 10, 1.0), ("b", 20, 2.0), ("b", 20, 5.0)]

@@ -37,6 +37,7 @@ from elastic.data.order import batch_at, updates_before
 from elastic.ema import EmaWeights, local
 from elastic.loop import Outcome
 from elastic.meter import NonFiniteLoss
+from elastic.randomness import normals, sample_generator
 from elastic.shard import initialise
 from elastic.weights import FINISHED, WEIGHTS
 from elastic.world import World
@@ -304,6 +305,15 @@ def test_a_gradient_that_is_no_number_is_named_and_changes_nothing(course: Cours
         assert f"{ODD:,} samples" in message
         assert before
         assert after == before
+
+
+def test_a_clip_that_is_in_two_buckets_is_noised_differently_in_each() -> None:
+    draws = [
+        normals([sample_generator(0, "tiny", "train", bucket, 0, 7)], (4,))
+        for bucket in (CLIP, STILL, CLIP)
+    ]
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
 
 
 def test_the_average_takes_the_parameters_place_and_gives_it_back(course: Course) -> None:

@@ -141,6 +141,24 @@ def test_a_killed_worker_and_a_new_node_change_nothing_but_time(
     assert seen == sorted(seen), "no position was trained twice"
 
 
+def test_a_stage_that_can_only_fail_again_is_not_tried_again(videos: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic", "train", str(PLAN), "--storage", str(tmp_path)],
+        env={**environment(videos, times=1), "TINY_LR": "1e30"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("restage: stage 'hunyuan-vae': gradient norm")
+    assert "lower optimizer.lr" in message
+    kinds = [e["kind"] for e in read_events(tmp_path / "tiny")]
+    assert kinds.count("start") == 1
+    assert "blocked" in kinds
+
+
 def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
     videos: Path, tmp_path: Path
 ) -> None:

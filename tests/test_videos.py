@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from videos_fixture import level_video, still_video, tagged_video
 
 from elastic.data import probe as probe_module
-from elastic.data.decode import BadVideo, decode_clip, to_unit
+from elastic.data.decode import BadVideo, Unreachable, decode_clip, to_unit
 from elastic.data.moving_shapes import render, tone_mp4, turn_mp4
-from elastic.data.probe import can_fill, probe, probe_all
+from elastic.data.probe import Probe, can_fill, probe, probe_all
 from elastic.data.table import Clip, read_table, sample_id, table_from_folder
 from elastic.errors import InputError
 from stages.videos import Videos
@@ -206,6 +206,34 @@ def test_bad_files_say_why_when_probed_and_when_decoded(tmp_path: Path) -> None:
             probe(str(tmp_path / name))
         with pytest.raises(BadVideo, match=reason):
             decode_clip(str(tmp_path / name), 1, 8, 32, 32)
+
+
+def test_a_file_that_cannot_be_reached_is_not_called_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    frames_THWC = render("circle", "red", "left", "slowly", (64, 64), 20, Fraction(8), 0)
+    still_video(mount / "a.mp4", frames_THWC[0])
+    clip = Clip(1, str(mount / "a.mp4"), "a circle", held_out=False)
+    cache = tmp_path / "probes.parquet"
+
+    def refuse(path: str) -> Probe:
+        raise Unreachable(f"{path}: Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("elastic.data.probe.probe", refuse)
+        ((_, reason),) = probe_all([clip], cache, workers=1).quarantined
+    assert "Too many open files" in reason
+    assert list(probe_all([clip], cache, workers=1).good) == [1], "it is looked at again"
+
+    (mount / "a.mp4").unlink()
+    for attempt in (probe, lambda path: decode_clip(path, 1, 8, 32, 32)):
+        with pytest.raises(Unreachable, match="still mounted"):
+            attempt(clip.path)  # an empty folder: the files are not deleted, the mount is gone
+    (mount / "b.mp4").touch()
+    with pytest.raises(BadVideo, match="does not exist"):
+        decode_clip(clip.path, 1, 8, 32, 32)
 
 
 def _faststart(mp4: bytes) -> bytes:

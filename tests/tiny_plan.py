@@ -1,6 +1,7 @@
 """A stage file whose whole course takes seconds: the tests run it through the command line.
 
-`TINY_VIDEOS` names the table, `TINY_TIMES` makes the diffusion stages longer.
+`TINY_VIDEOS` names the table, `TINY_TIMES` makes the diffusion stages longer, `TINY_LR` is the
+learning rate of the first stage.
 """
 
 import os
@@ -18,7 +19,7 @@ hunyuan_vae = AutoencoderStage(
     init=Fresh(seed=0),
     rate=8.0,
     schedule=[Phase(until=48, buckets=[Bucket("32px", frames=5, batch=4, micro=2)])],
-    optimizer=AdamW(lr=1e-3),
+    optimizer=AdamW(lr=float(os.environ.get("TINY_LR", "1e-3"))),
     ema=Ema(halflife=16),
     workers=(1, 3),
     save_every=16,

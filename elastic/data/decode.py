@@ -2,6 +2,7 @@
 
 # C channel, T frame, H, W pixels
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +41,17 @@ class BadVideo(Exception):
         self.reason = reason
 
 
+class Unreachable(OSError):
+    """A file that cannot be read just now; that says nothing about the file, and may pass."""
+
+
 @contextmanager
 def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, VideoStream]]:
-    """The container and its first video stream, decoding on one thread; failures are BadVideo."""
+    """The container and its first video stream, decoding on one thread.
+
+    BadVideo for a file that is broken, or gone from its folder; Unreachable where the disk, its
+    permissions or this process are at fault.
+    """
     try:
         with av.open(path, metadata_errors="ignore") as container:
             if not container.streams.video:
@@ -57,9 +66,32 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, VideoSt
     except av.error.EOFError as error:
         raise BadVideo("empty or cut off: no frame could be read") from error
     except av.error.FFmpegError as error:
+        _require_reachable(path)
         raise BadVideo(f"cannot be read: {error.strerror}") from error
+
+
+def _require_reachable(path: str) -> None:
+    """Unreachable unless the file can be read; BadVideo if it has been deleted.
+
+    Where a mount is gone its files are not deleted, and must not count as such.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except IsADirectoryError:
+        return
     except OSError as error:
-        raise BadVideo(f"cannot be opened: {error.strerror or error}") from error
+        if isinstance(error, FileNotFoundError) and _has_files(os.path.dirname(path)):
+            raise BadVideo("the file does not exist") from error
+        raise Unreachable(f"{path}: {error.strerror}; is its folder still mounted?") from error
+
+
+def _has_files(folder: str) -> bool:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 def frame_time(frame: av.VideoFrame) -> Fraction:

@@ -28,6 +28,7 @@ from stages.stage import DiffusionStage
 SHARD_BYTES = 64_000_000
 SHARD_SAMPLES = 64  # most; so that a small data set still spreads over the workers
 STATISTICS_CLIPS = 128
+FIELDS = "fingerprint.json"  # in a store: what its fingerprint stands for
 _CHUNK = 8  # clips that are encoded at once
 
 ShardId = tuple[str, int]
@@ -90,7 +91,7 @@ def plan_job(
         "clips": captions.hexdigest(),
     }
     root = latents / fingerprint(fields)
-    write_atomic(root / "fingerprint.json", json.dumps(fields, indent=1).encode())
+    write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
     return EncodeJob(stage, weights, digest, scale, members, root)
 
 

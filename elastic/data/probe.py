@@ -18,6 +18,7 @@ from elastic.data.decode import (
     MAX_FRAMES,
     MAX_SECONDS,
     BadVideo,
+    Unreachable,
     frame_time,
     last_frame_length,
     open_video,
@@ -104,6 +105,7 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
     """Probe every clip once; a file of the same size and time is taken from the cache."""
     cache_path = Path(cache_path)
     cache = _load(cache_path)
+    unreachable: dict[str, str] = {}  # not cached: a later run may read them
     stats = {clip.path: _stat(clip.path) for clip in clips}
     todo = []
     for path, stat in stats.items():
@@ -117,24 +119,23 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
             for path, found in zip(some, pool.map(_probe_or_reason, some), strict=True):
                 stat = stats[path]
                 assert stat is not None, f"{path} was listed without a size"
-                cache[path] = _Entry(*stat, found)
+                if isinstance(found, Unreachable):
+                    unreachable[path] = str(found)
+                else:
+                    cache[path] = _Entry(*stat, found)
             if time.monotonic() - saved > _SAVE_EVERY_S:
                 _save(cache, cache_path)
                 saved = time.monotonic()
     if todo:
         _save(cache, cache_path)
-    return _divide(clips, cache, stats)
+    missing = {path: "the file does not exist" for path, stat in stats.items() if stat is None}
+    return _divide(clips, cache, unreachable | missing)
 
 
-def _divide(
-    clips: Sequence[Clip],
-    cache: dict[str, _Entry],
-    stats: dict[str, tuple[int, int] | None],
-) -> Probed:
+def _divide(clips: Sequence[Clip], cache: dict[str, _Entry], reasons: dict[str, str]) -> Probed:
     probed = Probed({}, [])
     for clip in clips:
-        is_there = stats[clip.path] is not None
-        found = cache[clip.path].found if is_there else "the file does not exist"
+        found = reasons.get(clip.path) or cache[clip.path].found
         if isinstance(found, str):
             probed.quarantined.append((clip, found))
         else:
@@ -150,11 +151,13 @@ def _stat(path: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _probe_or_reason(path: str) -> Probe | str:
+def _probe_or_reason(path: str) -> Probe | str | Unreachable:
     try:
         return probe(path)
     except BadVideo as bad:
         return bad.reason
+    except Unreachable as error:
+        return error
 
 
 _COLUMNS = {

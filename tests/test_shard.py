@@ -1,0 +1,100 @@
+"""Sharding: groups inside groups, and worlds with more ranks than a parameter has rows."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from worlds import run_world
+
+from elastic import shard as sharding
+from elastic.ema import EmaWeights
+from elastic.loop import build_optimizer, clip_gradients
+from elastic.shard import initialise, shard
+from elastic.world import World
+from models import DCAE, HunyuanVAE
+from models.codec import Codec
+from stages import AdamW, Ema, Muon
+
+# Both keep blocks inside lists of blocks; so small that every block becomes a group of its own.
+CODECS: dict[str, tuple[Codec, int]] = {
+    "HunyuanVAE": (HunyuanVAE(channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2), 5),
+    "DCAE": (
+        DCAE(
+            channels=8,
+            widths=(8, 8, 8, 8, 8, 8),
+            encoder_depths=(1, 1, 1, 1, 1, 1),
+            decoder_depths=(1, 1, 1, 1, 1, 1),
+            head_width=8,
+        ),
+        4,
+    ),
+}
+
+
+def _trained(world: World, name: str, smallest_group: int) -> tuple[int, list[float]]:
+    """Groups of a codec, and its losses over three updates; every rank sees the same clips."""
+    sharding.SMALLEST_GROUP = smallest_group
+    codec, frames = CODECS[name]
+    model = shard(codec.build(device="meta"), world)
+    initialise(model, 0, "nested")
+    optimizer = build_optimizer(AdamW(lr=1e-3), model)
+    x_BCTHW = torch.randn(1, 3, frames, 32, 32, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        loss = (model(x_BCTHW, None).x_BCTHW - x_BCTHW).square().mean()
+        loss.backward()
+        clip_gradients(model, 1.0, world)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(isinstance(module, FSDPModule) for module in model.modules()), losses
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+def test_a_codec_with_groups_inside_groups_trains_like_one_without(name: str) -> None:
+    (num_groups, alone), *_ = run_world(_trained, 1, name, 1 << 30)
+    assert num_groups == 1
+    for num_groups, losses in run_world(_trained, 2, name, 1):
+        assert num_groups > 10
+        assert losses == pytest.approx(alone, rel=1e-5)
+
+
+class _Narrow(nn.Module):
+    """Four rows in every parameter: matrices for Muon, vectors for AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        y_BD: Tensor = self.back(self.wide(x_BD))
+        return y_BD
+
+
+def _narrow(world: World) -> tuple[float, float, dict[str, list[float]]]:
+    with torch.device("meta"):
+        model = shard(_Narrow(), world)
+    initialise(model, 0, "narrow")
+    optimizer = build_optimizer(Muon(lr=0.1, matrix_lr=0.1), model)
+    ema = EmaWeights(model, Ema(halflife=10))
+    (100 * model(torch.ones(3, 8)).square().sum()).backward()
+    norm, clipped = (float(clip_gradients(model, 0.5, world)) for _ in range(2))
+    optimizer.step()
+    ema.update(10, 10)
+    averages = {
+        name: tensor.full_tensor().flatten().tolist()  # type: ignore[attr-defined]  # DTensors
+        for name, tensor in ema.tensors.items()
+    }
+    return norm, clipped, averages
+
+
+def test_a_rank_that_holds_no_rows_takes_part_like_the_others() -> None:
+    ((norm, clipped, averages),) = run_world(_narrow, 1)
+    assert norm > 1
+    assert clipped == pytest.approx(0.5, rel=1e-4)
+    for other_norm, other_clipped, others in run_world(_narrow, 5):
+        assert other_norm == pytest.approx(norm, rel=1e-6)
+        assert other_clipped == pytest.approx(clipped, rel=1e-6)
+        for name, values in averages.items():
+            # Five products of matrices on the way: fp32 sums in another order show in the 4th digit.
+            assert others[name] == pytest.approx(values, rel=1e-3, abs=1e-5)
