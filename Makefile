@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3.11
+# Aim has wheels for these two. A name that is there may still not run (pyenv leaves such), so try.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12,$(shell $(p) -c "print('$(p)')" 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,6 +11,7 @@ venv: $(STAMP)
 
 # torch is asked for first and alone: a local CPU build, where there is one, satisfies the range.
 $(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Restage needs Python 3.11 or 3.12: install one, or name it: make PYTHON=/path/to/python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch>=2.11,<2.14"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -29,8 +31,10 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+BENCHES := $(wildcard tests/bench/*.py)
 bench: venv
-	@set -e; for bench in tests/bench/*.py; do $(BIN)/python $$bench; done
+	@test -n "$(BENCHES)" || echo "tests/bench holds no benchmark yet"
+	@set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
 
 clean-demo:
 	rm -rf runs/demo runs/demo-videos

@@ -5,8 +5,15 @@ import sys
 
 def main() -> None:
     """Check that our packages are ours, then run the command line."""
-    from elastic.doctor import PackageError, check_packages
-
+    try:
+        from elastic.doctor import PackageError, check_packages
+    except ModuleNotFoundError as error:
+        sys.exit(
+            _refuse(
+                f"{error}; Restage is not installed for {sys.executable}: run make venv, then use "
+                ".venv/bin/python -m elastic"
+            )
+        )
     try:
         check_packages()
     except PackageError as error:
@@ -16,7 +23,7 @@ def main() -> None:
     sys.exit(run())
 
 
-def _refuse(error: ImportError) -> int:
+def _refuse(error: ImportError | str) -> int:
     print(f"restage: {error}", file=sys.stderr)
     return 2
 

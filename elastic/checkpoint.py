@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothing deletes it
+KEEP_LAST = 2
 Event = Callable[..., None]
 
 
@@ -90,7 +91,7 @@ class Checkpoints:
     """The checkpoints of one stage: `<stage folder>/checkpoints/<position>/`."""
 
     def __init__(
-        self, folder: Path, world: World, fence: Fence, event: Event, keep_last: int = 2
+        self, folder: Path, world: World, fence: Fence, event: Event, keep_last: int = KEEP_LAST
     ) -> None:
         self._folder = folder / "checkpoints"
         self._world = world

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,15 +127,17 @@ def _cluster_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
 
 
 def read_plan_file(flags: argparse.Namespace) -> Plan:
     """The plan of a stage file, on the videos of the flags if they are given."""
     plan = load_plan(flags.file)
+    for name in ("videos", "captions"):
+        if getattr(flags, name) == "":
+            raise InputError(f"--{name} '': empty; give a path, or leave --{name} out")
     if (flags.videos is None) != (flags.captions is None):
         given, other = ("videos", "captions") if flags.videos else ("captions", "videos")
         raise InputError(f"--{given} was given without --{other}; give both or neither")
@@ -159,14 +162,17 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
     from elastic.forecast import forecast
 
-    print(forecast(read_plan_file(flags), settings.storage_path))
+    plan = read_plan_file(flags)
+    if flags.videos is not None:
+        check_inputs(plan)
+    print(forecast(plan, settings.storage_path))
     return DONE
 
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Encode what is missing."""
     plan = read_plan_file(flags)
-    check_videos(plan)
+    check_inputs(plan)
     from elastic.course import encode_plan
     from elastic.drive import run_course
 
@@ -178,7 +184,7 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Do whatever is missing."""
     plan = read_plan_file(flags)
-    check_videos(plan)
+    check_inputs(plan)
     from elastic.course import train_plan
     from elastic.drive import run_course
     from elastic.report import print_table, summarise, write_report
@@ -189,12 +195,24 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def check_videos(plan: Plan) -> None:
-    """InputError for a table or folder that cannot be used, before anything is started."""
+def check_inputs(plan: Plan) -> None:
+    """InputError for tables, folders and weights that cannot be used, before anything starts."""
     from elastic.data.table import read_table
 
     for videos in dict.fromkeys(stage.data for stage in plan.stages):
-        read_table(videos)
+        clips = read_table(videos)
+        # One that is there will do: files that are missing are quarantined one by one.
+        if not any(os.path.exists(clip.path) for clip in clips):
+            raise InputError(
+                f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
+                f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
+            )
+    for stage in plan.stages:
+        weights = stage.codec.weights
+        if weights is not None and not os.path.isfile(weights):
+            raise InputError(
+                f"stage {stage.name!r}: vae.weights {weights!r}: no such file; correct the path"
+            )
 
 
 def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -211,7 +229,7 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     ]
     if flags.stage is None and not done:
         raise InputError(f"no diffusion stage of {flags.run!r} is finished; nothing to sample from")
-    stage = plan.stage(flags.stage) if flags.stage else done[-1]
+    stage = done[-1] if flags.stage is None else plan.stage(flags.stage)
     if not isinstance(stage, DiffusionStage):
         raise InputError(
             f"stage {stage.name!r} trains an autoencoder; sample from a diffusion stage"

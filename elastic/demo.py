@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from cluster.local import LocalCluster
@@ -96,8 +98,9 @@ def print_outcome(plan: Plan, folder: RunFolder) -> None:
             )
     sheet = folder.root / "contact-sheet.png"
     contact_sheet(sheet, rows)
+    aim = Path(sys.executable).with_name("aim")
     print(f"contact sheet: {sheet}\nsamples:       {folder.root / 'samples'}")
-    print(f"report:        {report}\nAim:           aim up --repo {folder.root}")
+    print(f"report:        {report}\nAim:           {aim} up --repo {folder.root}")
 
 
 def read_samples(folder: RunFolder, stage: str) -> tuple[int, list[tuple[str, Any]]]:

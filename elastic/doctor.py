@@ -48,6 +48,8 @@ class PackageError(ImportError):
 def findings(storage: str | Path = ".") -> list[Finding]:
     """Look at everything; takes some seconds, writes 64 MiB below `storage` and removes it."""
     folder = _existing_folder(Path(storage))
+    path = Path(storage).absolute()
+    blocked = next((part for part in (path, *path.parents) if part.is_file()), None)
     return [
         _python(),
         _own_packages(),
@@ -57,7 +59,7 @@ def findings(storage: str | Path = ".") -> list[Finding]:
         _memory(),
         _shared_memory(),
         _free_disk(folder),
-        _storage_speed(folder),
+        _storage_speed(folder) if blocked is None else _blocked_storage(blocked),
         _h264(),
         _aim(),
         _loopback(),
@@ -254,6 +256,11 @@ def _existing_folder(path: Path) -> Path:
     while not path.is_dir() and path != path.parent:
         path = path.parent
     return path
+
+
+def _blocked_storage(file: Path) -> Finding:
+    advice = "name a folder with --storage, or move that file away"
+    return Finding("error", "storage", f"{file} is a file, not a folder", advice)
 
 
 def _free_disk(folder: Path) -> Finding:

@@ -7,6 +7,7 @@ the progress, takes Ctrl-C, and runs whatever should happen while the course goe
 import fcntl
 import logging
 import os
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from stages.plan import Plan
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
+_ANSWER_S = 5.0  # for a TCP connection to the head
 # Called twice a second with the course and what the tracker knows last.
 Watch = Callable[[Course, dict[str, Any]], None]
 
@@ -45,6 +47,8 @@ def run_course(
     Raises what the work raises. Everything that was told to the tracker is on disk at the end.
     """
     folder = RunFolder.of(settings.storage_path, plan)
+    if cluster is None:
+        check_address(settings)
     with locked(folder):
         check_unchanged(folder, plan)
         write_record(folder, plan)
@@ -70,6 +74,27 @@ def _attached(settings: Settings) -> str | None:
     return settings.ray_address or os.environ.get("RAY_ADDRESS")
 
 
+def check_address(settings: Settings) -> None:
+    """InputError unless something listens at the Ray address, if one was given.
+
+    Ray itself tries for many minutes, and would have a run folder made before it gives up.
+    """
+    address = _attached(settings)
+    if address is None or address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    advice = "start a cluster with ray start --head, or leave --ray-address out"
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+        raise InputError(
+            f"Ray address {address!r}: write HOST:PORT of the cluster's head, such as "
+            f"127.0.0.1:6379; {advice}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise InputError(f"Ray address {address!r}: nothing answers ({error}); {advice}") from None
+
+
 def _connect(settings: Settings, cluster: LocalCluster | None) -> None:
     if cluster is not None:
         cluster.connect()
@@ -77,7 +102,7 @@ def _connect(settings: Settings, cluster: LocalCluster | None) -> None:
     prepare_environment()
     try:
         ray.init(address=_attached(settings), log_to_driver=False, logging_level=logging.WARNING)
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
             f"Ray address {_attached(settings)!r}: no cluster answers there ({error}); start one "
             "with ray start --head, or leave --ray-address out"

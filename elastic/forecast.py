@@ -1,10 +1,13 @@
 """What a plan would do, from arithmetic alone: tokens, parameters, memory, FLOPs, disk."""
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from elastic.checkpoint import KEEP_LAST
+from elastic.data.table import read_table
 from elastic.folders import RunFolder
 from elastic.weights import finished
 from models.flow import time_shift
@@ -13,6 +16,8 @@ from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 _BYTES_A_PARAMETER = 20  # fp32: value, gradient, two moments, average
+_BYTES_SAVED = 16  # the same without the gradient
+_BYTES_A_WEIGHT = 4
 
 
 def forecast(plan: Plan, storage: Path) -> str:
@@ -23,7 +28,36 @@ def forecast(plan: Plan, storage: Path) -> str:
         done = "finished" if finished(folder.stage(stage.name)) else "to do"
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
         lines += [f"   {line}" for line in _stage(stage)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"disk: {_disk(plan)}"])
+
+
+def _disk(plan: Plan) -> str:
+    """What the finished run holds: its checkpoints while it trains, weights, latents."""
+    counts = [sum(p.numel() for p in build_meta(stage).parameters()) for stage in plan.stages]
+    checkpoint = max(counts) * _BYTES_SAVED
+    parts = [
+        f"weights {_bytes(sum(counts) * _BYTES_A_WEIGHT)}",
+        f"checkpoints {_bytes(KEEP_LAST * sum(counts) * _BYTES_SAVED)} ({KEEP_LAST} kept a stage), "
+        f"{_bytes(checkpoint)} more while one is written",
+    ]
+    stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
+    if not stages:
+        return "; ".join(parts)
+    if not all(os.path.isfile(stage.data.table) for stage in stages):
+        return "; ".join([*parts, "latents: not known before the table of clips is there"])
+    latents = sum(
+        len(read_table(stage.data)) * _latent_bytes(stage, bucket)
+        for stage in stages
+        for bucket in stage.buckets
+    )
+    return "; ".join(
+        [*parts, f"latents at most {_bytes(latents)}, if every clip fills each bucket"]
+    )
+
+
+def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
+    t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    return stage.codec.channels * t * h * w * torch.bfloat16.itemsize
 
 
 def _stage(stage: Stage) -> list[str]:
@@ -37,7 +71,7 @@ def _stage(stage: Stage) -> list[str]:
         f"parameters  {count:,} {stage.init!r}",
         f"workers     {low} to {high}; state {_bytes(count * _BYTES_A_PARAMETER)} in all, "
         f"{_bytes(count * _BYTES_A_PARAMETER / low)} each on the fewest",
-        f"checkpoint  {_bytes(count * 16)} every {stage.save_every:,} samples",
+        f"checkpoint  {_bytes(count * _BYTES_SAVED)} every {stage.save_every:,} samples",
         *_phases(stage),
     ]
 
@@ -67,7 +101,6 @@ def _phases(stage: Stage) -> list[str]:
 
 def _shape(stage: Stage, bucket: Bucket) -> str:
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    values = stage.codec.channels * grid[0] * grid[1] * grid[2]
     shape = f"latent {stage.codec.channels}x{'x'.join(map(str, grid))}"
     if not isinstance(stage, DiffusionStage):
         return shape
@@ -79,7 +112,8 @@ def _shape(stage: Stage, bucket: Bucket) -> str:
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample without its text, "
-        f"{_bytes(values * torch.bfloat16.itemsize)} stored a clip"
+        f"{_flops(flops * bucket.batch / stage.workers[0])} an update on each of the fewest "
+        f"workers, {_bytes(_latent_bytes(stage, bucket))} stored a clip"
     )
 
 

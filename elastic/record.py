@@ -2,13 +2,16 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 from typing import Any
+
+from pydantic import ValidationError
 
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
-from stages.plan import Plan
+from stages.plan import Plan, explain
 from stages.stage import Stage, description
 
 SCHEMA = 1
@@ -33,7 +36,7 @@ def write_record(folder: RunFolder, plan: Plan) -> None:
 def start_stage(folder: RunFolder, stage: Stage) -> None:
     """Record a stage as it starts."""
     record = _read(folder)
-    record["started"][stage.name] = description(stage)
+    record["started"][stage.name] = _described(stage)
     write_atomic(folder.record, json.dumps(record, indent=1).encode())
 
 
@@ -44,7 +47,7 @@ def check_unchanged(folder: RunFolder, plan: Plan) -> None:
         if stage.name not in started:
             continue
         # Through JSON, so that both sides have lists where records have tuples.
-        changes = difference(started[stage.name], json.loads(json.dumps(description(stage))))
+        changes = difference(started[stage.name], json.loads(json.dumps(_described(stage))))
         if changes:
             raise InputError(
                 f"stage {stage.name!r} of run {str(folder.root)!r} has already started and may "
@@ -58,7 +61,21 @@ def read_plan(folder: RunFolder) -> Plan:
     record = _read(folder)
     if "definition" not in record:
         raise InputError(f"{str(folder.root)!r} is no run folder: run.json is missing")
-    return Plan.model_validate(record["definition"])
+    try:
+        return Plan.model_validate(record["definition"])
+    except ValidationError as error:
+        raise InputError(
+            f"{folder.record}: its plan cannot be read ({explain(error)}); restore the file, or "
+            "read the run with the version that wrote it"
+        ) from None
+
+
+def _described(stage: Stage) -> dict[str, Any]:
+    """What identifies the stage; where its table lies is said from the root, not from here."""
+    fields = description(stage)
+    places = {name: path and os.path.abspath(path) for name, path in fields["data"].items()
+              if name in ("table", "folder")}  # fmt: skip
+    return {**fields, "data": {**fields["data"], **places}}
 
 
 def difference(before: Any, after: Any, where: str = "") -> list[str]:  # Any: JSON
@@ -79,7 +96,16 @@ def difference(before: Any, after: Any, where: str = "") -> list[str]:  # Any: J
 def _read(folder: RunFolder) -> dict[str, Any]:
     if not folder.record.exists():
         return {"schema": SCHEMA, "started": {}}
-    record: dict[str, Any] = json.loads(folder.record.read_text())
-    if record["schema"] != SCHEMA:
-        raise InputError(f"{folder.record}: schema {record['schema']}, this version reads {SCHEMA}")
-    return record
+    try:
+        record = json.loads(folder.record.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder.record} cannot be read ({error}); restore it, or name another run folder"
+        ) from None
+    found = record.get("schema") if isinstance(record, dict) else None
+    if found != SCHEMA or not isinstance(record.get("started"), dict):
+        raise InputError(
+            f"{folder.record}: schema {found!r}, this version reads {SCHEMA}; restore the file, or "
+            "read the run with the version that wrote it"
+        )
+    return dict(record)

@@ -29,12 +29,14 @@ class Settings(BaseSettings):
     @property
     def storage_path(self) -> Path:
         """The storage as an absolute local path; InputError for a URL."""
+        if not self.storage:
+            raise InputError("storage '': empty; give a folder, such as --storage runs")
         if "://" in self.storage:
             raise InputError(
                 f"storage {self.storage!r}: runs are kept on a local path (or a mounted one); "
                 "URLs are not supported yet; give a folder, such as --storage runs"
             )
-        return Path(self.storage).absolute()
+        return Path(self.storage).expanduser().absolute()
 
 
 def read_settings(**flags: object) -> Settings:
@@ -42,6 +44,8 @@ def read_settings(**flags: object) -> Settings:
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)  # type: ignore[arg-type]  # validated by pydantic just here
+    except UnicodeDecodeError as error:
+        raise InputError(f".env is not UTF-8 ({error}); write it again as UTF-8") from None
     except ValidationError as error:
         fault = error.errors()[0]
         name = str(fault["loc"][0])

@@ -1,6 +1,7 @@
 """A plan: the stages of a course, in order."""
 
 import difflib
+import math
 import textwrap
 import traceback
 from pathlib import Path
@@ -35,6 +36,12 @@ class Plan(Record):
                 raise ValueError(f"plan {self.name!r}: two stages are named {stage.name!r}")
             parent = stage.vae if isinstance(stage, DiffusionStage) else None
             if isinstance(parent, AutoencoderStage) and parent not in seen:
+                if parent.name in (earlier.name for earlier in seen):
+                    raise ValueError(
+                        f"stage {stage.name!r}: vae: its parent {parent.name!r} is not the stage "
+                        f"of that name in plan {self.name!r}: one of them was changed; give the "
+                        "same value to both"
+                    )
                 raise ValueError(
                     f"stage {stage.name!r}: vae: its parent {parent.name!r} does not come earlier "
                     f"in plan {self.name!r} ({', '.join(s.name for s in self.stages)}); "
@@ -57,11 +64,13 @@ class Plan(Record):
 def load_plan(path: str | Path) -> Plan:
     """Run a stage file and return its plan; every mistake in it becomes one PlanError."""
     path = Path(path)
+    if path.is_dir():
+        raise PlanError(f"stage file {str(path)!r}: a folder; name a .py file in it")
     if not path.is_file():
         raise PlanError(f"stage file {str(path)!r}: no such file; try stages/recipes/demo.py")
     names: dict[str, object] = {"__name__": "stage_file", "__file__": str(path)}
     try:
-        exec(compile(path.read_text("utf-8"), str(path), "exec"), names)
+        exec(compile(path.read_bytes(), str(path), "exec"), names)
     except ValidationError as error:
         raise PlanError(f"{path}:{_line(path, error)}: {explain(error)}") from None
     except SyntaxError as error:
@@ -95,10 +104,23 @@ def explain(error: ValidationError) -> str:
             message = f"{error.title} has no such field{_nearest(field, _fields(error.title))}"
         elif fault["type"] == "missing":
             message = f"{error.title} needs this field"
+        elif fault["type"] in _WHOLE:
+            message = f"{fault['input']!r} is not a whole number{_nearest_whole(fault['input'])}"
+        elif fault["type"] in ("tuple_type", "too_short", "too_long"):
+            message = f"{message}, got {fault['input']!r}; write all its values in brackets"
         elif fault["type"] != "value_error":
             message = f"{message}, got {textwrap.shorten(repr(fault['input']), 100)}"
         lines.append(f"{error.title} {field}: {message}" if field else message)
     return "; ".join(dict.fromkeys(lines))
+
+
+_WHOLE = ("int_type", "int_from_float", "int_parsing")
+
+
+def _nearest_whole(value: object) -> str:
+    if not isinstance(value, float) or not math.isfinite(value):
+        return ""
+    return f"; nearest is {max(1, round(value))}"
 
 
 def _fields(title: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.codec import Codec
 from models.dc_ae import DCAE
@@ -112,6 +112,18 @@ class DiffusionStage(_Stage):
     text: WordHash = WordHash()
     text_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained with the empty caption, for classifier-free guidance."""
+
+    @field_validator("vae", mode="before")
+    @classmethod
+    def _check_vae(cls, vae: object) -> object:
+        """One message instead of one for each branch of the union."""
+        if isinstance(vae, Codec | AutoencoderStage | dict):  # a dict: read back from JSON
+            return vae
+        shown = f"the {type(vae).__name__} {vae.name!r}" if isinstance(vae, _Stage) else repr(vae)
+        raise ValueError(
+            f"{shown} is no autoencoder; give the AutoencoderStage itself (its variable, not its "
+            "name), or a codec with weights"
+        )
 
     @model_validator(mode="after")
     def _check_stage(self) -> "DiffusionStage":

@@ -1,13 +1,18 @@
 """Bad input gets one message and exit code 2, and nothing is written; help has examples."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from elastic.cli import main, make_parser
+from elastic.cli import main, make_parser, with_videos
 from elastic.data.moving_shapes import write_demo_videos
+from elastic.errors import InputError
+from elastic.folders import RunFolder
 from elastic.forecast import forecast
+from elastic.record import check_unchanged, start_stage, write_record
+from stages import Videos
 from stages.plan import load_plan
 
 PLAN = Path(__file__).with_name("tiny_plan.py")
@@ -116,6 +121,79 @@ def test_a_storage_that_cannot_be_written_is_named(
     )  # fmt: skip
     assert str(blocked) in message
     assert blocked.read_text() == ""
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1", "ray://127.0.0.1:1", "host:0"])
+def test_a_ray_address_is_host_and_port(
+    address: str, videos: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(
+        capsys, "train", PLAN, "--videos", videos.parent, "--captions", videos,
+        "--storage", storage, "--ray-address", address,
+    )  # fmt: skip
+    assert address in message
+    assert "HOST:PORT" in message
+    assert not storage.exists()
+
+
+def test_a_ray_address_where_nothing_listens_is_refused_at_once(
+    videos: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    message = refusal(
+        capsys, "train", PLAN, "--videos", videos.parent, "--captions", videos,
+        "--storage", storage, "--ray-address", f"127.0.0.1:{port}",
+    )  # fmt: skip
+    assert "nothing answers" in message
+    assert not storage.exists()
+
+
+def test_a_folder_that_holds_none_of_the_clips_is_refused(
+    videos: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--videos", tmp_path, "--captions", videos, "--storage", storage)
+    for verb in ("train", "encode", "plan"):
+        message = refusal(capsys, verb, PLAN, *arguments)
+        assert str(tmp_path / "00000.mp4") in message
+    assert not storage.exists()
+
+
+def test_weights_that_are_not_there_are_named_before_anything_starts(
+    videos: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "given.py"
+    vae = "HunyuanVAE(widths=(4, 4, 8, 8), norm_groups=2, channels=4, weights='gone.safetensors')"
+    text = PLAN.read_text().replace("vae=hunyuan_vae", f"vae={vae}")
+    path.write_text(text.replace("[hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit]", "[hunyuan_dit]"))
+    message = refusal(
+        capsys, "train", path, "--videos", videos.parent, "--captions", videos, "--storage", storage
+    )
+    assert "'gone.safetensors': no such file" in message
+    assert not storage.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 1, "started": {}}'])
+def test_a_damaged_record_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    assert "run.json" in refusal(capsys, "status", tmp_path)
+
+
+def test_a_plan_is_the_same_whether_its_table_is_named_from_here_or_from_the_root(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(videos.parent.parent)
+    plan = load_plan(PLAN)
+    folder = RunFolder(tmp_path / "run")
+    started = with_videos(plan, Videos(str(videos)))
+    write_record(folder, started)
+    for stage in started.stages:
+        start_stage(folder, stage)
+    check_unchanged(folder, with_videos(plan, Videos(os.path.relpath(videos))))
+    with pytest.raises(InputError, match=r"data.table: .* -> .*other\.csv"):
+        check_unchanged(folder, with_videos(plan, Videos("other.csv")))
 
 
 def test_a_storage_url_is_refused_rather_than_taken_for_a_folder(

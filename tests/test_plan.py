@@ -99,7 +99,7 @@ MISTAKES = {
     "a batch that is no whole number": (
         "batch=16",
         "batch=16.5",
-        r"Bucket batch: .*valid integer, got 16\.5",
+        r"Bucket batch: 16\.5 is not a whole number; nearest is 16",
     ),
     "no number": ("AdamW(lr=1e-3)", "AdamW(lr=float('inf'))", "AdamW lr: .*finite number, got inf"),
     "a frame count that the codec would cut": (
@@ -126,10 +126,14 @@ MISTAKES = {
     "another stage by the parent's name": (
         "vae=parent,",
         "vae=parent.replace(seed=1),",
-        "its parent 'parent' does not come earlier",
+        "its parent 'parent' is not the stage of that name .* give the same value",
     ),
     "an unknown parent": ("vae=parent,", "vae=parnt,", "NameError: name 'parnt' is not defined"),
-    "a parent as a word": ("vae=parent,", "vae='parent',", "DiffusionStage vae: .*, got 'parent'"),
+    "a parent as a word": (
+        "vae=parent,",
+        "vae='parent',",
+        "vae: 'parent' is no autoencoder; give .* itself",
+    ),
     "two stages of one name": (
         'name="child"',
         'name="parent"',
@@ -203,10 +207,20 @@ def test_one_plan_under_two_names_is_one_plan(tmp_path: Path) -> None:
     assert _load(tmp_path, FILE + "course = plan\n").name == "course"
 
 
-@pytest.mark.parametrize("name", ["nowhere.py", "."])
-def test_a_file_that_is_not_there_is_named_with_one_that_is(tmp_path: Path, name: str) -> None:
+def test_a_folder_is_no_stage_file(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"a folder; name a \.py file"):
+        load_plan(tmp_path)
+
+
+def test_a_stage_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "marked.py"
+    path.write_text("\ufeff" + (ROOT / "stages/recipes/demo.py").read_text(), "utf-8")
+    assert load_plan(path).name == "demo"
+
+
+def test_a_file_that_is_not_there_is_named_with_one_that_is(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no such file; try stages/recipes/demo\.py"):
-        load_plan(tmp_path / name)
+        load_plan(tmp_path / "nowhere.py")
     assert (ROOT / "stages/recipes/demo.py").is_file()
 
 

@@ -96,5 +96,5 @@ def test_a_rank_that_holds_no_rows_takes_part_like_the_others() -> None:
         assert other_norm == pytest.approx(norm, rel=1e-6)
         assert other_clipped == pytest.approx(clipped, rel=1e-6)
         for name, values in averages.items():
-            # Five products of matrices on the way: fp32 sums in another order show in the 4th digit.
+            # Products of matrices on the way: fp32 sums in another order show in the 4th digit.
             assert others[name] == pytest.approx(values, rel=1e-3, abs=1e-5)

@@ -83,9 +83,10 @@ def _load(name: str) -> pa.Table:
         raise InputError(f"table {name!r} ends in {suffix!r}; it must end in .csv or .parquet")
     try:
         return readers[suffix](name)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
+        what = ascii(str(error))[1:-1][:300]  # a binary file would put its bytes on the terminal
         raise InputError(
-            f"table {name!r} cannot be read as {suffix[1:]}: {error}; write it again as UTF-8 CSV "
+            f"table {name!r} cannot be read as {suffix[1:]}: {what}; write it again as UTF-8 CSV "
             f"with a header line, or as Parquet"
         ) from error
 
@@ -104,6 +105,16 @@ def _read_csv(name: str) -> pa.Table:
 
 def _column(table: pa.Table, column: str, name: str) -> list[str]:
     columns = table.column_names
+    if columns.count(column) > 1:
+        raise InputError(
+            f"table {name!r} has {columns.count(column)} columns {column!r}; a column comes once: "
+            "rename or remove the others"
+        )
+    if len(columns) == 1 and ";" in columns[0]:
+        raise InputError(
+            f"table {name!r} has the one column {columns[0]!r}; columns are parted by commas: "
+            "write path,text"
+        )
     if column not in columns:
         lowered = {found.lower(): found for found in columns}
         near = difflib.get_close_matches(column, lowered, n=1, cutoff=0.4)
