@@ -35,7 +35,9 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
             Phase(until=24 * k // 5, buckets=[Bucket(size, frames=1, batch=16, micro=8)]),
             Phase(until=28 * k // 5, buckets=[Bucket(size, frames=9, batch=8, micro=4)]),
         ],
-        optimizer=Muon(lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, warmup=160, decay=2 * k),
+        optimizer=Muon(
+            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, momentum=0.8, warmup=160, decay=2 * k
+        ),
         ema=Ema(halflife=k // 10, rampup=0.03),
         workers=(1, 3),
         save_every=k,
@@ -57,9 +59,9 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
                     Bucket(size, frames=1, batch=24, micro=12),
                 ],
             ),
-            Phase(until=7 * k, buckets=[Bucket(size, frames=17, batch=16, micro=8)]),
+            Phase(until=11 * k, buckets=[Bucket(size, frames=17, batch=16, micro=8)]),
         ],
-        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), warmup=k // 2, decay=2 * k),
+        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), warmup=k // 2, decay=4 * k),
         ema=Ema(halflife=k // 2),
         workers=(1, 3),
         save_every=k // 2,
@@ -81,10 +83,12 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
         init=Fresh(seed=2),  # every parameter new: nothing of HunyuanVAE is kept
         rate=24.0,
         schedule=[
-            Phase(until=2 * k, buckets=[Bucket(size, frames=4, batch=8, micro=4)]),
-            Phase(until=3 * k, buckets=[Bucket(size, frames=8, batch=8, micro=4)]),
+            Phase(until=8 * k // 5, buckets=[Bucket(size, frames=4, batch=8, micro=4)]),
+            Phase(until=12 * k // 5, buckets=[Bucket(size, frames=8, batch=8, micro=4)]),
         ],
-        optimizer=Muon(lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.005, warmup=80, decay=3 * k // 2),
+        optimizer=Muon(
+            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.005, momentum=0.8, warmup=80, decay=3 * k // 2
+        ),
         ema=Ema(halflife=k // 20, rampup=0.03),
         workers=(1, 3),
         save_every=k // 4,
@@ -96,7 +100,7 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
         vae=dc_ae,
         model=hunyuan_dit.model.replace(patch=1),
         init=Fresh(seed=3),  # the DiT starts over too
-        schedule=[Phase(until=10 * k, buckets=[Bucket(size, frames=16, batch=16, micro=4)])],
+        schedule=[Phase(until=12 * k, buckets=[Bucket(size, frames=16, batch=16, micro=4)])],
     )
     return Plan(name, [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit])
 
