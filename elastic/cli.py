@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("run", help="run folder")
     _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
     one = _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
-    one.add_argument("--long", action="store_true", help="train longer: clearer videos")
+    one.add_argument("--long", action="store_true", help="64 px instead of 32: four times as long")
     return parser
 
 

@@ -68,7 +68,7 @@ def run_demo(settings: Settings, is_long: bool) -> int:
     videos = Videos(str(demo_set.table))
     plan = demo_course("demo", videos)
     if is_long:
-        plan = demo_course("demo-long", videos, size="64px", times=4)
+        plan = demo_course("demo-long", videos, size="64px")
     folder = RunFolder.of(settings.storage_path, plan)
     # Two nodes of one CPU, whatever the machine has: the story is the same everywhere.
     cluster = start_cluster(settings, cpus=1)

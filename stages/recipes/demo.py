@@ -19,9 +19,8 @@ from stages import (
 )
 
 
-def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Plan:
-    """The four stages on some videos, at some size; `times` as long for clearer pictures."""
-    k = 1_000 * times
+def course(name: str, videos: Videos, size: str = "32px") -> Plan:
+    """The four stages on some videos, at some size."""
     hunyuan_vae = AutoencoderStage(
         name="hunyuan-vae",
         data=videos,
@@ -32,17 +31,17 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
         init=Fresh(seed=0),
         rate=24.0,
         schedule=[  # stills, then clips
-            Phase(until=24 * k // 5, buckets=[Bucket(size, frames=1, batch=16, micro=8)]),
-            Phase(until=28 * k // 5, buckets=[Bucket(size, frames=9, batch=8, micro=4)]),
+            Phase(until=4_800, buckets=[Bucket(size, frames=1, batch=16, micro=8)]),
+            Phase(until=5_600, buckets=[Bucket(size, frames=9, batch=8, micro=4)]),
         ],
         optimizer=Muon(
-            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, momentum=0.8, warmup=160, decay=2 * k
+            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, momentum=0.8, warmup=160, decay=2_000
         ),
-        ema=Ema(halflife=k // 10, rampup=0.03),
+        ema=Ema(halflife=100, rampup=0.03),
         workers=(1, 3),
-        save_every=k,
-        log_every=k // 8,
-        evaluate_every=10 * k,
+        save_every=1_000,
+        log_every=125,
+        evaluate_every=10_000,
     )
     hunyuan_dit = DiffusionStage(
         name="hunyuan-dit",
@@ -53,20 +52,20 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
         rate=24.0,
         schedule=[  # videos and stills together, then videos alone
             Phase(
-                until=3 * k,
+                until=3_000,
                 buckets=[
                     Bucket(size, frames=17, batch=16, micro=8),
                     Bucket(size, frames=1, batch=24, micro=12),
                 ],
             ),
-            Phase(until=11 * k, buckets=[Bucket(size, frames=17, batch=16, micro=8)]),
+            Phase(until=11_000, buckets=[Bucket(size, frames=17, batch=16, micro=8)]),
         ],
-        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), warmup=k // 2, decay=4 * k),
-        ema=Ema(halflife=k // 2),
+        optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), warmup=500, decay=4_000),
+        ema=Ema(halflife=500),
         workers=(1, 3),
-        save_every=k // 2,
-        log_every=k // 8,
-        evaluate_every=10 * k,
+        save_every=500,
+        log_every=125,
+        evaluate_every=10_000,
     )
     dc_ae = AutoencoderStage(
         name="dc-ae",
@@ -83,24 +82,24 @@ def course(name: str, videos: Videos, size: str = "32px", times: int = 1) -> Pla
         init=Fresh(seed=2),  # every parameter new: nothing of HunyuanVAE is kept
         rate=24.0,
         schedule=[
-            Phase(until=8 * k // 5, buckets=[Bucket(size, frames=4, batch=8, micro=4)]),
-            Phase(until=12 * k // 5, buckets=[Bucket(size, frames=8, batch=8, micro=4)]),
+            Phase(until=1_600, buckets=[Bucket(size, frames=4, batch=8, micro=4)]),
+            Phase(until=2_400, buckets=[Bucket(size, frames=8, batch=8, micro=4)]),
         ],
         optimizer=Muon(
-            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.005, momentum=0.8, warmup=80, decay=3 * k // 2
+            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.005, momentum=0.8, warmup=80, decay=1_500
         ),
-        ema=Ema(halflife=k // 20, rampup=0.03),
+        ema=Ema(halflife=50, rampup=0.03),
         workers=(1, 3),
-        save_every=k // 4,
-        log_every=k // 20,
-        evaluate_every=10 * k,
+        save_every=250,
+        log_every=50,
+        evaluate_every=10_000,
     )
     dc_ae_dit = hunyuan_dit.replace(
         name="dc-ae-dit",
         vae=dc_ae,
         model=hunyuan_dit.model.replace(patch=1),
         init=Fresh(seed=3),  # the DiT starts over too
-        schedule=[Phase(until=12 * k, buckets=[Bucket(size, frames=16, batch=16, micro=4)])],
+        schedule=[Phase(until=12_000, buckets=[Bucket(size, frames=16, batch=16, micro=4)])],
     )
     return Plan(name, [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit])
 
