@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from cluster.local import LocalCluster
 from elastic.cli import DONE
 from elastic.course import Course, train_plan
-from elastic.data.moving_shapes import COLOURS, write_demo_videos
+from elastic.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, write_demo_videos
 from elastic.drive import run_course, start_cluster
 from elastic.film import contact_sheet, read_mp4
 from elastic.folders import RunFolder
@@ -25,6 +26,7 @@ from stages.videos import Videos
 
 KILL_IN, GROW_IN = "hunyuan-dit", "dc-ae-dit"
 _AT = 0.3  # share of the stage after which it happens
+_CHOICES = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
 _KILL, _JOIN = "SIGKILL of one worker", "a node joins"
 
 
@@ -92,9 +94,13 @@ def print_outcome(plan: Plan, folder: RunFolder) -> None:
         if isinstance(stage, DiffusionStage):
             named, films = read_samples(folder, stage.name)
             rows += films[:6]
+            words = [
+                f"{what} in {named[what]} (by chance {len(films) / len(choices):.1f})"
+                for what, choices in _CHOICES.items()
+            ]
             print(
-                f"{stage.name}: a reader of pixels names the captioned colour in {named} of "
-                f"{len(films)} samples (chance: {len(films) / len(COLOURS):.0f})"
+                f"{stage.name}: of {len(films)} samples a reader of pixels names the captioned "
+                f"{', '.join(words)}"
             )
     sheet = folder.root / "contact-sheet.png"
     contact_sheet(sheet, rows)
@@ -103,16 +109,18 @@ def print_outcome(plan: Plan, folder: RunFolder) -> None:
     print(f"report:        {report}\nAim:           {aim} up --repo {folder.root}")
 
 
-def read_samples(folder: RunFolder, stage: str) -> tuple[int, list[tuple[str, Any]]]:
-    """How many of a stage's samples show the colour of their caption, and the samples."""
+def read_samples(folder: RunFolder, stage: str) -> tuple[Counter[str], list[tuple[str, Any]]]:
+    """In how many of a stage's samples each word of the caption is seen, and the samples."""
     event = [
         event
         for event in read_events(folder.root)
         if event["kind"] == "sample" and event["stage"] == stage
     ][-1]
-    named, films = 0, []
+    named: Counter[str] = Counter()
+    films = []
     for path, caption in zip(event["paths"], event["captions"], strict=True):
         frames_THWC = read_mp4(folder.root / path).frames_THWC
-        named += read_shape(frames_THWC).colour == parse_caption(caption)["colour"]
+        seen = read_shape(frames_THWC)._asdict()
+        named.update(what for what, word in parse_caption(caption).items() if seen[what] == word)
         films.append((caption, frames_THWC))
     return named, films

@@ -45,18 +45,65 @@ def gather(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """
     if not like:
         return []  # a model of narrow layers has none
-    first = like[0]
-    if not isinstance(first, DTensor):
+    group = _group(like[0])
+    if group is None:
         return list(parts)
-    group = first.device_mesh.get_group()
     size = dist.get_world_size(group)
     counts = [[_count(t.shape, r, size) for t in like] for r in range(size)]
+    streams = _exchange(parts, counts, group)
+    return [torch.cat(rows).view(t.shape) for t, *rows in zip(like, *streams, strict=True)]
+
+
+def orthogonalise_all(updates: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Each whole update made orthogonal, on every rank; each rank computes a share of them.
+
+    Whichever rank it is, it computes the same numbers, so the world leaves no trace in them.
+    """
+    if not updates:
+        return []
+    group = _group(like[0])
+    if group is None:
+        return [orthogonalise(update.flatten(1)).view_as(update) for update in updates]
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    owners = shares([update.flatten(1).shape for update in updates], size)
+    mine = [
+        orthogonalise(update.flatten(1))
+        for update, owner in zip(updates, owners, strict=True)
+        if owner == rank
+    ]
+    counts = [
+        [update.numel() for update, owner in zip(updates, owners, strict=True) if owner == r]
+        for r in range(size)
+    ]
+    streams = [iter(stream) for stream in _exchange(mine or [updates[0][:0]], counts, group)]
+    return [
+        next(streams[owner]).view_as(update) for update, owner in zip(updates, owners, strict=True)
+    ]
+
+
+def shares(shapes: Sequence[torch.Size], size: int) -> list[int]:
+    """Which rank orthogonalises which matrix: the dearest first, each to the rank with least."""
+    cost = [min(shape) ** 2 * max(shape) for shape in shapes]
+    owners, load = [0] * len(shapes), [0] * size
+    for index in sorted(range(len(shapes)), key=lambda i: (-cost[i], i)):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += cost[index]
+    return owners
+
+
+def _group(like: Tensor) -> dist.ProcessGroup | None:
+    return like.device_mesh.get_group() if isinstance(like, DTensor) else None
+
+
+def _exchange(
+    parts: Sequence[Tensor], counts: list[list[int]], group: dist.ProcessGroup
+) -> list[Sequence[Tensor]]:
+    """Every rank's parts, flat; `counts` says how many values each part of each rank has."""
     most = max(map(sum, counts))  # every rank sends a message of one length
     flat = torch.cat([part.flatten() for part in parts])
-    everyone = [flat.new_empty(most) for _ in range(size)]
+    everyone = [flat.new_empty(most) for _ in counts]
     dist.all_gather(everyone, torch.nn.functional.pad(flat, (0, most - len(flat))), group=group)
-    streams = [s[: sum(own)].split(own) for s, own in zip(everyone, counts, strict=True)]
-    return [torch.cat(rows).view(t.shape) for t, *rows in zip(like, *streams, strict=True)]
+    return [s[: sum(own)].split(own) for s, own in zip(everyone, counts, strict=True)]
 
 
 def _count(shape: torch.Size, rank: int, size: int) -> int:
@@ -68,8 +115,7 @@ def _count(shape: torch.Size, rank: int, size: int) -> int:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose matrices are moved by Muon; momentum is kept sharded like the parameter.
 
-    Every rank calls `step`: the matrices are gathered, and orthogonalised on every rank alike, so
-    the result does not depend on how many ranks there are.
+    Every rank calls `step`: the matrices are gathered, and each is orthogonalised by one rank.
     """
 
     def __init__(self, settings: Muon, model: nn.Module) -> None:
@@ -92,10 +138,10 @@ class MuonAdamW(torch.optim.AdamW):
         settings = self._settings
         rate = settings.matrix_lr * self.param_groups[0]["lr"] / settings.lr
         ahead = [self._nesterov(parameter) for parameter in self.matrices]
-        for parameter, update in zip(self.matrices, gather(ahead, self.matrices), strict=True):
-            direction = orthogonalise(update.flatten(1)).view_as(update)
+        directions = orthogonalise_all(gather(ahead, self.matrices), self.matrices)
+        for parameter, direction in zip(self.matrices, directions, strict=True):
             # Tall matrices take longer steps, so that outputs of any width change alike.
-            longer = max(1.0, update.shape[0] / update[0].numel()) ** 0.5
+            longer = max(1.0, direction.shape[0] / direction[0].numel()) ** 0.5
             local(parameter).mul_(1 - rate * settings.weight_decay)
             local(parameter).sub_(own_part(direction, parameter), alpha=rate * longer)
 

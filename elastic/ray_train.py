@@ -59,10 +59,12 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
 
         What another try would only repeat is raised here, which Ray Train does not retry.
         """
-        for rank, error in worker_group_status.errors.items():
-            self._cause = f"rank {rank}: {str(error).strip().splitlines()[-1]}"
-            break
-        for error in worker_group_status.errors.values():
+        errors = worker_group_status.errors
+        if errors:
+            # A process that died comes first: what the others raise is that they lost it.
+            rank = min(errors, key=lambda rank: (hasattr(errors[rank], "_base_exc"), rank))
+            self._cause = f"rank {rank}: {str(errors[rank]).strip().splitlines()[-1]}"
+        for error in errors.values():
             blocked = getattr(error, "_base_exc", error)  # as the training function raised it
             if isinstance(blocked, StageBlocked | InputError):
                 self._tell("blocked", str(blocked))

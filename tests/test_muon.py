@@ -10,7 +10,7 @@ from tiny import HALF_UPDATES, STAGE, Attempt, Turn, in_turn, train
 from torch import nn
 from worlds import run_world
 
-from elastic.muon import MuonAdamW, is_matrix, orthogonalise
+from elastic.muon import MuonAdamW, is_matrix, orthogonalise, shares
 from stages import Muon
 
 MUON = STAGE.replace(optimizer=Muon(lr=1e-3, matrix_lr=2e-2, warmup=40, decay=100))
@@ -66,3 +66,18 @@ def test_any_world_moves_alike_and_goes_on_from_another_ones_momentum(tmp_path: 
 
 def losses(attempt: Attempt) -> list[float]:
     return [line["values"]["loss"] for line in attempt.lines if not line["context"]]
+
+
+@given(
+    sides=st.lists(st.tuples(st.integers(4, 64), st.integers(4, 64)), max_size=20),
+    size=st.integers(1, 6),
+)
+def test_the_matrices_are_shared_out_evenly(sides: list[tuple[int, int]], size: int) -> None:
+    shapes = [torch.Size(pair) for pair in sides]
+    owners = shares(shapes, size)
+    cost = [min(pair) ** 2 * max(pair) for pair in sides]
+    load = [
+        sum(c for c, owner in zip(cost, owners, strict=True) if owner == r) for r in range(size)
+    ]
+    assert sum(load) == sum(cost), "every matrix has one owner"
+    assert max(load) <= sum(cost) / size + max(cost, default=0)

@@ -29,7 +29,7 @@ def course(name: str, videos: Videos, size: str = "32px") -> Plan:
         ),
         kl_weight=0.0,
         init=Fresh(seed=0),
-        rate=24.0,
+        rate=12.0,
         schedule=[  # stills, then clips
             Phase(until=4_800, buckets=[Bucket(size, frames=1, batch=16, micro=8)]),
             Phase(until=5_600, buckets=[Bucket(size, frames=9, batch=8, micro=4)]),
@@ -41,7 +41,7 @@ def course(name: str, videos: Videos, size: str = "32px") -> Plan:
         workers=(1, 3),
         save_every=1_000,
         log_every=125,
-        evaluate_every=10_000,
+        evaluate_every=2_000,
     )
     hunyuan_dit = DiffusionStage(
         name="hunyuan-dit",
@@ -49,7 +49,7 @@ def course(name: str, videos: Videos, size: str = "32px") -> Plan:
         vae=hunyuan_vae,
         model=DiT(depth=2, depth_single=2, width=96, heads=4, patch=2),
         init=Fresh(seed=1),
-        rate=24.0,
+        rate=12.0,
         schedule=[  # videos and stills together, then videos alone
             Phase(
                 until=3_000,
@@ -65,7 +65,7 @@ def course(name: str, videos: Videos, size: str = "32px") -> Plan:
         workers=(1, 3),
         save_every=500,
         log_every=125,
-        evaluate_every=10_000,
+        evaluate_every=4_000,
     )
     dc_ae = AutoencoderStage(
         name="dc-ae",
@@ -80,7 +80,7 @@ def course(name: str, videos: Videos, size: str = "32px") -> Plan:
         ),
         kl_weight=0.0,
         init=Fresh(seed=2),  # every parameter new: nothing of HunyuanVAE is kept
-        rate=24.0,
+        rate=12.0,
         schedule=[
             Phase(until=1_600, buckets=[Bucket(size, frames=4, batch=8, micro=4)]),
             Phase(until=2_400, buckets=[Bucket(size, frames=8, batch=8, micro=4)]),
@@ -92,7 +92,7 @@ def course(name: str, videos: Videos, size: str = "32px") -> Plan:
         workers=(1, 3),
         save_every=250,
         log_every=50,
-        evaluate_every=10_000,
+        evaluate_every=800,
     )
     dc_ae_dit = hunyuan_dit.replace(
         name="dc-ae-dit",
