@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo demo-long test check bench clean-demo
+.PHONY: venv demo test check bench clean-demo
 
 venv: $(STAMP)
 
@@ -19,9 +19,6 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/python -m elastic demo
-
-demo-long: venv
-	$(BIN)/python -m elastic demo --long
 
 test: venv
 	$(BIN)/python -m pytest

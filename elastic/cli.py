@@ -96,8 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
     _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
-    one = _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
-    one.add_argument("--long", action="store_true", help="64 px instead of 32: four times as long")
+    _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
 
@@ -286,4 +285,4 @@ def demo_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """The whole course."""
     from elastic.demo import run_demo
 
-    return run_demo(settings, is_long=flags.long)
+    return run_demo(settings)

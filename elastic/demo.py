@@ -62,15 +62,13 @@ class Faults:
         course.tracker.event("fault_injected", latest["stage"], latest["position"], what, what=what)
 
 
-def run_demo(settings: Settings, is_long: bool) -> int:
+def run_demo(settings: Settings) -> int:
     """Write the videos, run the course, and say what came out of it."""
     began = time.monotonic()
     demo_set = write_demo_videos(settings.storage_path / "demo-videos")
     print(f"videos: {demo_set.good} good and {demo_set.odd} odd ones in {demo_set.folder}")
     videos = Videos(str(demo_set.table))
-    plan = demo_course("demo", videos)
-    if is_long:
-        plan = demo_course("demo-long", videos, size="64px")
+    plan = demo_course(videos)
     folder = RunFolder.of(settings.storage_path, plan)
     # Two nodes of one CPU, whatever the machine has: the story is the same everywhere.
     cluster = start_cluster(settings, cpus=1)

@@ -238,8 +238,8 @@ def test_plan_writes_nothing_and_says_what_would_happen(
 def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
     demo = load_plan(PLAN.parent.parent / "stages" / "recipes" / "demo.py")
     text = forecast(demo, Path(os.devnull))
-    assert "20 tokens" in text
-    assert "4 tokens" in text
+    assert "latent 16x3x4x4, 12 tokens" in text  # four a latent frame
+    assert "latent 128x4x1x1, 4 tokens" in text  # one a latent frame
 
 
 def test_the_stage_file_of_the_readme_is_one(
