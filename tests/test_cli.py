@@ -238,7 +238,7 @@ def test_plan_writes_nothing_and_says_what_would_happen(
 def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
     demo = load_plan(PLAN.parent.parent / "stages" / "recipes" / "demo.py")
     text = forecast(demo, Path(os.devnull))
-    assert "latent 16x2x4x4, 8 tokens" in text  # four a latent frame
+    assert "latent 16x5x4x4, 20 tokens" in text  # four a latent frame
     assert "latent 128x4x1x1, 4 tokens" in text  # one a latent frame
 
 

@@ -29,14 +29,13 @@ def course(videos: Videos) -> Plan:
         ),
         kl_weight=0.0,
         init=Fresh(seed=0),
-        rate=12.0,
-        # Stills, then clips while the rate is still high: movement is learned from those alone.
-        schedule=[
-            Phase(until=2_400, buckets=[Bucket("32px", frames=1, batch=16, micro=8)]),
-            Phase(until=5_200, buckets=[Bucket("32px", frames=5, batch=8, micro=4)]),
+        rate=24.0,
+        schedule=[  # stills, then clips
+            Phase(until=4_800, buckets=[Bucket("32px", frames=1, batch=16, micro=8)]),
+            Phase(until=5_600, buckets=[Bucket("32px", frames=9, batch=8, micro=4)]),
         ],
         optimizer=Muon(
-            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, momentum=0.8, warmup=160, decay=2_500
+            lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, momentum=0.8, warmup=160, decay=2_000
         ),
         ema=Ema(halflife=100, rampup=0.03),
         workers=(1, 3),
@@ -50,16 +49,16 @@ def course(videos: Videos) -> Plan:
         vae=hunyuan_vae,
         model=DiT(depth=2, depth_single=2, width=96, heads=4, patch=2),
         init=Fresh(seed=1),
-        rate=12.0,
+        rate=24.0,
         schedule=[  # clips and stills together, then clips alone
             Phase(
                 until=3_000,
                 buckets=[
-                    Bucket("32px", frames=5, batch=16, micro=8),
+                    Bucket("32px", frames=17, batch=16, micro=8),
                     Bucket("32px", frames=1, batch=24, micro=12),
                 ],
             ),
-            Phase(until=13_000, buckets=[Bucket("32px", frames=5, batch=16, micro=8)]),
+            Phase(until=11_000, buckets=[Bucket("32px", frames=17, batch=16, micro=8)]),
         ],
         optimizer=AdamW(lr=3e-3, betas=(0.9, 0.99), warmup=500, decay=4_000),
         ema=Ema(halflife=500),
@@ -100,7 +99,7 @@ def course(videos: Videos) -> Plan:
         vae=dc_ae,
         model=hunyuan_dit.model.replace(patch=1),
         init=Fresh(seed=3),  # the DiT starts over too
-        # Three times the frames of the first DiT for half of its tokens.
+        rate=12.0,  # clips of twice the time, for a fifth of the tokens
         schedule=[Phase(until=12_000, buckets=[Bucket("32px", frames=16, batch=16, micro=4)])],
     )
     return Plan("demo", [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit])
