@@ -91,7 +91,7 @@ def print_outcome(plan: Plan, folder: RunFolder) -> None:
     for stage in plan.stages:
         if isinstance(stage, DiffusionStage):
             named, films = read_samples(folder, stage.name)
-            rows += films[:6]
+            rows += [(f"{stage.name}: {caption}", film) for caption, film in films[:6]]
             words = [
                 f"{what} in {named[what]} (by chance {len(films) / len(choices):.1f})"
                 for what, choices in _CHOICES.items()
