@@ -29,7 +29,7 @@ AIM_RUNS = "aim_runs.json"
 PLAN_RUN = ""  # no stage has an empty name
 
 # Aim shows them as warnings in its Messages; all other kinds as information.
-_ALARMING = frozenset({"crash", "fault_injected", "quarantine", "resize_requested"})
+_ALARMING = frozenset({"blocked", "crash", "fault_injected", "quarantine", "resize_requested"})
 
 log = logging.getLogger(__name__)
 
