@@ -17,7 +17,7 @@ from elastic.data import probe as probe_module
 from elastic.data.decode import BadVideo, Unreachable, decode_clip, to_unit
 from elastic.data.moving_shapes import render, tone_mp4, turn_mp4
 from elastic.data.probe import Probe, can_fill, probe, probe_all
-from elastic.data.table import Clip, read_table, sample_id, table_from_folder
+from elastic.data.table import Clip, read_table, sample_id
 from elastic.errors import InputError
 from stages.videos import Videos
 
@@ -48,7 +48,7 @@ def test_csv_and_parquet_give_the_same_clips(tmp_path: Path) -> None:
 def test_a_folder_elsewhere_changes_paths_and_not_ids(tmp_path: Path) -> None:
     videos = _table(tmp_path, "path,text\na.mp4,x\n/abs/b.mp4,y\n")
     (tmp_path / "v").mkdir()
-    clips = read_table(table_from_folder(str(tmp_path / "v"), videos.table))
+    clips = read_table(Videos(videos.table, folder=str(tmp_path / "v")))
     assert [clip.path for clip in clips] == [str(tmp_path / "v" / "a.mp4"), "/abs/b.mp4"]
     assert [c.sample_id for c in clips] == [c.sample_id for c in read_table(videos)]
 

@@ -31,11 +31,6 @@ def sample_id(path: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def table_from_folder(videos_dir: str, captions: str) -> Videos:
-    """The clips of a folder with a table that lies elsewhere."""
-    return Videos(table=captions, folder=videos_dir)
-
-
 def read_table(videos: Videos) -> list[Clip]:
     """The rows of the table in its order; InputError where a person has something to put right."""
     table = _load(videos.table)
