@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from elastic.checkpoint import KEEP_LAST
 from elastic.data.table import read_table
@@ -33,7 +32,7 @@ def forecast(plan: Plan, storage: Path) -> str:
 
 def _disk(plan: Plan) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
-    counts = [sum(p.numel() for p in build_meta(stage).parameters()) for stage in plan.stages]
+    counts = [sum(p.numel() for p in stage.build().parameters()) for stage in plan.stages]
     checkpoint = max(counts) * _BYTES_SAVED
     parts = [
         f"weights {_bytes(sum(counts) * _BYTES_A_WEIGHT)}",
@@ -62,7 +61,7 @@ def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
 
 def _stage(stage: Stage) -> list[str]:
     codec, (low, high) = stage.codec, stage.workers
-    module = build_meta(stage)
+    module = stage.build()
     count = sum(parameter.numel() for parameter in module.parameters())
     t, h, w = codec.stride
     return [
@@ -78,14 +77,6 @@ def _stage(stage: Stage) -> list[str]:
 
 def _has_parent(stage: Stage) -> bool:
     return isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage)
-
-
-def build_meta(stage: Stage) -> nn.Module:
-    """The stage's model without memory."""
-    if isinstance(stage, AutoencoderStage):
-        return stage.codec.build(device="meta")
-    text = stage.text
-    return stage.model.build(stage.codec.channels, text.width, text.pooled_width, device="meta")
 
 
 def _phases(stage: Stage) -> list[str]:

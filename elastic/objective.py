@@ -49,8 +49,7 @@ class FlowMatching:
 
     def build(self) -> nn.Module:
         """The DiT on the meta device."""
-        text, channels = self._stage.text, self._stage.codec.channels
-        return self._stage.model.build(channels, text.width, text.pooled_width, device="meta")
+        return self._stage.build()
 
     def loss_B(self, model: nn.Module, micro: Micro) -> Tensor:
         """Squared error of the velocity, per sample."""
@@ -113,7 +112,7 @@ class Reconstructing:
 
     def build(self) -> nn.Module:
         """The codec on the meta device."""
-        return self._stage.codec.build(device="meta")
+        return self._stage.build()
 
     def loss_B(self, model: nn.Module, micro: Micro) -> Tensor:
         """Reconstruction loss per sample; the latent is sampled if its KL has a weight."""

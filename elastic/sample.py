@@ -56,9 +56,7 @@ def make_samples(request: SampleRequest) -> list[Path]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = load_codec(stage.codec, request.codec_weights, file_digest(request.codec_weights))
     text, channels = stage.text, stage.codec.channels
-    model = load_weights(
-        stage.model.build(channels, text.width, text.pooled_width), request.weights
-    ).to(device)
+    model = load_weights(stage.build("cpu"), request.weights).to(device)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     frames, height, width = stage.model.token_grid(grid)
     films: list[NDArray[np.uint8]] = []

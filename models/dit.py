@@ -4,15 +4,14 @@ Blocks with separate weights for text and video, then blocks that share them; bo
 joint sequence, text first. Parameter names, fused projections and interleaved rotary pairs are
 those of the published FLUX files. Differences from Open-Sora 2.0: padded text is never attended;
 modulations and the last linear start at zero (adaLN-zero, arXiv 2212.09748), so that a fresh model
-starts as the zero function and its blocks as identities; no image condition.
+starts as the zero function and its blocks as identities.
 """
 
 # B sample, C channel, T frame, H, W latent grid, L text token, N video token, S = L + N,
 # D width, A attention head, E channel of a head, P rotary pair of a head
 
 import math
-from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from einops import rearrange
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.record import Record
-
-Grid = tuple[int, int, int]
+from models.rotary import Grid, Rotation, Spacing, rotation
 
 TIME_WIDTH = 256
-CODEC_SHAPED = ("img_in.", "final_layer.linear.")
+CODEC_SHAPED = ("img_in.", "cond_in.", "final_layer.linear.")
+ROPE_PIXELS = (4, 16, 16)
+"""One step of position under rope_unit="pixel": a HunyuanVAE token of patch 2."""
 
 
 def codec_shaped(name: str) -> bool:
@@ -44,6 +44,15 @@ class DiT(Record):
     mlp_ratio: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     qkv_bias: bool = True
     theta: float = Field(default=10_000.0, gt=1, allow_inf_nan=False)
+    rope_unit: Literal["token", "pixel"] = "token"
+    """What a step of position is: one token, or 4 frames x 16 x 16 pixels whatever the token is.
+
+    With "pixel" a distance keeps its meaning when the autoencoder or the patch changes.
+    """
+    guidance: bool = False
+    """Whether the strength of guidance is an input (`guidance_in`), as in FLUX.1-dev."""
+    image_condition: bool = False
+    """Whether latents of given frames and their mask are an input (`cond_in`, zero at first)."""
 
     @model_validator(mode="after")
     def _is_buildable(self) -> Self:
@@ -110,49 +119,19 @@ class DiT(Record):
         text_width: int = 4096,
         pooled_width: int = 768,
         device: torch.device | str = "cpu",
+        stride: Grid = (4, 8, 8),
     ) -> "MMDiT":
-        """The module, for latents of `channels` and a text encoder of these widths."""
+        """The module, for a codec of `channels` and `stride` and a text encoder of these widths."""
         with torch.device(device):
-            return MMDiT(self, channels, text_width, pooled_width)
+            return MMDiT(self, channels, text_width, pooled_width, self.spacing(stride))
 
-
-@dataclass(frozen=True)
-class Rotation:
-    """Cosine and sine of every token's rotary angles, (S, P), fp32.
-
-    Not a tuple of tensors: FSDP casts tensor arguments of a block to bf16, and angles must not be.
-    """
-
-    cos_SP: Tensor
-    sin_SP: Tensor
-
-    def __call__(self, x_BASE: Tensor) -> Tensor:
-        """Turn each pair of neighbouring channels by its angle; fp32 inside, dtype kept."""
-        even_BASP, odd_BASP = rearrange(x_BASE.float(), "b a s (p two) -> two b a s p", two=2)
-        turned = torch.stack(
-            (
-                even_BASP * self.cos_SP - odd_BASP * self.sin_SP,
-                even_BASP * self.sin_SP + odd_BASP * self.cos_SP,
-            ),
-            dim=-1,
-        )
-        return rearrange(turned, "b a s p two -> b a s (p two)").to(x_BASE.dtype)
-
-
-def rotation(shape: DiT, token_grid: Grid, text_tokens: int, device: torch.device) -> Rotation:
-    """Rotary angles of the joint sequence: text at position 0, video at its T, H, W indices.
-
-    Made anew in every forward: the cost is nothing beside one block, and a table that is kept
-    would have to survive `to_empty`, device moves and inference mode.
-    """
-    angles: list[Tensor] = []
-    axes = [torch.arange(size, dtype=torch.float32, device=device) for size in token_grid]
-    positions = torch.meshgrid(*axes, indexing="ij")
-    for position_THW, pairs in zip(positions, shape.rotary_pairs, strict=True):
-        exponent_P = torch.arange(pairs, dtype=torch.float32, device=device) / pairs
-        angles.append(position_THW.reshape(-1, 1) * shape.theta**-exponent_P)
-    angle_SP = functional.pad(torch.cat(angles, dim=1), (0, 0, text_tokens, 0))
-    return Rotation(angle_SP.cos(), angle_SP.sin())
+    def spacing(self, stride: Grid) -> Spacing:
+        """Steps of position from one token to the next along T, H and W."""
+        if self.rope_unit == "token":
+            return 1.0, 1.0, 1.0
+        t, h, w = stride
+        frames, rows, columns = ROPE_PIXELS
+        return t / frames, h * self.patch / rows, w * self.patch / columns
 
 
 def sinusoid(t_B: Tensor) -> Tensor:
@@ -349,14 +328,21 @@ class MMDiT(nn.Module):
     in fp32, and everything else is cast here to the dtype of the layer that takes it.
     """
 
-    def __init__(self, shape: DiT, channels: int, text_width: int, pooled_width: int) -> None:
+    def __init__(
+        self, shape: DiT, channels: int, text_width: int, pooled_width: int, spacing: Spacing
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self.spacing = spacing
         cells = channels * shape.patch**2
         self.img_in = nn.Linear(cells, shape.width)
+        if shape.image_condition:
+            self.cond_in = ZeroLinear(cells + shape.patch**2, shape.width)
         self.txt_in = nn.Linear(text_width, shape.width)
         self.time_in = Embedder(TIME_WIDTH, shape.width)
         self.vector_in = Embedder(pooled_width, shape.width)
+        if shape.guidance:
+            self.guidance_in = Embedder(TIME_WIDTH, shape.width)
         self.double_blocks = nn.ModuleList(DoubleBlock(shape) for _ in range(shape.depth))
         self.single_blocks = nn.ModuleList(SingleBlock(shape) for _ in range(shape.depth_single))
         self.final_layer = FinalLayer(shape.width, cells)
@@ -368,16 +354,29 @@ class MMDiT(nn.Module):
         text_BLD: Tensor,
         text_mask_BL: Tensor | None,
         pooled_BD: Tensor,
+        guidance_B: Tensor | None = None,
+        given_BCTHW: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, C, T, H, W); `text_mask_BL` is True on text to attend, None means all."""
-        frames, rows, columns = z_BCTHW.shape[2:]
-        t, h, w = self.shape.token_grid((frames, rows, columns))
+        """Velocity (B, C, T, H, W); `text_mask_BL` is True on text to attend, None means all.
+
+        `guidance_B` is needed where the shape has it. `given_BCTHW` holds a mask (1 where a frame
+        is given) and then the given latents, (B, 1 + C, T, H, W); None gives nothing.
+        """
+        t, h, w = self.shape.token_grid((z_BCTHW.shape[2], z_BCTHW.shape[3], z_BCTHW.shape[4]))
         patch, length = self.shape.patch, text_BLD.shape[1]
-        cells_BNC = rearrange(z_BCTHW, "b c t (h p) (w q) -> b (t h w) (c p q)", p=patch, q=patch)
-        video_BND = self.img_in(cells_BNC.to(self.img_in.weight.dtype))
+        video_BND = self.img_in(self._cells(z_BCTHW))
+        if self.shape.image_condition:
+            if given_BCTHW is None:
+                given_BCTHW = functional.pad(torch.zeros_like(z_BCTHW), (0, 0, 0, 0, 0, 0, 1, 0))
+            video_BND = video_BND + self.cond_in(self._cells(given_BCTHW))
         text_BLD = self.txt_in(text_BLD.to(self.txt_in.weight.dtype))
         condition_BD = self.time_in(sinusoid(t_B)) + self.vector_in(pooled_BD)
-        turn = rotation(self.shape, (t, h, w), length, z_BCTHW.device)
+        if self.shape.guidance:
+            if guidance_B is None:
+                raise ValueError("this DiT takes the strength of guidance (guidance=True): give it")
+            condition_BD = condition_BD + self.guidance_in(sinusoid(guidance_B))
+        pairs, theta = self.shape.rotary_pairs, self.shape.theta
+        turn = rotation(pairs, theta, (t, h, w), length, z_BCTHW.device, self.spacing)
         mask_B11S = _joint_mask(text_mask_BL, video_BND.shape[1])
 
         for block in self.double_blocks:
@@ -389,6 +388,15 @@ class MMDiT(nn.Module):
         return rearrange(
             out_BNC, "b (t h w) (c p q) -> b c t (h p) (w q)", t=t, h=h, p=patch, q=patch
         )
+
+    def _cells(self, x_BCTHW: Tensor) -> Tensor:
+        """The values of each patch, in the dtype of the layers that take them."""
+        return patches(x_BCTHW, self.shape.patch).to(self.img_in.weight.dtype)
+
+
+def patches(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """The cells of every patch, (B, N, C * patch^2)."""
+    return rearrange(x_BCTHW, "b c t (h p) (w q) -> b (t h w) (c p q)", p=patch, q=patch)
 
 
 def _joint_mask(text_mask_BL: Tensor | None, tokens: int) -> Tensor | None:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
-from models.codec import Codec
+from models.codec import Codec, CodecModule
 from models.dc_ae import DCAE
-from models.dit import DiT
+from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
 from models.record import Record
 from models.text import WordHash
@@ -103,6 +104,10 @@ class AutoencoderStage(_Stage):
         """The codec that is trained."""
         return self.vae
 
+    def build(self, device: torch.device | str = "meta") -> CodecModule:
+        """The codec's module."""
+        return self.vae.build(device)
+
 
 class DiffusionStage(_Stage):
     """Train a DiT by flow matching on the latents of a codec, or of the stage that trains one."""
@@ -139,6 +144,13 @@ class DiffusionStage(_Stage):
     def codec(self) -> Codec:
         """The codec whose latents are used."""
         return self.vae.vae if isinstance(self.vae, AutoencoderStage) else self.vae
+
+    def build(self, device: torch.device | str = "meta") -> MMDiT:
+        """The DiT for the stage's codec and text."""
+        codec, text = self.codec, self.text
+        return self.model.build(
+            codec.channels, text.width, text.pooled_width, device, stride=codec.stride
+        )
 
 
 Stage = AutoencoderStage | DiffusionStage

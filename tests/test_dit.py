@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.dit import DiT, MMDiT, Rotation, codec_shaped, rotation
+from models.dit import DiT, MMDiT, codec_shaped
+from models.fresh import fresh_parameters
+from models.rotary import Rotation, rotation
 
 SMALL = DiT(depth=1, depth_single=1, width=32, heads=2)
 CHANNELS, TEXT_WIDTH, POOLED_WIDTH = 4, 12, 10
@@ -35,7 +37,7 @@ def inputs(length: int, grid: tuple[int, int, int] = (3, 4, 6)) -> tuple[Tensor,
     )
 
 
-def reference_turn(x: Tensor, position: tuple[int, ...], pairs: tuple[int, ...]) -> Tensor:
+def reference_turn(x: Tensor, position: tuple[float, ...], pairs: tuple[int, ...]) -> Tensor:
     """One head vector turned as complex numbers, pair by pair."""
     turned = torch.view_as_complex(x.double().reshape(-1, 2)).clone()
     at = 0
@@ -53,6 +55,15 @@ def test_the_published_size_is_met_to_the_parameter_count() -> None:
     assert millions == pytest.approx(11_891.18, abs=0.01)
     shaped = sum(p.numel() for name, p in model.named_parameters() if codec_shaped(name))
     assert shaped / 1e6 == pytest.approx(0.200 + 0.197, abs=0.001)
+
+
+def test_the_published_i2v_model_on_dc_ae_is_met_to_the_parameter_count() -> None:
+    shape = DiT(depth=19, depth_single=38, width=3072, heads=24, patch=1, image_condition=True)
+    model = shape.build(channels=128, stride=(4, 32, 32), device="meta")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(11_891.97, abs=0.01)
+    shaped = sum(p.numel() for name, p in model.named_parameters() if codec_shaped(name))
+    assert shaped / count == pytest.approx(0.00010, abs=0.000005)
 
 
 def test_names_and_shapes_are_those_of_the_published_files() -> None:
@@ -96,8 +107,48 @@ def test_a_fresh_model_is_the_zero_function_and_its_blocks_identities() -> None:
     z, t, text, mask, pooled = inputs(3)
     assert torch.equal(model(z, t, text, mask, pooled), torch.zeros_like(z))
     x_BSD = torch.randn(2, 9, 32)
-    turn = rotation(SMALL, (1, 2, 3), 3, torch.device("cpu"))
+    turn = rotation(SMALL.rotary_pairs, SMALL.theta, (1, 2, 3), 3, torch.device("cpu"))
     assert torch.equal(model.single_blocks[0](x_BSD, torch.randn(2, 32), turn, None), x_BSD)
+
+
+def test_a_fresh_image_condition_changes_nothing_and_a_trained_one_does() -> None:
+    shape = SMALL.replace(image_condition=True)
+    model, batch = shaken(shape), inputs(3)
+    given_BCTHW = torch.randn(2, 1 + CHANNELS, 3, 4, 6)
+    with torch.no_grad():
+        none_given = model(*batch)
+        zeros = model(*batch, given_BCTHW=torch.zeros_like(given_BCTHW))
+        given_something = model(*batch, given_BCTHW=given_BCTHW)
+        torch.testing.assert_close(none_given, zeros)
+        assert (given_something - none_given).abs().max() > 1e-3
+        for name, fresh in fresh_parameters(model, lambda name: torch.Generator()):
+            if name.startswith("cond_in."):
+                model.get_parameter(name).copy_(fresh)
+        torch.testing.assert_close(model(*batch, given_BCTHW=given_BCTHW), model(*batch))
+
+
+def test_the_strength_of_guidance_reaches_the_output_and_is_asked_for() -> None:
+    model, batch = shaken(SMALL.replace(guidance=True)), inputs(3)
+    with torch.no_grad():
+        weak, strong = (model(*batch, guidance_B=torch.full((2,), g)) for g in (1.0, 4.0))
+    assert (weak - strong).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="guidance=True"):
+        model(*batch)
+
+
+def test_pixel_positions_keep_distances_when_the_autoencoder_changes() -> None:
+    hunyuan = SMALL.replace(rope_unit="pixel", patch=2)
+    dc_ae = SMALL.replace(rope_unit="pixel", patch=1)
+    assert hunyuan.spacing((4, 8, 8)) == (1.0, 1.0, 1.0)
+    assert dc_ae.spacing((4, 32, 32)) == (1.0, 2.0, 2.0)
+    assert SMALL.replace(patch=1).spacing((4, 32, 32)) == (1.0, 1.0, 1.0)
+
+    # The coarse token of row 1, column 2 lies amid rows 2 and 3, columns 4 and 5 of the fine grid.
+    pairs, cpu = SMALL.rotary_pairs, torch.device("cpu")
+    turn = rotation(pairs, SMALL.theta, (1, 2, 4), 0, cpu, dc_ae.spacing((4, 32, 32)))
+    x_BASE = torch.randn(1, 1, 1, 16).expand(1, 1, 8, 16)
+    expected_E = reference_turn(x_BASE[0, 0, 6], (0.0, 2.5, 4.5), pairs)
+    torch.testing.assert_close(turn(x_BASE)[0, 0, 6].double(), expected_E, atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=15)
@@ -146,7 +197,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_moving_the_video_moves_the_output_only_through_relative_positions() -> None:
-    turn = rotation(SMALL, (5, 4, 6), 2, torch.device("cpu"))
+    turn = rotation(SMALL.rotary_pairs, SMALL.theta, (5, 4, 6), 2, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
     size = (1, 1, turn.cos_SP.shape[0], 16)
     scores = (turn(q.expand(size)) @ turn(k.expand(size)).mT)[0, 0, 2:, 2:]
@@ -165,7 +216,7 @@ def test_rotation_is_that_of_complex_numbers(
     half: int, position: tuple[int, int, int], text: int
 ) -> None:
     shape = DiT(depth=1, depth_single=0, width=2 * half, heads=1)
-    turn = rotation(shape, (5, 4, 6), text, torch.device("cpu"))
+    turn = rotation(shape.rotary_pairs, shape.theta, (5, 4, 6), text, torch.device("cpu"))
     x = torch.randn(2 * half, generator=torch.Generator().manual_seed(half))
     turned = turn(x.expand(1, 1, turn.cos_SP.shape[0], -1))[0, 0]
     t, h, w = position
