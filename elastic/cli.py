@@ -10,8 +10,9 @@ from pathlib import Path
 from elastic.errors import InputError, StageBlocked
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
+from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
-from stages.stage import AutoencoderStage, DiffusionStage, Stage
+from stages.stage import DiffusionStage, Stage
 from stages.videos import Videos
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
@@ -147,14 +148,14 @@ def read_plan_file(flags: argparse.Namespace) -> Plan:
 
 def with_videos(plan: Plan, videos: Videos) -> Plan:
     """The same plan on other videos."""
-    changed: list[Stage] = []
+    changed: dict[str, Stage] = {}
     for stage in plan.stages:
-        if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
-            parent = next(each for each in changed if each.name == stage.vae.name)
-            changed.append(stage.replace(data=videos, vae=parent))
-        else:
-            changed.append(stage.replace(data=videos))
-    return Plan(plan.name, changed)
+        fields: dict[str, object] = {"data": videos}
+        for field, parent in parents(stage):
+            new = changed[parent.name]
+            fields[field] = stage.init.replace(stage=new) if field == "init" else new
+        changed[stage.name] = stage.replace(**fields)
+    return Plan(plan.name, list(changed.values()))
 
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:

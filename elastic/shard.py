@@ -41,8 +41,8 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, stage: str) -> int:
-    """Fill every parameter from (seed, stage, its name); returns how many values were drawn.
+def initialise(model: nn.Module, seed: int, stage: str, only: frozenset[str] | None = None) -> int:
+    """Fill parameters, all or `only` these, from (seed, stage, name); how many values were drawn.
 
     Each rank draws each parameter in full and keeps its part: no messages, no rank in the result,
     one parameter of memory at a time.
@@ -53,9 +53,9 @@ def initialise(model: nn.Module, seed: int, stage: str) -> int:
 
     parameters = dict(model.named_parameters())
     drawn = 0
-    for name, full in fresh_parameters(model, generator):
+    for name, full in fresh_parameters(model, generator, only):
         parameter = parameters.pop(name)
         local(parameter).copy_(own_part(full, parameter))
         drawn += full.numel()
-    assert not parameters, f"no rule gave values to {sorted(parameters)}"
+    assert only is not None or not parameters, f"no rule gave values to {sorted(parameters)}"
     return drawn

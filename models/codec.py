@@ -70,6 +70,11 @@ class Codec(Record):
         down_t, down_h, down_w = self.stride
         return (frames - self.lead) // down_t + self.lead, height // down_h, width // down_w
 
+    def frame_edges(self, latent_frames: int) -> list[int]:
+        """Where each latent frame begins, in frames of the clip, and where the last one ends."""
+        down, first = self.stride[0], self.lead or self.stride[0]
+        return [0, *(first + down * step for step in range(latent_frames))]
+
     def nearest_frames(self, frames: int) -> int:
         """The frame count nearest to `frames` that is taken; the lower of two equally near."""
         step = self.stride[0]

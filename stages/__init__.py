@@ -1,6 +1,6 @@
 """What is trained, in what order."""
 
-from stages.init import Fresh
+from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
 from stages.schedule import Bucket, Phase
@@ -9,11 +9,15 @@ from stages.videos import Videos
 
 __all__ = [
     "AdamW",
+    "Align",
     "AutoencoderStage",
     "Bucket",
+    "Continue",
     "DiffusionStage",
     "Ema",
     "Fresh",
+    "FromFile",
+    "KeepTrunk",
     "Muon",
     "Phase",
     "Plan",

@@ -11,7 +11,7 @@ from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
 from models.record import Record
 from models.text import WordHash
-from stages.init import Fresh
+from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
 from stages.schedule import Bucket, Phase, check_schedule
@@ -27,7 +27,7 @@ RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_ever
 class _Stage(Record):
     name: SafeName
     data: Videos
-    init: Fresh = Fresh()
+    init: Fresh | Continue | KeepTrunk | Align | FromFile = Fresh()
     schedule: tuple[Phase, ...]
     optimizer: AdamW | Muon
     ema: Ema
@@ -155,12 +155,21 @@ class DiffusionStage(_Stage):
 
 Stage = AutoencoderStage | DiffusionStage
 
+for _record in (Continue, KeepTrunk, Align, AutoencoderStage, DiffusionStage):
+    _record.model_rebuild()
+
 
 def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
     """What identifies the stage: every field that can change its result, a parent by its name."""
     fields = stage.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
     if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
         fields["vae"] = {"stage": stage.vae.name}
+    parent = parent_of(stage.init)
+    if parent is not None:
+        fields["init"]["stage"] = parent.name
+    fields["init"] = {"policy": type(stage.init).__name__} | {
+        name: value for name, value in fields["init"].items() if not name.startswith("guard_")
+    }
     for phase in fields["schedule"]:
         for bucket in phase["buckets"]:
             del bucket["micro"]

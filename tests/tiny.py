@@ -23,6 +23,7 @@ from elastic.meter import Meter
 from elastic.objective import FlowMatching
 from elastic.randomness import normals, sample_generator
 from elastic.shard import shard
+from elastic.start import NOWHERE, Origin
 from elastic.state import Progress, TrainState
 from elastic.world import World
 from models import DiT, HunyuanVAE, WordHash
@@ -113,6 +114,7 @@ def train(
     stop_after: int | None = None,
     stage: DiffusionStage = STAGE,
     poisoned: int = -1,
+    origin: Origin = NOWHERE,
 ) -> Attempt:
     """One attempt at the stage; only the last rank is told to stop, after `stop_after` updates."""
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
@@ -125,7 +127,7 @@ def train(
         updates += 1
         return updates - 1 == stop_after and world.rank == world.size - 1
 
-    def event(kind: str, position: int, reason: str, seconds: float = 0.0) -> None:
+    def event(kind: str, position: int, reason: str, **more: Any) -> None:
         events.append((kind, position, reason))
 
     run = Run(
@@ -135,6 +137,7 @@ def train(
         meter=Meter(stage, world, fence.attempt, lines.append),
         stop_wanted=stop_wanted,
         event=event,
+        origin=origin,
     )
     return Attempt(train_stage(stage, objective(stage, poisoned), run), lines, events)
 
