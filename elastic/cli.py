@@ -89,8 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
     one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
     one.add_argument("--seed", type=int, default=0)
-    one = _verb(verbs, "export", export_verb, "write finished weights in a published layout",
-                "export runs/demo --stage dc-ae-dit --layout diffusers --out x.safetensors")  # fmt: skip
+    example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
+    one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
     one.add_argument("run", help="run folder")
     one.add_argument("--stage", required=True, help="stage that is finished")
     one.add_argument(
