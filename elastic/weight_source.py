@@ -22,8 +22,8 @@ from models.dit import DiT
 from models.layouts import LayoutName, Piece, RotaryName, Widths
 
 LayoutChoice = Literal["auto", "own"] | LayoutName
-CHUNK = 16_000_000
-"""Values that `fill` reads at a time."""
+CHUNK = 4_000_000
+"""Values that are read or written at a time; small beside any part, large beside a request."""
 
 
 @dataclass(frozen=True)
