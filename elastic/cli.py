@@ -90,6 +90,17 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
     one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
     one.add_argument("--seed", type=int, default=0)
+    example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
+    one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
+    one.add_argument("run", help="run folder")
+    one.add_argument("--stage", required=True, help="stage that is finished")
+    one.add_argument(
+        "--layout",
+        choices=("open-sora", "bfl", "diffusers"),
+        help="of a diffusion stage (default: bfl, the names of the FLUX files)",
+    )
+    one.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="default fp32")
+    one.add_argument("--out", required=True, help="the .safetensors file; it may not exist")
     for name, verb, text in (
         ("status", status_verb, "say how far a run has come"),
         ("report", report_verb, "write report.html"),
@@ -239,6 +250,21 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     changed = {"steps": flags.steps, "guidance": flags.guidance, "seed": flags.seed}
     for path in make_samples(type(request)(**{**vars(request), **changed})):
         print(path)
+    return DONE
+
+
+def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Write finished weights."""
+    import torch
+
+    from elastic.convert import export_stage
+    from elastic.record import read_plan
+
+    folder = run_folder(flags.run)
+    stage = read_plan(folder).stage(flags.stage)
+    dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
+    digest = export_stage(folder, stage, flags.layout, dtype, Path(flags.out))
+    print(f"{flags.out}: {os.path.getsize(flags.out):,} bytes, SHA-256 {digest}")
     return DONE
 
 

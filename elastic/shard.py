@@ -32,12 +32,17 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def own_part(full: Tensor, like: Tensor) -> Tensor:
     """The part of a full tensor that this rank holds of `like`."""
+    return full[own_slices(like)]
+
+
+def own_slices(like: Tensor) -> tuple[slice, ...]:
+    """Which part of `like` this rank holds, along each of its dimensions."""
     if not isinstance(like, DTensor):
-        return full
+        return tuple(slice(0, n) for n in like.shape)
     shape, offset = compute_local_shape_and_global_offset(
         like.shape, like.device_mesh, like.placements
     )
-    return full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 @torch.no_grad()

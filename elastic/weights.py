@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from elastic.errors import StageBlocked
 from elastic.files import write_atomic
 from elastic.state import Progress
+from elastic.tensor_file import TensorWriter
 from elastic.world import World
 
 WEIGHTS = "weights.safetensors"
@@ -22,22 +24,55 @@ FINISHED = "finished.json"
 def export(model: nn.Module, folder: Path, progress: Progress, world: World) -> None:
     """Gather the parameters and publish them; finished.json comes last and is the mark.
 
-    Every rank calls it. One parameter at a time is whole on every rank, all of them on the first.
+    Every rank calls it. One parameter at a time is whole, and the first rank writes it before the
+    next is gathered. StageBlocked where the file does not fit; OSError, on every rank, where
+    writing it failed: nothing is visible then.
     """
-    whole = {}
-    for name, parameter in model.named_parameters():
-        full = parameter.detach()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    writer = TensorWriter(
+        folder / WEIGHTS,
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        torch.float32,
+        {"progress": json.dumps(progress.as_json())},
+    )
+    blocked = world.from_first(writer.missing_space() if world.is_first else None)
+    if blocked is not None:
+        raise StageBlocked(f"stage {progress.stage!r}: {blocked}")
+    fault = _write(writer, parameters, progress, world)
+    fault = world.from_first(fault)  # also the barrier behind which all see the mark
+    if fault is not None:
+        raise OSError(f"stage {progress.stage!r}: {folder / WEIGHTS} was not written: {fault}")
+
+
+def _write(
+    writer: TensorWriter, parameters: dict[str, torch.Tensor], progress: Progress, world: World
+) -> str | None:
+    """What went wrong on this rank; the others go on gathering all the same."""
+    fault = _tried(writer.open) if world.is_first else None
+    for name in writer.names:
+        full = parameters[name]
         full = full.full_tensor() if isinstance(full, DTensor) else full
-        if world.is_first:
-            whole[name] = full.cpu().clone()
-    if world.is_first:
-        # One entry: safetensors writes several in random order, and equal weights need equal bytes.
-        data = save(whole, metadata={"progress": json.dumps(progress.as_json())})
-        write_atomic(folder / WEIGHTS, data)
-        digest = hashlib.sha256(data).hexdigest()
-        mark = {"progress": progress.as_json(), "weights_sha256": digest}
-        write_atomic(folder / FINISHED, json.dumps(mark, indent=1).encode())
-    world.barrier()
+        if world.is_first and fault is None:
+            fault = _tried(writer.append, full.float().cpu())
+    if not world.is_first:
+        return None
+    if fault is not None:
+        writer.discard()
+        return fault
+    return _tried(_publish, writer, progress)
+
+
+def _publish(writer: TensorWriter, progress: Progress) -> None:
+    mark = {"progress": progress.as_json(), "weights_sha256": writer.publish()}
+    write_atomic(writer.path.with_name(FINISHED), json.dumps(mark, indent=1).encode())
+
+
+def _tried(step: Callable[..., None], *arguments: Any) -> str | None:  # Any: what the step takes
+    try:
+        step(*arguments)
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
