@@ -56,8 +56,8 @@ def solve_patch_embedding(
     if not sums.count:
         raise InputError(
             f"stage {stage.name!r}: init: Align: no token of bucket {new_bucket.name!r} lies "
-            f"within the clips of {old_bucket.name!r} of {pairs.parent.name!r}; give the parent longer "
-            "clips, or use KeepTrunk"
+            f"within the clips of {old_bucket.name!r} of {pairs.parent.name!r}; give the parent "
+            "longer clips, or use KeepTrunk"
         )
     t, h, w = stage.model.token_grid(_grid(stage, new_bucket))
     alpha = time_shift(h * w, t)

@@ -88,7 +88,7 @@ def train_one(course: Course, stage: Stage) -> None:
     parent = parent_of(stage.init)
     job = WorkerJob(
         stage, folder, course.tracker.name, latents,
-        parent=parent and course.folder.stage(parent.name),
+        parent=course.folder.stage(parent.name) if parent else None,
         parent_latents=pinned_latents(course.folder, stage.init),
     )  # fmt: skip
     fit_stage(job, course.folder.root / ".ray", course.use_gpu)

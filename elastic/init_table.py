@@ -1,18 +1,18 @@
 """What an init policy does with each parameter, worked out from names and shapes alone."""
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-
-import torch
 
 from elastic.errors import InputError
 from stages.init import Align, Continue, FromFile, Switch, is_asked_new, matches, parent_of
 from stages.stage import Stage
 
 Action = Literal["loaded", "converted", "solved", "new", "dropped"]
+Shape = tuple[int, ...]
 SOLVED = ("img_in.weight", "img_in.bias")
 _BYTES = 4  # parameters are fp32 while they train
 
@@ -22,15 +22,15 @@ class Row(NamedTuple):
 
     name: str
     action: Action
-    count: int
+    size: int
 
 
 class Available(NamedTuple):
     """What the origin of a stage holds, under our names."""
 
-    shapes: Mapping[str, torch.Size]
+    shapes: Mapping[str, Shape]
     converted: frozenset[str]  # names whose values are rearranged on the way
-    leftover: Mapping[str, torch.Size]  # tensors of a file that have no name here
+    leftover: Mapping[str, Shape]  # tensors of a file that have no name here
     where: str
 
 
@@ -53,7 +53,7 @@ class InitTable:
         for action in ("loaded", "converted", "solved", "new", "dropped"):
             rows = [row for row in self.rows if row.action == action]
             if rows:
-                count = sum(row.count for row in rows)
+                count = sum(row.size for row in rows)
                 yield (
                     f"{action:<9} {count:>15,} parameters, {len(rows):>4} tensors, "
                     f"{count * _BYTES / 2**20:>10,.2f} MiB: {_layers([row.name for row in rows])}"
@@ -64,7 +64,7 @@ class InitTable:
         totals = {
             action: {
                 "tensors": len(self.names(action)),
-                "parameters": sum(row.count for row in self.rows if row.action == action),
+                "parameters": sum(row.size for row in self.rows if row.action == action),
             }
             for action in dict.fromkeys(row.action for row in self.rows)
         }
@@ -82,16 +82,16 @@ def init_table(stage: Stage, available: Available | None = None) -> InitTable:
     uses and a pattern that matches nothing.
     """
     init = stage.init
-    model = {name: parameter.shape for name, parameter in stage.build().named_parameters()}
+    model = {name: tuple(parameter.shape) for name, parameter in stage.build().named_parameters()}
     if available is None:
         available = parent_shapes(stage)
     where = f"stage {stage.name!r}: init: {type(init).__name__}"
     _check_patterns(stage, model, available, where)
-    rows = [Row(name, _action(stage, name, model[name], available, where), model[name].numel())
+    rows = [Row(name, _action(stage, name, model[name], available, where), math.prod(model[name]))
             for name in model]  # fmt: skip
     used = {row.name for row in rows if row.action in ("loaded", "converted")}
-    rows += [Row(n, "dropped", s.numel()) for n, s in available.shapes.items() if n not in used]
-    rows += [Row(n, "dropped", s.numel()) for n, s in available.leftover.items()]
+    rows += [Row(n, "dropped", math.prod(s)) for n, s in available.shapes.items() if n not in used]
+    rows += [Row(n, "dropped", math.prod(s)) for n, s in available.leftover.items()]
     _check_unused(stage, set(model), available, where)
     return InitTable(type(init).__name__, tuple(rows))
 
@@ -101,11 +101,11 @@ def parent_shapes(stage: Stage) -> Available:
     parent = parent_of(stage.init)
     if parent is None:
         return NOTHING
-    shapes = {name: parameter.shape for name, parameter in parent.build().named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parent.build().named_parameters()}
     return Available(shapes, frozenset(), {}, f"stage {parent.name!r}")
 
 
-def _action(stage: Stage, name: str, shape: torch.Size, available: Available, where: str) -> Action:
+def _action(stage: Stage, name: str, shape: Shape, available: Available, where: str) -> Action:
     if isinstance(stage.init, Align) and name in SOLVED:
         return "solved"
     if is_asked_new(stage.init, name):
@@ -127,7 +127,7 @@ def _action(stage: Stage, name: str, shape: torch.Size, available: Available, wh
 
 
 def _check_patterns(
-    stage: Stage, model: Mapping[str, torch.Size], available: Available, where: str
+    stage: Stage, model: Mapping[str, Shape], available: Available, where: str
 ) -> None:
     if not isinstance(stage.init, Switch):
         return
@@ -164,7 +164,7 @@ def _closest(word: str, known: Mapping[str, object] | list[str]) -> str:
     return f"; the closest is {close[0]!r}" if close else ""
 
 
-def _shown(shape: torch.Size) -> str:
+def _shown(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 

@@ -10,12 +10,11 @@ import torch
 from elastic.align import Pairs, solve_patch_embedding
 from elastic.checkpoint import load_subset
 from elastic.ema import local
-from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.init_table import SOLVED, Available, InitTable, init_table
 from elastic.shard import initialise, own_part
 from elastic.state import TrainState
-from elastic.weight_source import WeightSource, fill, open_weights
+from elastic.weight_source import WeightSource, fill, open_weights, own_weights
 from elastic.weights import WEIGHTS
 from elastic.world import World
 from stages.init import Align, Continue, FromFile, KeepTrunk, seed_of
@@ -62,11 +61,12 @@ def open_origin(stage: Stage, parent: Path | None) -> WeightSource | None:
     """The file that a stage takes parameters from; None where there is none."""
     init = stage.init
     if isinstance(init, FromFile):
-        shape = stage.model if isinstance(stage, DiffusionStage) else None
-        return open_weights(Path(init.path), shape, layout=init.layout, rotary=init.rotary)
+        if not isinstance(stage, DiffusionStage):
+            return own_weights(Path(init.path))
+        return open_weights(Path(init.path), stage.model, init.layout, init.rotary)
     if isinstance(init, KeepTrunk):
         assert parent is not None, f"stage {stage.name!r} was started without its parent's folder"
-        return open_weights(parent / WEIGHTS, init.stage.model)
+        return own_weights(parent / WEIGHTS)
     return None
 
 
@@ -120,11 +120,6 @@ def check_origin(stage: Stage) -> None:
     if not isinstance(stage.init, FromFile):
         init_table(stage)
         return
-    if not Path(stage.init.path).exists():
-        raise InputError(
-            f"stage {stage.name!r}: init: FromFile {stage.init.path!r}: no such file or folder; "
-            "correct the path"
-        )
     source = open_origin(stage, None)
     assert source is not None, "a file was opened"
     init_table(stage, available(source, stage))

@@ -37,13 +37,13 @@ class Part:
 
 
 class WeightSource:
-    """Parameters by our names; `leftover` are the file's keys that are none of them."""
+    """Parameters by our names; `leftover` are the shapes of the file's other tensors."""
 
     def __init__(
-        self, path: Path, parts: Mapping[str, tuple[Part, ...]], leftover: Iterable[str]
+        self, path: Path, parts: Mapping[str, tuple[Part, ...]], leftover: Iterable[Entry]
     ) -> None:
         self.path = path
-        self.leftover = sorted(leftover)
+        self.leftover = {entry.key: entry.shape for entry in sorted(leftover, key=lambda e: e.key)}
         self.shapes = {
             name: (sum(p.rows for p in own), *own[0].entry.shape[1:]) for name, own in parts.items()
         }
@@ -180,7 +180,7 @@ def _source(
                 f"{path}: {entries[key].key} has {entries[key].shape[0]:,} rows, a model of this "
                 f"shape {rows:,}; take the file that belongs to this model, or correct the model"
             )
-    return WeightSource(path, parts, (entries[key].key for key in entries.keys() - used.keys()))
+    return WeightSource(path, parts, (entries[key] for key in entries.keys() - used.keys()))
 
 
 def _part(path: Path, entry: Entry, piece: Piece) -> Part:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from models.dit import codec_shaped
+from models.layouts import LayoutName, RotaryName
 from models.record import Record
 
 if TYPE_CHECKING:  # a stage holds a policy and a policy may hold a stage: pydantic is told in stage
@@ -70,7 +71,7 @@ class KeepTrunk(Switch):
     stage: "DiffusionStage"
 
     def __init__(self, stage: object = None, **fields: object) -> None:
-        super().__init__(**({} if stage is None else {"stage": stage}), **fields)
+        super().__init__(**({} if stage is None else {"stage": stage}), **fields)  # type: ignore[arg-type]  # pydantic checks them
 
 
 class Align(KeepTrunk):
@@ -97,14 +98,14 @@ class FromFile(Switch):
     """
 
     path: str
-    layout: Literal["auto", "bfl", "diffusers", "open-sora"] = "auto"
-    rotary: Literal["auto", "pairs", "halves"] = "auto"
-    """Which channels of a head are turned together; "halves" for fused files made for Liger."""
+    layout: Literal["auto"] | LayoutName = "auto"
+    rotary: Literal["auto"] | RotaryName = "auto"
+    """Which channels of a head are turned together; "half-split" for fused files made so."""
     drop: tuple[str, ...] = ()
     """Patterns of the file's keys that are left out."""
 
     def __init__(self, path: object = None, **fields: object) -> None:
-        super().__init__(**({} if path is None else {"path": path}), **fields)
+        super().__init__(**({} if path is None else {"path": path}), **fields)  # type: ignore[arg-type]  # pydantic checks them
 
 
 Init = Fresh | Continue | KeepTrunk | Align | FromFile

@@ -32,8 +32,9 @@ def check_init(stage: Stage) -> None:
         _check_same(stage, init.stage, init.optimizer, where)
     elif isinstance(init, KeepTrunk):
         _check_trunk(stage, init.stage, where)
-    elif isinstance(init, FromFile) and isinstance(stage, AutoencoderStage):
-        if (init.layout, init.rotary) != ("auto", "auto"):
+    elif isinstance(init, FromFile):
+        is_codec, asked = isinstance(stage, AutoencoderStage), (init.layout, init.rotary)
+        if is_codec and asked != ("auto", "auto"):
             raise ValueError(f"{where}: layout and rotary are a DiT's; leave them out for a codec")
 
 

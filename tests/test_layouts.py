@@ -154,7 +154,7 @@ def test_diffusers_weights_give_the_same_velocity_here(
     save_file(reference.state_dict(), tmp_path / "flux.safetensors")
     shape = SHAPE.replace(guidance=guidance)
     source = open_weights(tmp_path / "flux.safetensors", shape, rotary=rotary)
-    assert source.leftover == []
+    assert list(source.leftover) == []
     model = filled(source, shape)
     assert relative(run_ours(model), run_theirs(reference)) < 1e-5
 
@@ -313,7 +313,7 @@ def test_into_a_layout_and_back_every_bit_is_the_same(
     path = exported(model, tmp_path, layout, rotary_name, dtype)
     assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
     source = open_weights(path, shape if given_shape else None, layout, rotary_name)
-    assert source.leftover == []
+    assert list(source.leftover) == []
     state = model.state_dict()
     assert source.shapes == {name: tuple(value.shape) for name, value in state.items()}
     for name, value in filled(source, shape).state_dict().items():

@@ -114,7 +114,7 @@ def test_what_was_converted_and_where_from_can_be_said(tensors: Tensors, tmp_pat
     path = tmp_path / "open.safetensors"
     save_file(tensors | extra, path)
     source = open_weights(path, None)
-    assert source.leftover == ["ids", "vae.scale"]
+    assert list(source.leftover) == ["ids", "vae.scale"]
     assert source.is_converted("single_blocks.0.linear1.weight")
     assert source.is_converted("double_blocks.0.img_attn.norm.key_norm.scale")
     assert not source.is_converted("final_layer.linear.weight")
@@ -129,7 +129,7 @@ def test_leftover_keys_keep_the_prefix_that_the_file_has(tensors: Tensors, tmp_p
     more = tensors | {"extra": torch.zeros(1)}
     save_file({f"module.{name}": value for name, value in more.items()}, path)
     source = open_weights(path, SHAPE)
-    assert source.leftover == ["module.extra"]
+    assert list(source.leftover) == ["module.extra"]
     assert set(source.shapes) == set(whole())
 
 
