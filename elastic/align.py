@@ -10,7 +10,7 @@ from elastic.data.load import Source
 from elastic.data.order import Indices, Permutation
 from elastic.errors import InputError
 from elastic.world import World
-from models.align import PairSums, overlap, paired_cells, solve_embedding
+from models.align import PairSums, complete, overlap, paired_cells, solve_embedding
 from models.dit import patches
 from models.flow import time_shift
 from stages.init import Align
@@ -31,11 +31,16 @@ class Pairs:
 
 
 def solve_patch_embedding(
-    stage: DiffusionStage, pairs: Pairs, weight_DE: Tensor, bias_D: Tensor, world: World
+    stage: DiffusionStage,
+    pairs: Pairs,
+    old: tuple[Tensor, Tensor],
+    fresh_DC: Tensor,
+    world: World,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of `img_in` that imitate the parent's, the same bits on any world.
 
-    Every rank calls it; InputError where the two stores have no clip in common.
+    `old` are the parent's, `fresh` is the weight of a fresh start. Every rank calls it; InputError
+    where the two stores have no clip in common.
     """
     init = stage.init
     assert isinstance(init, Align), f"{type(init).__name__} solves nothing"
@@ -61,7 +66,10 @@ def solve_patch_embedding(
         )
     t, h, w = stage.model.token_grid(_grid(stage, new_bucket))
     alpha = time_shift(h * w, t)
-    solved = solve_embedding(sums, weight_DE, bias_D, alpha, init.ridge) if world.is_first else None
+    solved = None
+    if world.is_first:
+        weight, bias = solve_embedding(sums, *old, alpha, init.ridge)
+        solved = complete(weight, fresh_DC), bias
     return world.from_first(solved)  # type: ignore[no-any-return]  # whatever was sent
 
 

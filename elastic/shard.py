@@ -1,5 +1,7 @@
 """Building a model sharded over the world, and filling it with fresh parameters."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -8,7 +10,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from elastic.ema import local
 from elastic.world import World
-from models.fresh import fresh_parameters, named_seed
+from models.fresh import fresh_parameters, named_generator
 
 # Each group of fully_shard costs a gather and a few milliseconds of bookkeeping a step, so small
 # blocks are left to their parent.
@@ -45,6 +47,11 @@ def own_slices(like: Tensor) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
+def generators(seed: int, stage: str) -> Callable[[str], torch.Generator]:
+    """The generator of each parameter of a stage, by its name."""
+    return lambda name: named_generator("fresh", seed, stage, name)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, stage: str, only: frozenset[str] | None = None) -> int:
     """Fill parameters, all or `only` these, from (seed, stage, name); how many values were drawn.
@@ -52,13 +59,9 @@ def initialise(model: nn.Module, seed: int, stage: str, only: frozenset[str] | N
     Each rank draws each parameter in full and keeps its part: no messages, no rank in the result,
     one parameter of memory at a time.
     """
-
-    def generator(name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(named_seed("fresh", seed, stage, name))
-
     parameters = dict(model.named_parameters())
     drawn = 0
-    for name, full in fresh_parameters(model, generator, only):
+    for name, full in fresh_parameters(model, generators(seed, stage), only):
         parameter = parameters.pop(name)
         local(parameter).copy_(own_part(full, parameter))
         drawn += full.numel()

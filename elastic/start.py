@@ -12,11 +12,12 @@ from elastic.checkpoint import load_subset
 from elastic.ema import local
 from elastic.files import write_atomic
 from elastic.init_table import SOLVED, Available, InitTable, init_table
-from elastic.shard import initialise, own_part
+from elastic.shard import generators, initialise, own_part
 from elastic.state import TrainState
 from elastic.weight_source import WeightSource, fill, open_weights, own_weights
 from elastic.weights import WEIGHTS
 from elastic.world import World
+from models.fresh import fresh_parameters
 from stages.init import Align, Continue, FromFile, KeepTrunk, seed_of
 from stages.stage import DiffusionStage, Stage
 
@@ -108,8 +109,11 @@ def _align(state: TrainState, source: WeightSource, origin: Origin, world: World
     stage = state.stage
     assert isinstance(stage, DiffusionStage), type(stage)
     assert origin.pairs is not None, f"{stage.name!r} was started without the paired latents"
-    old = [source.rows(name, 0, source.shapes[name][0]) for name in SOLVED]
-    solved = solve_patch_embedding(stage, origin.pairs(), old[0], old[1], world)
+    weight, bias = (source.rows(name, 0, source.shapes[name][0]) for name in SOLVED)
+    (_, fresh), *_ = fresh_parameters(
+        state.model, generators(seed_of(stage.init), stage.name), only=SOLVED[:1]
+    )
+    solved = solve_patch_embedding(stage, origin.pairs(), (weight, bias), fresh, world)
     for name, full in zip(SOLVED, solved, strict=True):
         parameter = state.model.get_parameter(name)
         local(parameter).copy_(own_part(full, parameter))

@@ -15,6 +15,7 @@ from einops import einsum
 from torch import Tensor
 
 _COVERED = 0.99  # share of a new token that old tokens must cover, for it to count
+_SEEN = 0.05  # of the strongest direction of a solution; weaker ones are as good as unseen
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ def solve_embedding(
     )
     solution = torch.linalg.solve(gram, cross_D)
     return solution[:-1].T.contiguous().float(), solution[-1].contiguous().float()
+
+
+def complete(weight_DC: Tensor, fresh_DC: Tensor) -> Tensor:
+    """The embedding with a fresh one in the directions of a patch that it does not see.
+
+    An old patch has fewer cells than a deep-compressed one (64 and 128 in Open-Sora 2.0), so that a
+    solution is blind to the rest: to what only the new latents hold, and to half of the noise,
+    which has to be predicted. Measured in tests/bench/init_policies.py.
+    """
+    _, strength, direction_KC = torch.linalg.svd(weight_DC.double(), full_matrices=False)
+    seen_KC = direction_KC[strength > _SEEN * strength.max()]
+    fresh_DC = fresh_DC.double()
+    unseen_DC = fresh_DC - fresh_DC @ seen_KC.T @ seen_KC
+    whole_DC: Tensor = (weight_DC.double() + unseen_DC).float()
+    return whole_DC
 
 
 def signal_moments(alpha: float, points: int = 4096) -> tuple[float, float]:

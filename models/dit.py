@@ -385,9 +385,11 @@ class MMDiT(nn.Module):
         for block in self.single_blocks:
             joint_BSD = block(joint_BSD, condition_BD, turn, mask_B11S)
         out_BNC: Tensor = self.final_layer(joint_BSD[:, length:], condition_BD)
-        return rearrange(
+        velocity_BCTHW = rearrange(
             out_BNC, "b (t h w) (c p q) -> b c t (h p) (w q)", t=t, h=h, p=patch, q=patch
         )
+        # FSDP2 hangs the next gather on this tensor, which a view of another would lose.
+        return velocity_BCTHW.clone(memory_format=torch.contiguous_format)
 
     def _cells(self, x_BCTHW: Tensor) -> Tensor:
         """The values of each patch, in the dtype of the layers that take them."""

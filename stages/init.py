@@ -7,7 +7,7 @@ position, warm-up and rotary positions stands in its docstring.
 import fnmatch
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from models.dit import codec_shaped
 from models.layouts import LayoutName, RotaryName
@@ -70,6 +70,18 @@ class KeepTrunk(Switch):
 
     stage: "DiffusionStage"
 
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _has_a_trunk(cls, stage: object) -> object:
+        fits = isinstance(stage, dict) or "model" in getattr(type(stage), "model_fields", {})
+        if not fits:  # a dict: read back from JSON
+            shown = getattr(stage, "name", stage)
+            raise ValueError(
+                f"{shown!r} is no DiffusionStage, so it has no trunk to keep; give the stage that "
+                "trains the DiT (its variable, not its name)"
+            )
+        return stage
+
     def __init__(self, stage: object = None, **fields: object) -> None:
         super().__init__(**({} if stage is None else {"stage": stage}), **fields)  # type: ignore[arg-type]  # pydantic checks them
 
@@ -79,7 +91,8 @@ class Align(KeepTrunk):
 
     One ridge regression of the parent's embedding of the old latents, averaged over the pixels of
     each new token, on the new latents of the same clips, at the noise levels that training draws;
-    no captions, one pass. The output layer is new and starts at zero. After DC-VideoGen's alignment
+    no captions, one pass. What the old patch could not see is embedded afresh. The output layer is
+    new and starts at zero. After DC-VideoGen's alignment
     phase (arXiv 2509.25182), which trains the same quadratic for 20,000 steps.
     """
 

@@ -71,12 +71,11 @@ def _check_same(stage: Stage, parent: Stage, optimizer: str, where: str) -> None
 
 
 def _check_trunk(stage: Stage, parent: Stage, where: str) -> None:
-    if isinstance(stage, AutoencoderStage) or isinstance(parent, AutoencoderStage):
-        odd = stage if isinstance(stage, AutoencoderStage) else parent
+    if isinstance(stage, AutoencoderStage):
         raise ValueError(
-            f"{where}: {odd.name!r} trains an autoencoder, which has no trunk to keep; use Fresh, "
-            "Continue or FromFile there, and name a DiffusionStage here"
+            f"{where}: an autoencoder has no trunk to keep; use Fresh, Continue or FromFile"
         )
+    assert isinstance(parent, DiffusionStage), f"{parent.name} is a {type(parent).__name__}"
     _check_models(stage, parent, where, _ENDS)
     longest = max(bucket.frames for bucket in parent.buckets)
     if isinstance(stage.init, Align) and longest == 1 < max(b.frames for b in stage.buckets):
