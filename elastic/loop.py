@@ -25,7 +25,7 @@ from elastic.weights import export
 from elastic.world import World
 from stages.init import Switch, is_held
 from stages.optimizer import AdamW, Muon, learning_rate
-from stages.stage import Stage
+from stages.stage import DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     checkpoint.
     """
     world = run.world
-    model = shard(objective.build(), world)
+    precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
+    model = shard(objective.build(), world, precision)
     assert isinstance(model, FSDPModule), f"not sharded: {type(model)}"
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
     ema = EmaWeights(model, stage.ema, samples_carried(stage))

@@ -1,10 +1,11 @@
 """Building a model sharded over the world, and filling it with fresh parameters."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -17,12 +18,19 @@ from models.fresh import fresh_parameters, named_generator
 SMALLEST_GROUP = 5_000_000
 
 
-def shard(model: nn.Module, world: World) -> nn.Module:
-    """Shard a model built on the meta device and give it memory; values are undefined."""
+def shard(model: nn.Module, world: World, precision: Literal["fp32", "bf16"] = "fp32") -> nn.Module:
+    """Shard a model built on the meta device and give it memory; values are undefined.
+
+    With bf16 the gathered parameters are bf16; the shards, and gradients once summed, stay fp32.
+    """
+    # Inputs are left as they are: a timestep or a rotary angle in bf16 would be another one.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # Innermost first: FSDP2 gives to a module what its inner groups have left.
     for block in reversed(_blocks(model)):
-        fully_shard(block, mesh=world.mesh)
-    fully_shard(model, mesh=world.mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     return model.to_empty(device=world.device)
 
 

@@ -1,6 +1,6 @@
 """The two kinds of stage: training an autoencoder, and training a DiT on its latents."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -21,7 +21,7 @@ from stages.videos import Videos
 AnyCodec = HunyuanVAE | DCAE
 
 # What may change between two starts of the same stage: none of it changes the result.
-RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every"})
+RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every", "recompute"})
 
 
 class _Stage(Record):
@@ -115,6 +115,10 @@ class DiffusionStage(_Stage):
     vae: AnyCodec | AutoencoderStage
     model: DiT
     text: WordHash = WordHash()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
+    recompute: Literal["none", "full"] = "none"
+    """Whether blocks compute again in the backward pass what they would keep; same result."""
     text_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained with the empty caption, for classifier-free guidance."""
 
@@ -148,9 +152,10 @@ class DiffusionStage(_Stage):
     def build(self, device: torch.device | str = "meta") -> MMDiT:
         """The DiT for the stage's codec and text."""
         codec, text = self.codec, self.text
-        return self.model.build(
+        model = self.model.build(
             codec.channels, text.width, text.pooled_width, device, stride=codec.stride
         )
+        return model.recompute(self.recompute == "full")
 
 
 Stage = AutoencoderStage | DiffusionStage
