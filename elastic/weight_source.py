@@ -227,7 +227,7 @@ def _entries(path: Path) -> dict[str, Entry]:
         held = read_header(shard)
         for key in held.keys() & found.keys():
             raise InputError(
-                f"{path}: {key} is in {found[key].path.name} and in {shard.name}; remove the file "
+                f"{path}: {key} is in {found[key].path.name} and in {shard.name}; remove the one "
                 "that does not belong there"
             )
         found |= held

@@ -122,14 +122,11 @@ def run_theirs(model: FluxTransformer2DModel) -> Tensor:
     return out
 
 
-def turn_halves(
-    x: Tensor, freqs_cis: tuple[Tensor, Tensor], sequence_dim: int = 2
-) -> Tensor:  # fmt: skip
+def turn_halves(x: Tensor, freqs_cis: tuple[Tensor, Tensor], sequence_dim: int) -> Tensor:
     """diffusers' rotary in its half-split form; its tables repeat each angle for neighbours."""
     tables = tuple(torch.cat((table[:, ::2], table[:, ::2]), dim=-1) for table in freqs_cis)
-    turned: Tensor = embeddings.apply_rotary_emb(
-        x, tables, use_real_unbind_dim=-2, sequence_dim=sequence_dim
-    )
+    turn = embeddings.apply_rotary_emb
+    turned: Tensor = turn(x, tables, use_real_unbind_dim=-2, sequence_dim=sequence_dim)
     return turned
 
 
@@ -204,11 +201,11 @@ class SplitReference:
     def modulation(self, name: str, condition_BD: Tensor, parts: int) -> tuple[Tensor, ...]:
         return self.linear(name, functional.silu(condition_BD))[:, None].chunk(parts, dim=-1)
 
-    def heads(self, name: str, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b s (a e) -> b a s e", a=SHAPE.heads)
 
     def qk(self, name: str, kind: str, norm: str, x: Tensor) -> Tensor:
-        q_BASE = self.heads(name, self.linear(f"{name}{kind[0]}_proj", x))
+        q_BASE = self.heads(self.linear(f"{name}{kind[0]}_proj", x))
         root = (q_BASE.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         return q_BASE / root * self.tensors[f"{norm}.{kind}_norm.scale"]
 
@@ -241,7 +238,7 @@ class SplitReference:
             attn = f"{block}.{stream}_attn."
             projected["q"].append(self.qk(attn, "query", f"{attn}norm", inner))
             projected["k"].append(self.qk(attn, "key", f"{attn}norm", inner))
-            projected["v"].append(self.heads(attn, self.linear(f"{attn}v_proj", inner)))
+            projected["v"].append(self.heads(self.linear(f"{attn}v_proj", inner)))
         joint = self.attend(*(torch.cat(each, dim=2) for each in projected.values()))
         attended = {"txt": joint[:, :LENGTH], "img": joint[:, LENGTH:]}
         done = []
@@ -249,9 +246,8 @@ class SplitReference:
             _, _, gate, shift2, scale2, gate2 = parts[stream]
             x = x + gate * self.linear(f"{block}.{stream}_attn.proj", attended[stream])
             inner = functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
-            hidden = functional.gelu(
-                self.linear(f"{block}.{stream}_mlp.0", inner), approximate="tanh"
-            )
+            hidden = self.linear(f"{block}.{stream}_mlp.0", inner)
+            hidden = functional.gelu(hidden, approximate="tanh")
             done.append(x + gate2 * self.linear(f"{block}.{stream}_mlp.2", hidden))
         return done
 
@@ -263,7 +259,7 @@ class SplitReference:
         v_mlp = self.linear(f"{block}.v_mlp", inner)
         v, hidden = v_mlp[..., : SHAPE.width], v_mlp[..., SHAPE.width :]
         hidden = functional.gelu(hidden, approximate="tanh")
-        joined = torch.cat((self.attend(q, k, self.heads(block, v)), hidden), dim=-1)
+        joined = torch.cat((self.attend(q, k, self.heads(v)), hidden), dim=-1)
         return x + gate * self.linear(f"{block}.linear2", joined)
 
     def __call__(self) -> Tensor:
@@ -352,6 +348,7 @@ def test_diffusers_own_keys_are_all_named_and_no_others() -> None:
 def test_a_layout_is_told_from_its_keys_behind_any_prefix(layout: LayoutName, prefix: str) -> None:
     keys = [prefix + key for key in all_keys(layout)]
     assert shared_prefix(keys) == prefix
+    assert shared_prefix([*keys, "one.that.lacks.it"]) == ""
     assert detect_layout([key.removeprefix(prefix) for key in keys]) == layout
 
 
@@ -363,11 +360,6 @@ def test_keys_of_no_layout_and_of_two_are_refused_by_name() -> None:
     mixed = ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.q_proj.weight"]
     with pytest.raises(ValueError, match=r"more than one layout: double_blocks\S+, single_blocks"):
         detect_layout(mixed)
-
-
-def test_a_prefix_that_one_key_lacks_is_part_of_the_keys() -> None:
-    assert shared_prefix(["model.a", "model.b", "c"]) == ""
-    assert shared_prefix([]) == ""
 
 
 def test_widths_that_the_keys_do_not_tell_are_asked_for() -> None:
