@@ -28,6 +28,13 @@ class Statistics(NamedTuple):
     std: tuple[float, ...]
 
 
+def gaussian_kl_B(mean_BCTHW: Tensor, log_variance_BCTHW: Tensor) -> Tensor:
+    """KL of a diagonal Gaussian from the standard normal, in nats per latent element, in fp32."""
+    mean, log_variance = mean_BCTHW.float(), log_variance_BCTHW.float()
+    kl_BCTHW = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    return kl_BCTHW.flatten(1).mean(1)
+
+
 class CodecModule(nn.Module):
     """A built autoencoder.
 
@@ -169,9 +176,7 @@ class Codec(Record):
             )
         return known
 
-    def fingerprint_fields(
-        self, dtype: torch.dtype = torch.float32
-    ) -> dict[str, Any]:  # Any: JSON
+    def fingerprint_fields(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:  # Any: JSON
         """What decides the latents' values, but for the weights; `dtype` is that of encoding."""
         fields = self.model_dump(mode="json", exclude={"weights", "kind"})
         return {

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.codec import Codec, CodecModule, Reconstruction, Statistics
+from models.codec import Codec, CodecModule, Reconstruction, Statistics, gaussian_kl_B
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # that of the published class
 
@@ -86,9 +86,8 @@ class HunyuanVAEModule(CodecModule):
         z_BCTHW = mean_BCTHW
         if noise_BCTHW is not None:
             z_BCTHW = mean_BCTHW + (0.5 * log_variance_BCTHW).exp() * noise_BCTHW
-        mean, log_variance = mean_BCTHW.float(), log_variance_BCTHW.float()
-        kl_BCTHW = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return Reconstruction(self.decode_whole(z_BCTHW), kl_BCTHW.flatten(1).mean(1))
+        kl_B = gaussian_kl_B(mean_BCTHW, log_variance_BCTHW)
+        return Reconstruction(self.decode_whole(z_BCTHW), kl_B)
 
     def _posterior(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         moments_BCTHW = self.quant_conv(self.encoder(x_BCTHW - self.pixel_centre))
