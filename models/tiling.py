@@ -180,15 +180,18 @@ def _tiled(
 ) -> Tensor:
     if all(len(axis) == 1 for axis in axes):
         return function(whole_BCTHW)
+    batch = len(whole_BCTHW)
     shape = [axis[-1].write.stop for axis in axes]
     sum_BCTHW = dtype = None
-    for sample, (t, h, w) in product(range(len(whole_BCTHW)), product(*axes)):
-        part = function(whole_BCTHW[sample : sample + 1, :, t.read, h.read, w.read])
+    for sample, (t, h, w) in product(range(batch), product(*axes)):
+        part_CTHW = function(whole_BCTHW[sample : sample + 1, :, t.read, h.read, w.read])[0]
         if sum_BCTHW is None:
-            dtype = part.dtype
-            sum_BCTHW = part.new_zeros(len(whole_BCTHW), part.shape[1], *shape, dtype=torch.float32)
+            dtype = part_CTHW.dtype
+            sum_BCTHW = part_CTHW.new_zeros(batch, len(part_CTHW), *shape, dtype=torch.float32)
         weight_THW = t.weight[:, None, None] * h.weight[:, None] * w.weight
-        part_CTHW = part[0, :, t.skip :] * weight_THW.to(part.device)
-        sum_BCTHW[sample, :, t.write, h.write, w.write] += part_CTHW
+        share_CTHW = part_CTHW[:, t.skip :] * weight_THW.to(part_CTHW.device)
+        sum_BCTHW[sample, :, t.write, h.write, w.write] += share_CTHW
+        # Gone before the next tile is computed, not after.
+        del part_CTHW, share_CTHW
     assert sum_BCTHW is not None, f"no tile in a batch of shape {tuple(whole_BCTHW.shape)}"
     return sum_BCTHW.to(dtype)
