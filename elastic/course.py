@@ -20,7 +20,7 @@ from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
 from elastic.journal import read_events
-from elastic.ray_encode import encode_on_ray, measure_scale_on_ray, result_of
+from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import fit_stage
 from elastic.ray_worker import MEMBERS, Latents, WorkerJob
@@ -139,7 +139,7 @@ def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Lat
         # The parameters that go on know latents of this scale.
         scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENTS)
     if scale is None:
-        scale = measure_scale_on_ray(stage, weights, members, course.gpus)
+        scale = find_scale_on_ray(stage, weights, members, course.gpus)
     job = plan_job(stage, weights, scale, members, course.folder.latents)
     check_pinned(job, pinned)
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from elastic.data.assign import Members
-from elastic.data.encode import EncodeJob, Scale, encode_shard, measure_scale, open_store
+from elastic.data.encode import EncodeJob, Scale, encode_shard, find_scale, open_store
 from elastic.errors import InputError
 from stages.stage import DiffusionStage
 
@@ -17,11 +17,9 @@ _RETRIES = 8
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
 
-def measure_scale_on_ray(
-    stage: DiffusionStage, weights: Path, members: Members, gpus: float
-) -> Scale:
-    """`measure_scale` on a worker, which has the codec's memory and perhaps a GPU."""
-    task = ray.remote(measure_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gpus: float) -> Scale:
+    """`find_scale` on a worker, which has the codec's memory and perhaps a GPU."""
+    task = ray.remote(find_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     scale: Scale = result_of(task.remote(stage, weights, members))
     return scale
 

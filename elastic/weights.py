@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from elastic.errors import StageBlocked
+from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
 from elastic.state import Progress
-from elastic.tensor_file import TensorWriter
+from elastic.tensor_file import DTYPES, TensorWriter, read_header, read_rows
 from elastic.world import World
 
 WEIGHTS = "weights.safetensors"
@@ -29,6 +28,8 @@ def export(model: nn.Module, folder: Path, progress: Progress, world: World) -> 
     writing it failed: nothing is visible then.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    kept = model.state_dict().keys()  # some buffers are tables that a model makes for itself
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
     writer = TensorWriter(
         folder / WEIGHTS,
         {name: tuple(parameter.shape) for name, parameter in parameters.items()},
@@ -82,16 +83,50 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Fill a whole model from a safetensors file; KeyError names what does not match."""
-    parameters = dict(model.named_parameters())
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        names = set(file.keys())
-        if names != set(parameters):
-            missing, extra = sorted(set(parameters) - names), sorted(names - set(parameters))
-            raise KeyError(f"{path}: missing {missing[:3]}, not in the model {extra[:3]}")
-        for name in names:
-            parameters[name].copy_(file.get_tensor(name))
+    """Fill the parameters and kept buffers of a whole model from a safetensors file.
+
+    InputError, with nothing loaded, where the file cannot be read or its keys or shapes are not
+    the model's.
+    """
+    wanted, entries = model.state_dict(), read_header(path)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    _check_same(path, type(model).__name__, shapes, wanted)
+    for entry in entries.values():
+        if entry.dtype not in DTYPES:
+            raise InputError(
+                f"{path}: {entry.key} is {entry.dtype}; read are {', '.join(DTYPES)}: take a file "
+                "in one of those"
+            )
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(read_rows(entries[name], 0, value.shape[0]))
     return model.eval().requires_grad_(False)
+
+
+def _check_same(
+    path: Path, model: str, shapes: dict[str, tuple[int, ...]], wanted: dict[str, Tensor]
+) -> None:
+    advice = "the file must be that of this model, and its record's fields those of the file"
+    missing, extra = sorted(wanted.keys() - shapes), sorted(shapes.keys() - wanted)
+    if missing or extra:
+        raise InputError(
+            f"{path}: not the keys of {model}: missing {_first(missing)}, not in the model "
+            f"{_first(extra)}; {advice}"
+        )
+    other = [name for name in wanted if shapes[name] != tuple(wanted[name].shape)]
+    if other:
+        name = other[0]
+        raise InputError(
+            f"{path}: not the shapes of {model}: {name!r} is {shapes[name]} in the file and "
+            f"{tuple(wanted[name].shape)} in the model, {len(other)} of {len(wanted)} differ; "
+            f"{advice}"
+        )
+
+
+def _first(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def file_digest(path: Path) -> str:

@@ -1,6 +1,6 @@
 """The two kinds of stage: training an autoencoder, and training a DiT on its latents."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -9,6 +9,7 @@ from models.codec import Codec, CodecModule
 from models.dc_ae import DCAE
 from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
+from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
 from models.record import Record
 from models.text import WordHash
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
@@ -18,7 +19,10 @@ from stages.schedule import Bucket, Phase, check_schedule
 from stages.videos import Videos
 
 # A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
-AnyCodec = HunyuanVAE | DCAE
+AnyCodec = Annotated[
+    HunyuanVAE | DCAE | HunyuanVAE15 | Wan21VAE | Wan22VAE | LTXVAE | ImageDCAE,
+    Field(discriminator="kind"),
+]
 
 # What may change between two starts of the same stage: none of it changes the result.
 RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every", "recompute"})
@@ -92,6 +96,17 @@ class AutoencoderStage(_Stage):
     @model_validator(mode="after")
     def _check_stage(self) -> "AutoencoderStage":
         self._check(self.vae, patch=1)
+        if not self.vae.is_trainable:
+            raise ValueError(
+                f"stage {self.name!r}: vae: {self.vae.name} cannot be trained here, since no rule "
+                "says how its layers start; give its weights to a DiffusionStage, or train "
+                "HunyuanVAE, DCAE or LTXVAE"
+            )
+        if self.vae.normalisation == "published":
+            raise ValueError(
+                f"stage {self.name!r}: vae.normalisation 'published': the constants are those of "
+                "published weights, and a stage trains its own; write 'measured'"
+            )
         if self.vae.weights is not None:
             raise ValueError(
                 f"stage {self.name!r}: vae.weights {self.vae.weights!r}: an autoencoder stage "

@@ -76,6 +76,21 @@ def test_dc_ae_has_the_published_layout() -> None:
     assert shapes[feed_forward + "point_conv.norm.weight"] == (512,)
 
 
+def test_dc_ae_comes_with_256_channels_as_well() -> None:
+    module, usual = DCAE(channels=256).build(device="meta"), DCAE().build(device="meta")
+    assert module.state_dict().keys() == usual.state_dict().keys()
+    differing = {
+        name for name, value in module.state_dict().items()
+        if value.shape != usual.state_dict()[name].shape
+    }  # fmt: skip
+    assert differing == {
+        "encoder.project_out.main.op_list.0.conv.weight",
+        "encoder.project_out.main.op_list.0.conv.bias",
+        "decoder.project_in.main.conv.weight",
+    }
+    assert DCAE(channels=256).grid(128, 768, 768) == (32, 24, 24)
+
+
 @pytest.mark.parametrize(("codec", "frames"), SMALL)
 def test_latents_have_the_grid_that_the_codec_promises(codec: Codec, frames: int) -> None:
     module = built(codec)
@@ -314,7 +329,7 @@ def test_psnr_of_a_known_error() -> None:
 
 def test_declaring_a_codec_does_not_import_diffusers() -> None:
     code = (
-        "import sys; from models.hunyuan_vae import HunyuanVAE; from models.dc_ae import DCAE; "
-        "HunyuanVAE(); DCAE(); assert 'diffusers' not in sys.modules"
+        "import sys; from models import HunyuanVAE, DCAE, Wan21VAE, ImageDCAE; "
+        "HunyuanVAE(); DCAE(); Wan21VAE(); ImageDCAE(); assert 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -13,7 +13,7 @@ from elastic.ema import EmaWeights
 from elastic.loop import build_optimizer, clip_gradients
 from elastic.shard import initialise, shard
 from elastic.world import World
-from models import DCAE, DiT, HunyuanVAE
+from models import DCAE, LTXVAE, DiT, HunyuanVAE
 from models.codec import Codec
 from stages import AdamW, Ema, Muon
 
@@ -30,6 +30,7 @@ CODECS: dict[str, tuple[Codec, int]] = {
         ),
         4,
     ),
+    "LTXVAE": (LTXVAE(channels=8, widths=(8, 8, 8, 8), layers=(1, 1, 1, 1, 1)), 9),
 }
 
 
