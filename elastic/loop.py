@@ -58,7 +58,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     optimizer = build_optimizer(stage.optimizer, model)
     ema = EmaWeights(model, stage.ema)
     progress = Progress(stage=stage.name)
-    state = TrainState(stage, model, optimizer, ema, progress)
+    critic = objective.critic  # of an adversarial stage
+    state = TrainState(stage, model, optimizer, ema, progress, critic)
 
     if not run.checkpoints.restore_latest(state):
         initialise(model, stage.init.seed, stage.name)
@@ -93,20 +94,25 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
         for micro in step.micros:
             model.set_requires_gradient_sync(micro.is_last)
-            loss_B = objective.loss_B(model, micro) * micro.samples.weight_B.to(world.device)
+            losses = objective.losses(model, micro)
+            weight_B = micro.samples.weight_B.to(world.device)
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
-            (loss_B.sum() * (world.size / micro.batch)).backward()
-            run.meter.add_loss(micro.bucket, loss_B)  # stays on the device
+            ((losses.both_B * weight_B).sum() * (world.size / micro.batch)).backward()
+            run.meter.add_losses(micro, losses, weight_B)  # stays on the device
 
-        norm = clip_gradients(model, stage.optimizer.max_norm, world)
-        run.meter.require_finite(norm, progress)  # before anything is changed; waits for the device
+        norms = {"grad_norm": clip_gradients(model, stage.optimizer.max_norm, world)}
+        if critic is not None:
+            norms |= critic.clip_gradients(progress.samples, world)
+        run.meter.require_finite(norms, progress)  # before a change; waits for the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if critic is not None:
+            critic.step()
 
         progress.samples += batch
         progress.order_digest = chain_digest(progress.order_digest, step.sample_ids)
         ema.update(progress.samples, batch)
-        run.meter.stepped(progress, step, rate, norm)
+        run.meter.stepped(progress, step, rate, norms)
 
     stream.close()
     if finished:
