@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -30,8 +29,8 @@ from models.discriminator import VideoDiscriminator, critic_loss_B, smallest_sid
 from stages import AdamW, Adversarial, AutoencoderStage, Bucket, Ema, Phase, Videos
 
 TOLERANCE = 1e-5  # relative, on losses; the sums of a batch are taken in another order
-START, START_UPDATES, NUM_UPDATES = 25, 5, 10
-EARLY, LATE = 4, 8  # updates after which an attempt is killed: in the first phase, in the second
+START, START_UPDATES, NUM_UPDATES = 25, 5, 8
+EARLY, LATE = 4, 7  # updates after which an attempt is killed: in the first phase, in the second
 BROKEN = 103  # a clip that counts nothing
 
 # Batches of 5 and 7 in micro-batches of 2 and 3: no world of 2 or 3 divides them.
@@ -50,7 +49,7 @@ STAGE = AutoencoderStage(
     adversarial=Adversarial(start=START, weight=0.1, lr=1e-3, width=8, layers=3),
     schedule=[
         Phase(until=START, buckets=[Bucket("32px", frames=4, batch=5, micro=2)]),
-        Phase(until=60, buckets=[Bucket("32px", frames=4, batch=7, micro=3)]),
+        Phase(until=46, buckets=[Bucket("32px", frames=4, batch=7, micro=3)]),
     ],
     optimizer=AdamW(lr=1e-3),
     ema=Ema(halflife=20),
@@ -335,9 +334,7 @@ def test_the_critics_gradient_is_that_of_the_mean_over_the_whole_batch(world: Wo
     goal = objective()
     assert goal.critic is not None
     model = _codec(goal)
-    position = next(
-        p for p in (25, 32, 39, 46, 53) if any(BROKEN in m.samples.ids for m in _micros(p))
-    )
+    position = next(p for p in (25, 32, 39) if any(BROKEN in m.samples.ids for m in _micros(p)))
     micros = _micros(position)
     for micro in micros:
         losses = goal.losses(model, micro)
@@ -404,7 +401,7 @@ def test_critics_of_other_stages_and_seeds_start_differently() -> None:
     ("changes", "message"),
     [
         ({"start": 30}, r"adversarial.start 30: .*; nearest is 0 or 25"),
-        ({"start": 60}, r"adversarial.start 60: .* that another one follows"),
+        ({"start": 46}, r"adversarial.start 46: .* that another one follows"),
         ({"layers": 6}, r"adversarial.layers 6: .* the smallest is 32 px; at most 5"),
     ],
 )
@@ -420,8 +417,3 @@ def test_a_field_of_the_critic_that_makes_no_sense_is_refused() -> None:
     for fields in ({"width": 12}, {"betas": (0.5, 1.0)}, {"weight": 0.0}):
         with pytest.raises(ValueError, match=r"width|betas|weight"):
             Adversarial(start=0, **fields)  # type: ignore[arg-type]  # wrong on purpose
-
-
-def test_ids_hold_the_broken_clip() -> None:
-    ids = np.concatenate([m.samples.ids for p in (25, 32, 39) for m in _micros(p)])
-    assert BROKEN in ids
