@@ -1,5 +1,7 @@
 """How unlike two clips look: LPIPS, the pyramid, SSIM, each against a slow reference."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from elastic.errors import InputError
+from elastic.folders import RunFolder
+from elastic.record import check_unchanged, start_stage
+from models import DCAE
 from models.perceptual import Lpips, Pyramid, check_lpips
 from models.reconstruction import ssim_B
+from stages import AdamW, AutoencoderStage, Bucket, Ema, Phase, Plan, Videos
 
 # VGG16 as torchvision lists it: the index of each convolution, its input and output channels.
 CONVOLUTIONS = (
@@ -23,6 +30,18 @@ CONVOLUTIONS = (
 )  # fmt: skip
 LEVEL_ENDS = (3, 8, 15, 22, 29)  # the ReLU after which each level's features are taken
 POOLS = (4, 9, 16, 23)
+
+STAGE = AutoencoderStage(
+    name="dc-ae",
+    data=Videos("none.csv"),
+    vae=DCAE(),
+    schedule=[Phase(until=8, buckets=[Bucket("32px", frames=4, batch=4)])],
+    optimizer=AdamW(lr=1e-3),
+    ema=Ema(halflife=8),
+    save_every=8,
+    log_every=8,
+    evaluate_every=8,
+)
 
 
 def clips(*shape: int, seed: int = 0) -> Tensor:
@@ -116,6 +135,29 @@ def test_a_file_that_is_not_lpips_says_what_is_wrong(tmp_path: Path) -> None:
     save_file(half, path)
     with pytest.raises(ValueError, match=r"features\.0\.bias is \[64\] F16, not \[64\] F32"):
         Lpips(weights=str(path)).build()
+
+
+def test_lpips_counts_by_its_content_wherever_it_lies(weights: Path, tmp_path: Path) -> None:
+    def plan(path: Path) -> Plan:
+        return Plan("plan", [STAGE.replace(perceptual=Lpips(weights=str(path)))])
+
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(weights, copy)
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    start_stage(folder, plan(weights).stages[0])
+    check_unchanged(folder, plan(copy))
+    save_file({**drawn_weights(), "features.0.bias": torch.zeros(64)}, copy)
+    with pytest.raises(InputError, match=r"perceptual\.weights_sha256: '\w+' -> '\w+'"):
+        check_unchanged(folder, plan(copy))
+
+
+def test_a_stage_with_either_perceptual_loss_reads_back_from_json() -> None:
+    for loss in (Lpips(weights="x.safetensors", weight=0.4), Pyramid(weight=0.4, levels=2), None):
+        stage = STAGE.replace(perceptual=loss)
+        assert AutoencoderStage.model_validate_json(stage.model_dump_json()) == stage
+        dumped = json.loads(json.dumps(stage.model_dump(mode="json")))
+        assert AutoencoderStage.model_validate(dumped) == stage
 
 
 def slow_pyramid(x_HW: NDArray[np.float64], levels: int) -> float:
