@@ -75,9 +75,9 @@ class Meter:
 
     @torch.no_grad()
     def add_losses(self, micro: Micro, losses: Losses, weight_B: Tensor) -> None:
-        """Add the losses of one micro-batch, weighted; every rank has parts of the same names."""
-        name = micro.bucket.name
-        self._loss[name] = self._loss.get(name, 0) + (losses.model_B * weight_B).sum()
+        """Add the losses of one micro-batch; every rank has parts of the same names."""
+        bucket = micro.bucket.name
+        self._loss[bucket] = self._loss.get(bucket, 0) + (losses.model_B * weight_B).sum()
         for name, part_B in losses.parts_B.items():
             self._parts[name] = self._parts.get(name, 0) + (part_B * weight_B).sum()
             self._parts_since.setdefault(name, micro.position)  # a part may begin in between

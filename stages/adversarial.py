@@ -38,7 +38,7 @@ class Adversarial(Record):
             nearest = sorted(sorted(starts, key=lambda start: abs(start - self.start))[:2])
             raise ValueError(
                 f"start {self.start}: must be 0 or the until of a phase that another one follows; "
-                f"nearest is {' or '.join(map(str, nearest))}"
+                f"nearest is {' or '.join(map(str, nearest))}, or let a phase end there"
             )
         buckets = [b for p in schedule if p.until > self.start for b in p.buckets]
         side = min(min(bucket.height, bucket.width) for bucket in buckets)
