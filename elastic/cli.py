@@ -10,9 +10,10 @@ from pathlib import Path
 from elastic.errors import InputError, StageBlocked
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
+from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
-from stages.stage import DiffusionStage, Stage
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
@@ -224,6 +225,11 @@ def check_inputs(plan: Plan) -> None:
             raise InputError(
                 f"stage {stage.name!r}: vae.weights {weights!r}: no such file; correct the path"
             )
+        if isinstance(stage, AutoencoderStage) and isinstance(stage.perceptual, Lpips):
+            try:
+                check_lpips(Path(stage.perceptual.weights))
+            except ValueError as error:
+                raise InputError(f"stage {stage.name!r}: perceptual: {error}") from None
 
 
 def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:

@@ -27,6 +27,7 @@ from elastic.ray_worker import MEMBERS, Latents, WorkerJob
 from elastic.record import difference, start_stage
 from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
 from elastic.weights import WEIGHTS, finished
+from models.perceptual import Lpips
 from stages.init import Align, Continue, Init, parent_of
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
@@ -87,12 +88,20 @@ def train_one(course: Course, stage: Stage) -> None:
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else None
     parent = parent_of(stage.init)
     job = WorkerJob(
-        stage, folder, course.tracker.name, latents,
+        with_absolute_weights(stage), folder, course.tracker.name, latents,
         parent=course.folder.stage(parent.name) if parent else None,
         parent_latents=pinned_latents(course.folder, stage.init),
     )  # fmt: skip
     fit_stage(job, course.folder.root / ".ray", course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)
+
+
+def with_absolute_weights(stage: Stage) -> Stage:
+    """The stage as workers can use it, who run in another folder: LPIPS by its whole path."""
+    if not isinstance(stage, AutoencoderStage) or not isinstance(stage.perceptual, Lpips):
+        return stage
+    path = os.path.abspath(stage.perceptual.weights)
+    return stage.replace(perceptual=stage.perceptual.replace(weights=path))
 
 
 def pin_members(course: Course, stage: Stage) -> Members:

@@ -58,11 +58,22 @@ def loss_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure
 
 def psnr_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure | None:
     """PSNR over samples on the held-out clips; None for a stage that does not measure it."""
-    points = values_of(latest, stage, "psnr", {"subset": "held_out"})
+    return _held_out_figure(latest, stage, identifier, "psnr", "PSNR, dB")
+
+
+def ssim_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure | None:
+    """SSIM over samples on the held-out clips; None for a stage that does not measure it."""
+    return _held_out_figure(latest, stage, identifier, "ssim", "SSIM")
+
+
+def _held_out_figure(
+    latest: Sequence[Metric], stage: str, identifier: str, name: str, title: str
+) -> Figure | None:
+    points = values_of(latest, stage, name, {"subset": "held_out"})
     if not points:
         return None
-    line = {**_line(points, "PSNR held-out", 2, width=2.5), "mode": "lines+markers"}
-    return _figure(identifier, [line], "PSNR, dB", "linear")
+    line = {**_line(points, f"{name.upper()} held-out", 2, width=2.5), "mode": "lines+markers"}
+    return _figure(identifier, [line], title, "linear")
 
 
 def timeline_figure(history: History, identifier: str) -> Figure:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from elastic.checkpoint import KEEP_LAST
 from elastic.data.table import read_table
@@ -16,6 +17,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 _BYTES_A_PARAMETER = 20  # fp32: value, gradient, two moments, average
 _BYTES_SAVED = 16  # the same without the gradient
+_BYTES_SAVED_OF_CRITIC = 12  # fp32: value, two moments
 _BYTES_A_WEIGHT = 4
 
 
@@ -32,12 +34,12 @@ def forecast(plan: Plan, storage: Path) -> str:
 
 def _disk(plan: Plan) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
-    counts = [sum(p.numel() for p in stage.build().parameters()) for stage in plan.stages]
-    checkpoint = max(counts) * _BYTES_SAVED
+    counts = [_count(stage.build()) for stage in plan.stages]
+    saved = [_saved_bytes(stage) for stage in plan.stages]
     parts = [
         f"weights {_bytes(sum(counts) * _BYTES_A_WEIGHT)}",
-        f"checkpoints {_bytes(KEEP_LAST * sum(counts) * _BYTES_SAVED)} ({KEEP_LAST} kept a stage), "
-        f"{_bytes(checkpoint)} more while one is written",
+        f"checkpoints {_bytes(KEEP_LAST * sum(saved))} ({KEEP_LAST} kept a stage), "
+        f"{_bytes(max(saved))} more while one is written",
     ]
     stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
     if not stages:
@@ -62,7 +64,7 @@ def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
 def _stage(stage: Stage) -> list[str]:
     codec, (low, high) = stage.codec, stage.workers
     module = stage.build()
-    count = sum(parameter.numel() for parameter in module.parameters())
+    count = _count(module)
     t, h, w = codec.stride
     return [
         f"codec       {codec.name} {t}x{h}x{w}, {codec.channels} channels"
@@ -70,9 +72,37 @@ def _stage(stage: Stage) -> list[str]:
         f"parameters  {count:,} {stage.init!r}",
         f"workers     {low} to {high}; state {_bytes(count * _BYTES_A_PARAMETER)} in all, "
         f"{_bytes(count * _BYTES_A_PARAMETER / low)} each on the fewest",
-        f"checkpoint  {_bytes(count * _BYTES_SAVED)} every {stage.save_every:,} samples",
+        f"checkpoint  {_bytes(_saved_bytes(stage))} every {stage.save_every:,} samples",
+        *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
         *_phases(stage),
     ]
+
+
+def _losses(stage: AutoencoderStage) -> list[str]:
+    terms = ["absolute and squared error of pixels"]
+    if stage.kl_weight:
+        terms.append(f"{stage.kl_weight:g} KL")
+    if stage.perceptual is not None:
+        terms.append(f"{stage.perceptual.weight:g} {stage.perceptual.name}")
+    lines = [f"losses      {' + '.join(terms)}"]
+    critic = stage.adversarial
+    if critic is not None:
+        lines.append(
+            f"  from {critic.start:,} samples on + {critic.weight:g} hinge loss of a video "
+            f"discriminator: {_count(critic.build('meta')):,} parameters, whole on every worker"
+        )
+    return lines
+
+
+def _saved_bytes(stage: Stage) -> int:
+    """A checkpoint: the model's state and the critic's, which has no average."""
+    critic = stage.adversarial if isinstance(stage, AutoencoderStage) else None
+    extra = 0 if critic is None else _count(critic.build("meta")) * _BYTES_SAVED_OF_CRITIC
+    return _count(stage.build()) * _BYTES_SAVED + extra
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _has_parent(stage: Stage) -> bool:

@@ -63,7 +63,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
     ema = EmaWeights(model, stage.ema, samples_carried(stage))
     progress = Progress(stage=stage.name)
-    state = TrainState(stage, model, optimizer, ema, progress)
+    critic = objective.critic  # of an adversarial stage
+    state = TrainState(stage, model, optimizer, ema, progress, critic)
 
     if not run.checkpoints.restore_latest(state):
         table = begin(state, run.origin, world)
@@ -101,22 +102,28 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
         for micro in step.micros:
             model.set_requires_gradient_sync(micro.is_last)
-            loss_B = objective.loss_B(model, micro) * micro.samples.weight_B.to(world.device)
+            losses = objective.losses(model, micro)
+            weight_B = micro.samples.weight_B.to(world.device)
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
-            (loss_B.sum() * (world.size / micro.batch)).backward()
-            run.meter.add_loss(micro.bucket, loss_B)  # stays on the device
+            ((losses.both_B * weight_B).sum() * (world.size / micro.batch)).backward()
+            run.meter.add_losses(micro, losses, weight_B)  # stays on the device
 
         moving = None if held_rate else held_by(stage)
         norm = clip_gradients(model, stage.optimizer.max_norm, world, without=moving)
-        run.meter.require_finite(norm, progress)  # before anything is changed; waits for the device
+        norms = {"grad_norm": norm}
+        if critic is not None:
+            norms |= critic.clip_gradients(progress.samples, world)
+        run.meter.require_finite(norms, progress)  # before a change; waits for the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if critic is not None:
+            critic.step()
 
         progress.samples += batch
         progress.order_digest = chain_digest(progress.order_digest, step.sample_ids)
         ema.update(progress.samples, batch)
-        losses = run.meter.stepped(progress, step, rate, norm)
-        watch(stage, progress, losses, run.event)
+        logged = run.meter.stepped(progress, step, rate, norms)
+        watch(stage, progress, logged, run.event)
 
     stream.close()
     if finished:

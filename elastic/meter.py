@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.data.load import Step
+from elastic.data.load import Micro, Step
 from elastic.errors import StageBlocked
+from elastic.objective import Losses
 from elastic.state import Progress
 from elastic.world import World
 from stages.schedule import Bucket
@@ -20,6 +21,18 @@ Sink = Callable[[dict[str, Any]], None]  # one metrics.jsonl line
 
 class NonFiniteLoss(StageBlocked):
     """The gradient has no finite norm; nothing was changed by it."""
+
+
+_NORMS = {
+    "grad_norm": (
+        "gradient norm",
+        "lower optimizer.lr or optimizer.max_norm, or look at the latents",
+    ),
+    "critic_grad_norm": (
+        "gradient norm of the critic",
+        "lower adversarial.lr or optimizer.max_norm, or look at the clips",
+    ),
+}
 
 
 def is_due(every: int, samples: int, last: int) -> bool:
@@ -44,6 +57,8 @@ class Meter:
         self._waited_s = 0.0
         self._num_tokens = 0
         self._loss: dict[str, Tensor] = {}
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since: dict[str, int] = {}
         self._counts: dict[str, int] = {}
         self._latest: dict[str, float | Tensor] = {}
 
@@ -58,21 +73,29 @@ class Meter:
         self._waited_s += time.monotonic() - began
         return step
 
-    def add_loss(self, bucket: Bucket, loss_B: Tensor) -> None:
-        """Add the weighted losses of one micro-batch."""
-        total = loss_B.detach().sum()
-        self._loss[bucket.name] = self._loss.get(bucket.name, 0) + total
+    @torch.no_grad()
+    def add_losses(self, micro: Micro, losses: Losses, weight_B: Tensor) -> None:
+        """Add the losses of one micro-batch; every rank has parts of the same names."""
+        bucket = micro.bucket.name
+        self._loss[bucket] = self._loss.get(bucket, 0) + (losses.model_B * weight_B).sum()
+        for name, part_B in losses.parts_B.items():
+            self._parts[name] = self._parts.get(name, 0) + (part_B * weight_B).sum()
+            self._parts_since.setdefault(name, micro.position)  # a part may begin in between
 
-    def require_finite(self, norm: Tensor, progress: Progress) -> None:
-        """Raise NonFiniteLoss unless the gradient norm is a number."""
-        if not torch.isfinite(norm):
-            raise NonFiniteLoss(
-                f"stage {progress.stage!r}: gradient norm {norm.item()} at {progress.samples:,} "
-                "samples; lower optimizer.lr or optimizer.max_norm, or look at the latents"
-            )
+    def require_finite(self, norms: dict[str, Tensor], progress: Progress) -> None:
+        """Raise NonFiniteLoss unless every gradient norm is a number."""
+        if torch.stack(list(norms.values())).isfinite().all():  # waits for the device, once
+            return
+        for name, norm in norms.items():
+            if not torch.isfinite(norm):
+                whose, advice = _NORMS[name]
+                raise NonFiniteLoss(
+                    f"stage {progress.stage!r}: {whose} {norm.item()} at {progress.samples:,} "
+                    f"samples; {advice}"
+                )
 
     def stepped(
-        self, progress: Progress, step: Step, rate: float, norm: Tensor
+        self, progress: Progress, step: Step, rate: float, norms: dict[str, Tensor]
     ) -> dict[str, float]:
         """Count one update; when a log point is passed, write the lines.
 
@@ -81,7 +104,7 @@ class Meter:
         bucket = step.plan.bucket
         self._counts[bucket.name] = self._counts.get(bucket.name, 0) + bucket.batch
         self._num_tokens += self._tokens[bucket.name] * bucket.batch
-        self._latest = {"lr": rate, "grad_norm": norm}
+        self._latest = {"lr": rate, **norms}
         if is_due(self._stage.log_every, progress.samples, self._since):
             return self.flush(progress)
         return {}
@@ -93,22 +116,25 @@ class Meter:
         """
         if not self._counts:
             return {}
-        names = sorted(self._counts)
-        zero = torch.zeros((), device=self._world.device)
-        sums = torch.stack([self._loss.get(name, zero) for name in names]).double()
-        sums = self._world.sum(sums).cpu()  # waits for the device
+        names, parts = sorted(self._counts), sorted(self._parts)
+        collected = [self._loss[name] for name in names] + [self._parts[name] for name in parts]
+        sums = self._world.sum(torch.stack(collected).double()).tolist()  # waits for the device
+        sums, part_sums = sums[: len(names)], sums[len(names) :]
         elapsed = time.monotonic() - self._began
         num_samples = progress.samples - self._since
-        losses = {n: s / self._counts[n] for n, s in zip(names, sums.tolist(), strict=True)}
+        losses = {n: total / self._counts[n] for n, total in zip(names, sums, strict=True)}
         for name, loss in losses.items():
             self._write(progress, {"bucket": name}, {"loss": loss})
         self._write(
             progress,
             {},
             {
-                "loss": float(sums.sum()) / num_samples,
-                "lr": float(self._latest["lr"]),
-                "grad_norm": float(self._latest["grad_norm"]),
+                "loss": math.fsum(sums) / num_samples,
+                **{
+                    name: total / (progress.samples - self._parts_since[name])
+                    for name, total in zip(parts, part_sums, strict=True)
+                },
+                **{name: float(value) for name, value in self._latest.items()},
                 "samples_per_s": num_samples / elapsed,
                 "tokens_per_s": self._num_tokens / elapsed,
                 "data_wait": self._waited_s / elapsed,

@@ -95,12 +95,12 @@ def train_worker(config: dict[str, Any]) -> None:
         event=event,
         origin=make_origin(job),
     )
-    if train_stage(job.stage, make_objective(job), run) is Outcome.STOPPED:
+    if train_stage(job.stage, make_objective(job, world.device), run) is Outcome.STOPPED:
         _stopped.set()
         _wait_for_the_end()
 
 
-def make_objective(job: WorkerJob) -> Objective:
+def make_objective(job: WorkerJob, device: torch.device) -> Objective:
     """What the stage minimises, on its clips or its latents."""
     if isinstance(job.stage, AutoencoderStage):
         members = load_members(job.folder / MEMBERS)
@@ -108,6 +108,7 @@ def make_objective(job: WorkerJob) -> Objective:
             job.stage,
             VideoSource(job.stage, members, held_out=False),
             VideoSource(job.stage, members, held_out=True),
+            device,
         )
     assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
     store = SealedStore.open(*job.latents)

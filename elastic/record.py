@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,8 +12,10 @@ from pydantic import ValidationError
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
+from elastic.weights import file_digest
+from models.perceptual import Lpips
 from stages.plan import Plan, explain
-from stages.stage import Stage, description
+from stages.stage import AutoencoderStage, Stage, description
 
 SCHEMA = 1
 _VERSIONS = ("restage", "torch", "ray", "zarr", "av", "diffusers")
@@ -71,8 +74,14 @@ def read_plan(folder: RunFolder) -> Plan:
 
 
 def _described(stage: Stage) -> dict[str, Any]:
-    """What identifies the stage; where its table lies is said from the root, not from here."""
+    """What identifies the stage; where its table lies is said from the root, not from here.
+
+    LPIPS weights are what the file holds, wherever it lies; a file that is gone holds None.
+    """
     fields = description(stage)
+    if isinstance(stage, AutoencoderStage) and isinstance(stage.perceptual, Lpips):
+        path = Path(fields["perceptual"].pop("weights"))
+        fields["perceptual"]["weights_sha256"] = file_digest(path) if path.is_file() else None
     places = {name: path and os.path.abspath(path) for name, path in fields["data"].items()
               if name in ("table", "folder")}  # fmt: skip
     return {**fields, "data": {**fields["data"], **places}}

@@ -14,6 +14,7 @@ from elastic.figures import (
     loss_figure,
     psnr_figure,
     safe,
+    ssim_figure,
     time_figure,
     timeline_figure,
 )
@@ -144,6 +145,7 @@ def _losses(history: History) -> tuple[str, list[Figure]]:
         pairs = (
             ("loss", loss_figure(latest, stage, f"loss-{number}")),
             ("PSNR on held-out clips", psnr_figure(latest, stage, f"psnr-{number}")),
+            ("SSIM on held-out clips", ssim_figure(latest, stage, f"ssim-{number}")),
         )
         for what, figure in pairs:
             if figure is None or not figure["data"]:

@@ -1,10 +1,11 @@
-"""What a checkpoint holds: parameters, their average, the optimizer's moments, the progress."""
+"""What a checkpoint holds: parameters, their average, moments, a critic, the progress."""
 
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from elastic.critic import Critic
 from elastic.data.order import EMPTY_DIGEST, updates_before, updates_carried
 from elastic.ema import EmaWeights
 from elastic.muon import MuonAdamW, is_matrix
@@ -39,16 +40,18 @@ class TrainState:
         optimizer: torch.optim.AdamW,
         ema: EmaWeights,
         progress: Progress,
+        critic: Critic | None = None,
     ) -> None:
         self.stage = stage
         self.model = model
         self.optimizer = optimizer
         self.ema = ema
         self.progress = progress
+        self.critic = critic
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors by name; loading into them restores them."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {} if self.critic is None else self.critic.tensors()
         for name, parameter in self.model.named_parameters():
             tensors[f"model/{name}"] = parameter.detach()
             tensors[f"ema/{name}"] = self.ema.tensors[name]
@@ -71,6 +74,8 @@ class TrainState:
             moments = self._moments(parameter)
             if "step" in moments:
                 moments["step"].fill_(updates)
+        if self.critic is not None:
+            self.critic.restored(progress.samples)
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         moments = self.optimizer.state[parameter]

@@ -56,6 +56,7 @@ class StageSummary(NamedTuple):
     held_out_first: float | None
     held_out_last: float | None
     psnr: float | None
+    ssim: float | None
     seconds: float
     samples_lost: int
     resizes: int
@@ -142,6 +143,7 @@ TABLE_HEAD = (
     "held-out first",
     "held-out last",
     "PSNR dB",
+    "SSIM",
     "seconds",
     "samples lost",
     "resizes",
@@ -158,6 +160,7 @@ def table_row(one: StageSummary) -> list[str]:
         f"{one.samples:,}",
         *("-" if loss is None else f"{loss:.4g}" for loss in losses),
         "-" if one.psnr is None else f"{one.psnr:.2f}",
+        "-" if one.ssim is None else f"{one.ssim:.3f}",
         f"{one.seconds:,.0f}",
         f"{one.samples_lost:,}",
         str(one.resizes),
@@ -200,6 +203,7 @@ def _summarise_stage(history: History, latest: list[Metric], stage: str) -> Stag
     held_out = {"subset": "held_out"}
     held_out_losses = values_of(latest, stage, "loss", held_out)
     psnr = values_of(latest, stage, "psnr", held_out)
+    ssim = values_of(latest, stage, "ssim", held_out)
     restarts = [restart for restart in history.restarts if restart.stage == stage]
     mine = [event for event in history.events if event["stage"] == stage]
     positions = [metric["position"] for metric in latest if metric["stage"] == stage]
@@ -213,6 +217,7 @@ def _summarise_stage(history: History, latest: list[Metric], stage: str) -> Stag
         held_out_first=held_out_losses[0][1] if held_out_losses else None,
         held_out_last=held_out_losses[-1][1] if held_out_losses else None,
         psnr=psnr[-1][1] if psnr else None,
+        ssim=ssim[-1][1] if ssim else None,
         seconds=sum(span.end - span.begin for span in history.spans if span.stage == stage),
         samples_lost=sum(restart.samples_lost for restart in restarts),
         resizes=sum(restart.cause == "resize" for restart in restarts),

@@ -4,6 +4,7 @@ from models.codec import Codec
 from models.dc_ae import DCAE
 from models.dit import DiT
 from models.hunyuan_vae import HunyuanVAE
+from models.perceptual import Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
 from models.text import WordHash
 from models.tiling import Tiling
@@ -16,6 +17,8 @@ __all__ = [
     "HunyuanVAE",
     "HunyuanVAE15",
     "ImageDCAE",
+    "Lpips",
+    "Pyramid",
     "Tiling",
     "Wan21VAE",
     "Wan22VAE",

@@ -1,5 +1,6 @@
 """What is trained, in what order."""
 
+from stages.adversarial import Adversarial
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
@@ -9,6 +10,7 @@ from stages.videos import Videos
 
 __all__ = [
     "AdamW",
+    "Adversarial",
     "Align",
     "AutoencoderStage",
     "Bucket",

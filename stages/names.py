@@ -14,6 +14,7 @@ def check_safe_name(name: str) -> str:
     """Return the name if it can stand as one path component everywhere, else raise ValueError."""
     if not _SAFE.fullmatch(name) or ".." in name or name.split(".")[0] in _RESERVED:
         suggestion = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64].strip("-") or "name"
+        suggestion = f"{suggestion}-0" if suggestion in _RESERVED else suggestion
         raise ValueError(
             f"name {name!r}: names become folders, so only a-z, 0-9, '.', '_' and '-' are allowed, "
             f"1 to 64 of them, a letter or digit at both ends; try {suggestion!r}"

@@ -9,9 +9,11 @@ from models.codec import Codec, CodecModule
 from models.dc_ae import DCAE
 from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
+from models.perceptual import Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
 from models.record import Record
 from models.text import WordHash
+from stages.adversarial import Adversarial
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
@@ -87,11 +89,18 @@ class _Stage(Record):
 
 
 class AutoencoderStage(_Stage):
-    """Train a codec from pixels: absolute plus squared error, and a small KL term if wanted."""
+    """Train a codec from pixels: absolute plus squared error, and whatever else is wanted.
+
+    That is a small KL term, a perceptual loss, and from some phase on a discriminator.
+    """
 
     vae: AnyCodec
     kl_weight: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     """Weight of the KL in nats per latent element; 0 trains at the posterior's mean, no noise."""
+    perceptual: Lpips | Pyramid | None = None
+    """How unlike the frames look; `Pyramid` where there are no weights for `Lpips`."""
+    adversarial: Adversarial | None = None
+    """The discriminator, and the phase from which on it judges."""
 
     @model_validator(mode="after")
     def _check_stage(self) -> "AutoencoderStage":
@@ -112,6 +121,11 @@ class AutoencoderStage(_Stage):
                 f"stage {self.name!r}: vae.weights {self.vae.weights!r}: an autoencoder stage "
                 "trains from fresh parameters; leave weights out"
             )
+        if self.adversarial is not None:
+            try:
+                self.adversarial.check(self.schedule)
+            except ValueError as error:
+                raise ValueError(f"stage {self.name!r}: adversarial.{error}") from None
         return self
 
     @property

@@ -30,7 +30,7 @@ from elastic.data.order import updates_before
 from elastic.ema import local
 from elastic.files import write_atomic
 from elastic.shard import own_part
-from elastic.state import TrainState
+from elastic.state import Progress, TrainState
 from elastic.world import World
 from models.fresh import named_generator
 
@@ -139,7 +139,7 @@ def test_any_world_restores_what_any_other_saved_bit_for_bit(tmp_path: Path) -> 
     assert updates_before(STAGE, HALF) == HALF_UPDATES
     for tensors, progress, steps in rest:
         assert tensors == first
-        assert progress == {"stage": "tiny", "samples": HALF, "order_digest": "ab" * 16}
+        assert progress == Progress("tiny", HALF, "ab" * 16).as_json()
         assert steps == {HALF_UPDATES}
     for number in range(len(sizes) + 1):
         _require_no_world_in(tmp_path / str(number) / "checkpoints" / str(HALF) / MANIFEST)

@@ -12,7 +12,7 @@ from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.forecast import forecast
 from elastic.record import check_unchanged, start_stage, write_record
-from stages import Videos
+from stages import AutoencoderStage, Plan, Videos
 from stages.plan import load_plan
 
 PLAN = Path(__file__).with_name("tiny_plan.py")
@@ -233,6 +233,50 @@ def test_plan_writes_nothing_and_says_what_would_happen(
     for word in ("hunyuan-vae", "tokens", "parameters", "checkpoint", "32px-5f"):
         assert word in out
     assert not storage.exists()
+
+
+def test_plan_says_which_losses_a_stage_has_and_from_when_on() -> None:
+    text = forecast(load_plan(PLAN), Path(os.devnull))
+    assert "0.5 pyramid of 4 bands" in text
+    stage = load_plan(PLAN).stage("dc-ae")
+    assert isinstance(stage, AutoencoderStage)
+    assert stage.adversarial is not None
+    count = sum(p.numel() for p in stage.adversarial.build().parameters())
+    assert "from 16 samples on + 0.05 hinge loss of a video discriminator" in text
+    assert f"{count:,} parameters, whole on every worker" in text
+
+
+def test_lpips_weights_that_cannot_be_used_are_named_before_anything_starts(
+    videos: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = variant(tmp_path, "Pyramid(weight=0.5)", 'Lpips(weights="none.safetensors")')
+    path.write_text(path.read_text().replace("import DCAE,", "import DCAE, Lpips,"))
+    message = refusal(
+        capsys, "train", path, "--videos", videos.parent, "--captions", videos, "--storage", storage
+    )
+    for word in ("stage 'dc-ae': perceptual", "none.safetensors", "no such file"):
+        assert word in message
+    assert not storage.exists()
+
+
+def test_a_changed_discriminator_of_a_started_stage_is_refused(tmp_path: Path) -> None:
+    plan = load_plan(PLAN)
+    stage = plan.stage("dc-ae")
+    assert isinstance(stage, AutoencoderStage)
+    assert stage.adversarial is not None
+    folder = RunFolder(tmp_path)
+    start_stage(folder, stage)
+    check_unchanged(folder, Plan("tiny", [stage]))
+    changes = {
+        r"adversarial.weight: 0\.05 -> 0\.1": {
+            "adversarial": stage.adversarial.replace(weight=0.1)
+        },
+        r"adversarial: .* -> None": {"adversarial": None},
+        r"perceptual: .* -> None": {"perceptual": None},
+    }
+    for message, change in changes.items():
+        with pytest.raises(InputError, match=message):
+            check_unchanged(folder, Plan("tiny", [stage.replace(**change)]))
 
 
 def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:

@@ -270,13 +270,14 @@ def test_a_name_is_one_harmless_folder_or_refused_with_one_that_is(name: str) ->
 
 
 HARMFUL = ["", ".", "..", "a/b", "a\\b", "a\0", "a\n", "a b", "A", "-a", "a.", "con", "nul.txt"]
-HARMFUL += ["com1", "a" * 65, "\u0430", "a..b", "~", "$x", "*"]
+HARMFUL += ["com1", "LPT0", "a" * 65, "\u0430", "a..b", "~", "$x", "*"]
 
 
 @pytest.mark.parametrize("name", HARMFUL)
 def test_names_that_would_harm_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="names become folders"):
+    with pytest.raises(ValueError, match="names become folders") as refused:
         check_safe_name(name)
+    check_safe_name(str(refused.value).rpartition("try ")[2].strip("'"))
     with pytest.raises(ValidationError, match="names become folders"):
         Plan(name, [])
 

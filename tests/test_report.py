@@ -51,7 +51,9 @@ class Machines:
             ):
                 self.metric(stage, position, world, context, values)
             if position % 100 == 0:
-                held_out = {"loss": loss * 1.1} | ({"psnr": 30 - 10 * loss} if psnr else {})
+                held_out = {"loss": loss * 1.1} | (
+                    {"psnr": 30 - 10 * loss, "ssim": 1 - loss} if psnr else {}
+                )
                 self.metric(stage, position, world, {"subset": "held_out"}, held_out)
 
     def metric(
@@ -149,7 +151,8 @@ def test_the_summary_counts_what_each_stage_lost(run_dir: Path) -> None:
     assert dit_dc.longest_gap == pytest.approx(7.0)
     assert vae.longest_gap == 0
     assert vae.psnr == pytest.approx(30 - 10 * (0.2 + 3 * math.exp(-400 / 150)))
-    assert dit.psnr is None
+    assert vae.ssim == pytest.approx(1 - (0.2 + 3 * math.exp(-400 / 150)))
+    assert dit.psnr is dit.ssim is None
     assert vae.loss_first == pytest.approx(0.2 + 3 * math.exp(-20 / 150))
     assert vae.loss_last == pytest.approx(0.2 + 3 * math.exp(-400 / 150))
     assert vae.held_out_first == pytest.approx(1.1 * (0.2 + 3 * math.exp(-100 / 150)))
@@ -242,7 +245,8 @@ def test_the_report_holds_everything_and_asks_no_network(run_dir: Path) -> None:
         assert text in page.text
     figures = figures_of(path)
     assert set(figures) == {
-        "loss-0", "psnr-0", "loss-1", "loss-2", "psnr-2", "loss-3", "timeline", "time",
+        "loss-0", "psnr-0", "ssim-0", "loss-1", "loss-2", "psnr-2", "ssim-2", "loss-3",
+        "timeline", "time",
     }  # fmt: skip
     raw = path.read_text("utf-8")
     assert all(f'id="{name}"' in raw for name in figures)

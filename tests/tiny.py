@@ -20,7 +20,7 @@ from elastic.data.order import Indices
 from elastic.ema import EmaWeights
 from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
-from elastic.objective import FlowMatching
+from elastic.objective import FlowMatching, Objective
 from elastic.randomness import normals, sample_generator
 from elastic.shard import shard
 from elastic.start import NOWHERE, Origin
@@ -28,7 +28,7 @@ from elastic.state import Progress, TrainState
 from elastic.world import World
 from models import DiT, HunyuanVAE, WordHash
 from models.text import pad
-from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Stage, Videos
 
 CLIP, STILL = "32px-5f", "32px-1f"
 NUM_UPDATES = 50
@@ -117,7 +117,19 @@ def train(
     poisoned: int = -1,
     origin: Origin = NOWHERE,
 ) -> Attempt:
-    """One attempt at the stage; only the last rank is told to stop, after `stop_after` updates."""
+    """One attempt at the stage on made-up latents."""
+    return attempt(world, folder, stage, objective(stage, poisoned), stop_after, origin)
+
+
+def attempt(
+    world: World,
+    folder: Path,
+    stage: Stage,
+    goal: Objective,
+    stop_after: int | None = None,
+    origin: Origin = NOWHERE,
+) -> Attempt:
+    """One attempt at a stage; only the last rank is told to stop, after `stop_after` updates."""
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
     lines: list[dict[str, Any]] = []
     events: list[tuple[str, int, str]] = []
@@ -140,7 +152,7 @@ def train(
         event=event,
         origin=origin,
     )
-    return Attempt(train_stage(stage, objective(stage, poisoned), run), lines, events)
+    return Attempt(train_stage(stage, goal, run), lines, events)
 
 
 def blank_state(world: World, stage: DiffusionStage = STAGE) -> TrainState:

@@ -6,8 +6,19 @@ learning rate of the first stage.
 
 import os
 
-from models import DCAE, DiT, HunyuanVAE, WordHash
-from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Ema, Fresh, Phase, Plan, Videos
+from models import DCAE, DiT, HunyuanVAE, Pyramid, WordHash
+from stages import (
+    AdamW,
+    Adversarial,
+    AutoencoderStage,
+    Bucket,
+    DiffusionStage,
+    Ema,
+    Fresh,
+    Phase,
+    Plan,
+    Videos,
+)
 
 videos = Videos(os.environ.get("TINY_VIDEOS", "captions.csv"))
 times = int(os.environ.get("TINY_TIMES", "1"))  # how much longer the diffusion stages are
@@ -63,7 +74,12 @@ dc_ae = AutoencoderStage(
     ),
     init=Fresh(seed=2),
     rate=8.0,
-    schedule=[Phase(until=32, buckets=[Bucket("32px", frames=4, batch=4, micro=2)])],
+    perceptual=Pyramid(weight=0.5),
+    adversarial=Adversarial(start=16, width=8),
+    schedule=[
+        Phase(until=until, buckets=[Bucket("32px", frames=4, batch=4, micro=2)])
+        for until in (16, 32)
+    ],
     optimizer=AdamW(lr=1e-3),
     ema=Ema(halflife=16),
     workers=(1, 3),
