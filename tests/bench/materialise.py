@@ -7,8 +7,6 @@ resident memory over what imports and the process group had taken.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import worlds
+from figure import record
 
 from elastic.ema import local
 from elastic.shard import initialise, shard
@@ -33,7 +32,6 @@ FULL = DiT(depth=6, depth_single=14, width=1536, heads=12)
 QUICK = DiT(depth=2, depth_single=4, width=768, heads=6)
 WORLDS = (1, 2, 4)
 SHARDS_ALLOWED, BLOCKS_ALLOWED = 1.3, 1
-RESULT = Path(__file__).with_name("results") / "materialise.json"
 
 
 def status_bytes(field: str) -> int:
@@ -125,20 +123,13 @@ def main() -> None:
                 figures.append(measure(shape, size, source, repeats))
                 print(json.dumps(figures[-1]), file=sys.stderr, flush=True)
     parameters = sum(p.numel() for p in shape.build(device="meta").parameters())
-    result = {
-        "name": "materialise",
-        "device": f"cpu, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "quick": quick,
-        "parameters": parameters,
-        "figures": figures,
-        "goal": f"peak of every rank at most {SHARDS_ALLOWED} x its shard + one block",
-        "holds": all(figure["holds"] for figure in figures),
-    }
-    if not quick:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    record(
+        "materialise",
+        figures={"parameters": parameters, "measured": figures},
+        goal=f"peak of every rank at most {SHARDS_ALLOWED} x its shard + one block",
+        holds=all(figure["holds"] for figure in figures),
+        keep=not quick,
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "bench" / "results"
 
 
 def device() -> str:
