@@ -212,6 +212,11 @@ def check_inputs(plan: Plan) -> None:
             raise InputError(
                 f"stage {stage.name!r}: vae.weights {weights!r}: no such file; correct the path"
             )
+        if isinstance(stage, DiffusionStage):
+            try:
+                stage.text.check()
+            except ValueError as error:
+                raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
 def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:

@@ -10,7 +10,7 @@ from elastic.randomness import normals, sample_generator, uniforms
 from elastic.world import World
 from models.flow import flow_loss_B, time_shift, timesteps
 from models.reconstruction import psnr_B, reconstruction_loss
-from models.text import TextBatch
+from models.text import TextBatch, TextEmbedding, without_text
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
@@ -34,13 +34,15 @@ class Objective(Protocol):
 
 
 class FlowMatching:
-    """Rectified flow on latents (DiffusionStage)."""
+    """Rectified flow on latents (DiffusionStage); `null` takes the place of dropped text."""
 
-    def __init__(self, stage: DiffusionStage, source: Source, held_out: Source) -> None:
+    def __init__(
+        self, stage: DiffusionStage, source: Source, held_out: Source, null: TextEmbedding
+    ) -> None:
         self.source = source
         self._held_out = held_out
         self._stage = stage
-        self._null = stage.text.null()
+        self._null = null
         self._alpha = {}
         for bucket in stage.buckets:
             grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
@@ -65,7 +67,7 @@ class FlowMatching:
         dropped_B = uniforms(generators) < dropout
         noise_BCTHW = normals(generators, tuple(samples.x_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
-        text = without_text(samples.text, dropped_B)
+        text = without_text(samples.text, self._null, dropped_B, dropped_B)
         device = next(model.parameters()).device
         return flow_loss_B(
             model,
@@ -86,20 +88,6 @@ class FlowMatching:
                 totals += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()]).to(totals)
         total, count = world.sum(totals).tolist()
         return {"loss": total / count} if count else {}
-
-
-def without_text(text: TextBatch, dropped_B: Tensor) -> TextBatch:
-    """The batch with the null text (one zero token) in the rows that are dropped."""
-    mask_BL = text.mask_BL
-    if mask_BL is None:
-        mask_BL = torch.ones(text.text_BLD.shape[:2], dtype=torch.bool)
-    first_L = torch.arange(mask_BL.shape[1]) == 0
-    keep_B = ~dropped_B
-    return TextBatch(
-        text.text_BLD * keep_B[:, None, None],
-        torch.where(keep_B[:, None], mask_BL, first_L[None]),
-        text.pooled_BD * keep_B[:, None],
-    )
 
 
 class Reconstructing:

@@ -17,7 +17,7 @@ from elastic.film import contact_sheet, write_mp4
 from elastic.weights import file_digest, load_weights
 from models.flow import euler_sample, time_shift
 from models.fresh import named_seed
-from models.text import pad
+from models.text import TextEmbedding, pad
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
@@ -34,6 +34,7 @@ class SampleRequest:
     weights: Path
     codec_weights: Path
     scale: Scale
+    null: TextEmbedding  # that of the latents that the stage was trained on
     captions: tuple[str, ...]
     folder: Path
     steps: int = 25
@@ -70,7 +71,7 @@ def make_samples(request: SampleRequest) -> list[Path]:
             model,
             noise_BCTHW.to(device),
             type(batch)(*(None if x is None else x.to(device) for x in batch)),  # type: ignore[arg-type]  # only the mask may be None
-            text.null(),
+            request.null,
             steps=request.steps,
             guidance=request.guidance,
             alpha=time_shift(height * width, frames),

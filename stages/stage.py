@@ -10,6 +10,7 @@ from models.dc_ae import DCAE
 from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
 from models.record import Record
+from models.t5_clip import T5Clip
 from models.text import WordHash
 from stages.init import Fresh
 from stages.names import SafeName
@@ -114,7 +115,7 @@ class DiffusionStage(_Stage):
 
     vae: AnyCodec | AutoencoderStage
     model: DiT
-    text: WordHash = WordHash()
+    text: WordHash | T5Clip = WordHash()
     text_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained with the empty caption, for classifier-free guidance."""
 

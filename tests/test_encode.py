@@ -3,6 +3,7 @@
 # B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
 from elastic.course import check_pinned
@@ -34,12 +36,13 @@ from elastic.data.encode import (
 )
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.probe import probe
+from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.table import Clip
 from elastic.errors import InputError
 from elastic.weights import file_digest, load_weights
-from models import DCAE, DiT, WordHash
+from models import DCAE, DiT, T5Clip, WordHash
 from models.codec import CodecModule
 from models.fresh import fresh_parameters, named_generator
 from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
@@ -322,6 +325,78 @@ def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) 
     held_out = LatentSource(STAGE, store, held_out=True)
     assert held_out.counts() == {SHORT.name: 2, LONG.name: 2}
     assert held_out.sample_ids(LONG, np.arange(2)).tolist() == [900, 901]
+
+
+def test_the_null_text_comes_with_the_first_shard_and_from_the_store(job: EncodeJob) -> None:
+    store = open_store(job)
+    assert not store.has_null_text()
+    encode_shard(job, store.missing()[0])
+    assert store.has_null_text()
+    null = LatentSource(STAGE, _sealed(job), held_out=False).null_text()
+    assert torch.equal(null.embedding_LD, STAGE.text.null().embedding_LD)
+    assert torch.equal(null.pooled_D, STAGE.text.null().pooled_D)
+
+
+def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
+    job: EncodeJob, tmp_path: Path
+) -> None:
+    store = open_store(job)
+    for shard in store.missing():
+        encode_shard(job, shard)
+    (job.root / NULL_TEXT).unlink()
+    store.seal()
+    sealed = SealedStore.open(job.root, job.fingerprint)
+    assert not LatentSource(STAGE, sealed, held_out=False).null_text().embedding_LD.any()
+    with_files = STAGE.replace(text=T5Clip(t5="none", clip="none"))
+    with pytest.raises(InputError, match="'tiny': its latents were sealed without the null text"):
+        LatentSource(with_files, sealed, held_out=False).null_text()
+
+
+def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(
+    weights: Path,
+    scale: Scale,
+    members: Members,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = tiny_t5_clip(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stage = STAGE.replace(text=encoder.replace(t5="t5", clip="clip"))
+    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    monkeypatch.chdir("/")  # a worker runs elsewhere
+    captions = [clip.text for clip in members.clips[SHORT.name]]
+    expected, null = encoder.encode(captions), encoder.null()
+    store = _sealed(job)
+    for folder in ("t5", "clip"):
+        shutil.rmtree(tmp_path / folder)
+    source = LatentSource(stage, store, held_out=False)
+    text = source.fetch(SHORT, np.arange(len(captions))).text
+    assert text is not None
+    assert text.mask_BL is not None
+    for row, embedding in enumerate(expected):
+        stored_LD = text.text_BLD[row, text.mask_BL[row]]
+        torch.testing.assert_close(stored_LD, embedding.embedding_LD, rtol=BF16_ROUNDING, atol=1e-5)
+        stored_D = text.pooled_BD[row]
+        torch.testing.assert_close(stored_D, embedding.pooled_D, rtol=BF16_ROUNDING, atol=1e-5)
+    assert torch.equal(source.null_text().embedding_LD, null.embedding_LD.bfloat16().float())
+    assert torch.equal(source.null_text().pooled_D, null.pooled_D.bfloat16().float())
+
+
+def test_a_machine_with_another_text_encoder_encodes_nothing(
+    weights: Path, scale: Scale, members: Members, tmp_path: Path
+) -> None:
+    stage = STAGE.replace(text=tiny_t5_clip(tmp_path))
+    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    store = open_store(job)
+    change_weights(tmp_path / "clip")
+    with pytest.raises(InputError, match=r"'tiny': text: .* \(clip differ\)"):
+        encode_shard(job, store.missing()[0])
+    shutil.rmtree(tmp_path / "t5")
+    with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
+        encode_shard(job, store.missing()[0])
+    with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
+        plan_job(stage, weights, scale, members, tmp_path / "latents")
+    assert not store.has_null_text()
 
 
 def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(

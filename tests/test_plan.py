@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models import DCAE, DiT, HunyuanVAE
+from models import DCAE, DiT, HunyuanVAE, T5Clip, WordHash
 from stages import (
     AdamW,
     AutoencoderStage,
@@ -329,6 +329,21 @@ def plans(draw: st.DrawFn) -> Plan:
 @given(plans())
 def test_a_plan_goes_through_json_unchanged(plan: Plan) -> None:
     assert Plan.model_validate(json.loads(json.dumps(plan.model_dump(mode="json")))) == plan
+
+
+@pytest.mark.parametrize(
+    "text", [WordHash(width=8), T5Clip(t5="t5", clip="clip"), T5Clip(t5="a", clip="b", pooled=64)]
+)
+def test_the_text_encoder_reads_back_as_what_it_was(
+    text: WordHash | T5Clip, tmp_path: Path
+) -> None:
+    plan = _load(tmp_path, FILE)
+    child = plan.stage("child").replace(text=text)
+    changed = Plan(plan.name, [plan.stage("parent"), child])
+    again = Plan.model_validate(json.loads(json.dumps(changed.model_dump(mode="json"))))
+    assert again == changed
+    assert type(again.stage("child").text) is type(text)  # type: ignore[union-attr]  # a DiffusionStage
+    assert again.stage("child").build().txt_in.in_features == text.width  # type: ignore[union-attr]
 
 
 def test_what_identifies_a_stage_is_all_that_can_change_its_result(tmp_path: Path) -> None:

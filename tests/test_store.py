@@ -15,7 +15,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.data.schema import shard_file
+from elastic.data.schema import NULL_TEXT, shard_file
 from elastic.data.store import (
     Absent,
     BucketPlan,
@@ -28,6 +28,7 @@ from elastic.data.store import (
     fingerprint,
 )
 from elastic.errors import InputError
+from models.text import TextEmbedding
 
 ROOT = Path(__file__).parent.parent
 PRINT = fingerprint({"codec": "test", "rate": 8})
@@ -267,6 +268,30 @@ def test_a_truncated_shard_is_missing(tmp_path: Path, array: str) -> None:
     assert store.missing() == [(VIDEO, 2)]
     with pytest.raises(DamagedStore, match="is cut off after"):
         SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(11))
+
+
+def test_the_null_text_is_sealed_with_the_store(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, _schema())
+    _fill(store)
+    without = store.seal()
+    assert SealedStore.open(tmp_path, PRINT).null_text is None
+    null = TextEmbedding(torch.randn(3, 6).bfloat16(), torch.randn(5).bfloat16())
+    assert not store.has_null_text()
+    store.publish_null_text(null)
+    digest = store.seal()
+    assert digest != without
+    found = SealedStore.open(tmp_path, PRINT, digest).null_text
+    assert found is not None
+    assert torch.equal(found.embedding_LD, null.embedding_LD.float())
+    assert torch.equal(found.pooled_D, null.pooled_D.float())
+    data = bytearray((tmp_path / NULL_TEXT).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / NULL_TEXT).write_bytes(data)
+    with pytest.raises(DamagedStore, match=r"null_text\.safetensors is not what was sealed"):
+        SealedStore.open(tmp_path, PRINT)
+    (tmp_path / NULL_TEXT).unlink()
+    with pytest.raises(DamagedStore, match="delete it and"):
+        SealedStore.open(tmp_path, PRINT)
 
 
 def test_changed_rows_are_found_when_opened(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching
         stage,
         DrawnLatents(stage, {CLIP: 23, STILL: 17}, 100, poisoned),
         DrawnLatents(stage, {CLIP: 5, STILL: 5}, 5000),
+        stage.text.null(),
     )
 
 

@@ -22,6 +22,7 @@ from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.weights import file_digest, load_weights
 from models.codec import Codec, CodecModule
+from models.text import TextEncoder
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage
 
@@ -66,6 +67,8 @@ class EncodeJob:
     scale: Scale
     members: Members
     root: Path  # of the store
+    text: TextEncoder  # the stage's, to be used in any folder
+    text_fields: dict[str, str | int | float]
 
     @property
     def fingerprint(self) -> str:
@@ -81,18 +84,23 @@ def plan_job(
     captions = hashlib.blake2b(digest_size=16)
     for name, clips in sorted(members.clips.items()):
         captions.update(json.dumps([name, [(c.sample_id, c.text) for c in clips]]).encode())
+    try:
+        text_fields = stage.text.fingerprint_fields()
+    except ValueError as error:
+        raise InputError(f"stage {stage.name!r}: {error}") from None
     fields: dict[str, Any] = {  # Any: JSON
         "codec": stage.codec.fingerprint_fields(),
         "weights": digest,
         "scale": [scale.mean, scale.std],
-        "text": stage.text.fingerprint_fields(),
+        "text": text_fields,
         "rate": stage.rate,
         "decode": DECODE_VERSION,
         "clips": captions.hexdigest(),
     }
     root = latents / fingerprint(fields)
     write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
-    return EncodeJob(stage, weights, digest, scale, members, root)
+    text = stage.text.located()
+    return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
 
 def open_store(job: EncodeJob) -> LatentStore:
@@ -107,12 +115,13 @@ def open_store(job: EncodeJob) -> LatentStore:
                 ids = tuple(clip.sample_id for clip in clips)
                 buckets.append(BucketPlan(name=name, shape=shape, sample_ids=ids))
     texts = {clip.text for clips in job.members.clips.values() for clip in clips}
-    longest = max(len(stage.text.encode([text])[0].embedding_LD) for text in texts)
+    text_tokens = stage.text.most_tokens(texts)
+    largest = max(largest, 2 * text_tokens * stage.text.width)
     schema = StoreSchema(
         fingerprint=job.fingerprint,
         buckets=tuple(buckets),
         samples_per_shard=max(1, min(SHARD_BYTES // largest, SHARD_SAMPLES)),
-        text_tokens=longest,
+        text_tokens=text_tokens,
         text_width=stage.text.width,
         pooled_width=stage.text.pooled_width,
     )
@@ -120,7 +129,11 @@ def open_store(job: EncodeJob) -> LatentStore:
 
 
 def encode_shard(job: EncodeJob, shard: ShardId) -> int:
-    """Encode and commit one shard; returns how many of its clips could not be decoded."""
+    """Encode and commit one shard; returns how many of its clips could not be decoded.
+
+    Whoever comes first also publishes the text that stands for no text.
+    """
+    encode_null_text(job)
     store = LatentStore.open(job.root)
     bucket = next(b for b in job.stage.buckets if b.name == shard[0].split(".")[0])
     clips = {clip.sample_id: clip for clip in job.members.clips[shard[0]]}
@@ -134,6 +147,27 @@ def encode_shard(job: EncodeJob, shard: ShardId) -> int:
     return sum(isinstance(sample, Absent) for sample in samples)
 
 
+def encode_null_text(job: EncodeJob) -> None:
+    """Publish the text that stands for no text, unless it is there.
+
+    InputError if this machine's text encoder cannot be used, or is not the one that was planned.
+    """
+    store = LatentStore.open(job.root)
+    try:
+        found = job.text.fingerprint_fields()
+        differing = [name for name in found if found[name] != job.text_fields[name]]
+        if differing:
+            raise InputError(
+                f"stage {job.stage.name!r}: text: the encoder's files here are not those "
+                f"that the encoding was planned with ({', '.join(differing)} differ); give every "
+                "machine the same folder"
+            )
+        if not store.has_null_text():
+            store.publish_null_text(job.text.null())
+    except ValueError as error:
+        raise InputError(f"stage {job.stage.name!r}: {error}") from None
+
+
 def _encode(
     job: EncodeJob, codec: CodecModule, bucket: Bucket, clips: list[Clip]
 ) -> list[Sample | Absent]:
@@ -145,12 +179,12 @@ def _encode(
         with torch.no_grad():
             z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu()
         latents = list(job.scale.normalise(z_BCTHW).to(torch.bfloat16))
+    texts = job.text.encode([clip.text for clip in clips])
     samples: list[Sample | Absent] = []
-    for clip, x in zip(clips, decoded, strict=True):
+    for clip, x, text in zip(clips, decoded, texts, strict=True):
         if isinstance(x, str):
             samples.append(Absent(clip.sample_id, x))
             continue
-        text = job.stage.text.encode([clip.text])[0]
         text_LD, pooled_P = text.embedding_LD.bfloat16(), text.pooled_D.bfloat16()
         samples.append(Sample(clip.sample_id, latents.pop(0).contiguous(), text_LD, pooled_P))
     return samples

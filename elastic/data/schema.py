@@ -18,6 +18,7 @@ SCHEMA = 1
 TEXT_BLOCK = 8  # tokens; one by one the index would grow as large as short embeddings
 AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP"}
 ARRAYS = tuple(AXES)
+NULL_TEXT = "null_text.safetensors"  # in the root: what dropped text is replaced by
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
 

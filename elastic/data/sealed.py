@@ -13,11 +13,20 @@ from typing import NamedTuple, Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load
 from torch import Tensor
 
-from elastic.data.schema import ARRAYS, StoreSchema, array_digest, load_schema, shard_file
+from elastic.data.schema import (
+    ARRAYS,
+    NULL_TEXT,
+    StoreSchema,
+    array_digest,
+    load_schema,
+    shard_file,
+)
 from elastic.data.shards import Bytes, canonical_digest, chunk_name, crc32c
 from elastic.errors import InputError
+from models.text import TextEmbedding
 
 _OPEN_FILES = 192
 _Item = TypeVar("_Item", bound=np.generic)
@@ -53,9 +62,18 @@ class SealedStore:
     by several threads.
     """
 
-    def __init__(self, root: Path, schema: StoreSchema, digest: str, rows: dict[str, _Rows]):
+    def __init__(
+        self,
+        root: Path,
+        schema: StoreSchema,
+        digest: str,
+        rows: dict[str, _Rows],
+        null_text: TextEmbedding | None,
+    ) -> None:
         self.digest = digest
         self.schema = schema
+        self.null_text = null_text
+        """What dropped text is replaced by, fp32; None in stores that were sealed without it."""
         self._root = root
         self._rows = rows
         self._files = _Files()
@@ -86,7 +104,8 @@ class SealedStore:
             bucket.name: _load_rows(root, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
         }
-        return cls(root, schema, found["digest"], rows)
+        null_text = read_null_text(root, sealed["null_text"]) if "null_text" in sealed else None
+        return cls(root, schema, found["digest"], rows, null_text)
 
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
@@ -151,6 +170,18 @@ class SealedStore:
         found, sealed = crc32c(out), int(rows.crcs[index, ARRAYS.index(array)])
         if found != sealed:
             raise DamagedStore(f"{what} has CRC {found:08x}, sealed was {sealed:08x}; {remedy}")
+
+
+def read_null_text(root: Path, digest: str | None = None) -> TextEmbedding:
+    """The text that stands for no text of a store; DamagedStore if it is another than `digest`."""
+    path = root / NULL_TEXT
+    data = path.read_bytes() if path.exists() else b""
+    if not data or (digest and array_digest(np.frombuffer(data, np.uint8)) != digest):
+        raise DamagedStore(
+            f"{path} is not what was sealed; delete it and zarr.json there and encode again"
+        )
+    tensors = load(data)
+    return TextEmbedding(tensors["text"].float(), tensors["pooled"].float())
 
 
 class _File:

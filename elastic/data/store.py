@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor
 
 from elastic.data import manifest
@@ -23,6 +24,7 @@ from elastic.data.manifest import Commit, ShardId
 from elastic.data.schema import (
     ARRAYS,
     AXES,
+    NULL_TEXT,
     BucketPlan,
     StoreSchema,
     array_digest,
@@ -47,6 +49,7 @@ from elastic.data.shards import (
     sharded_json,
 )
 from elastic.errors import InputError
+from models.text import TextEmbedding
 
 __all__ = [
     "Absent",
@@ -101,6 +104,16 @@ class LatentStore:
         if not (root / "plan.json").exists():
             raise InputError(f"{str(root)!r} holds no latent store: plan.json is missing; encode")
         return cls(root, load_schema(root))
+
+    def has_null_text(self) -> bool:
+        """Whether the text that stands for no text has been published."""
+        return (self.root / NULL_TEXT).is_file()
+
+    def publish_null_text(self, null: TextEmbedding) -> None:
+        """Keep the text that stands for no text, so that training needs no text encoder."""
+        text_LD, pooled_P = (tensor.bfloat16().contiguous() for tensor in null)
+        data = save({"text": text_LD, "pooled": pooled_P})
+        publish(self.root / NULL_TEXT, [np.frombuffer(data, np.uint8)])
 
     def shard_ids(self) -> list[ShardId]:
         """All shards of the plan, in order."""
@@ -176,6 +189,8 @@ class LatentStore:
             self._describe(bucket, arrays)
         for commit in committed.values():
             content["absent"].update({str(n): why for n, why in commit.absent.items()})
+        if self.has_null_text():
+            content["null_text"] = array_digest(np.fromfile(self.root / NULL_TEXT, np.uint8))
         digest = canonical_digest(content)
         publish_json(self.root / f"manifest-{digest}.json", content)
         # Last: this file is what `SealedStore.open` looks for.
