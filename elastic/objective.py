@@ -1,6 +1,6 @@
 """What a stage minimises: reconstruction for an autoencoder, flow matching for a DiT."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from models.reconstruction import psnr_B, reconstruction_loss
 from models.text import TextBatch, TextEmbedding, without_text
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
+
+Use = Literal["train", "held-out"]
 
 
 class Objective(Protocol):
@@ -55,19 +57,16 @@ class FlowMatching:
 
     def loss_B(self, model: nn.Module, micro: Micro) -> Tensor:
         """Squared error of the velocity, per sample."""
-        return self._loss_B(model, micro, "train", self._stage.text_dropout)
+        return self._loss_B(model, micro, "train")
 
-    def _loss_B(self, model: nn.Module, micro: Micro, use: str, dropout: float) -> Tensor:
-        samples, stage, bucket = micro.samples, self._stage, micro.bucket.name
-        generators = [
-            sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
-            for epoch, sample_id in zip(micro.epochs, samples.ids, strict=True)
-        ]
-        t_B = timesteps(normals(generators, ()), self._alpha[bucket])
-        dropped_B = uniforms(generators) < dropout
+    def _loss_B(self, model: nn.Module, micro: Micro, use: Use) -> Tensor:
+        samples = micro.samples
+        generators = self._generators(micro, use)
+        t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
+        dropped = self._dropped(micro, uniforms(generators), use)
         noise_BCTHW = normals(generators, tuple(samples.x_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
-        text = without_text(samples.text, self._null, dropped_B, dropped_B)
+        text = without_text(samples.text, self._null, *dropped)
         device = next(model.parameters()).device
         return flow_loss_B(
             model,
@@ -77,13 +76,32 @@ class FlowMatching:
             TextBatch(*(None if x is None else x.to(device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
         )
 
+    def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
+        """The randomness of each sample of the micro-batch for one use."""
+        stage, bucket = self._stage, micro.bucket.name
+        return [
+            sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
+            for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
+        ]
+
+    def _dropped(self, micro: Micro, draw_B: Tensor, use: Use) -> tuple[Tensor, Tensor]:
+        """Whose tokens and whose pooled vectors are dropped."""
+        if use == "held-out":
+            nobody_B = torch.zeros_like(draw_B, dtype=torch.bool)
+            return nobody_B, nobody_B
+        dropout = self._stage.text_dropout
+        if isinstance(dropout, float):
+            return draw_B < dropout, draw_B < dropout
+        tokens, pooled = dropout
+        return draw_B < tokens, uniforms(self._generators(micro, "pooled")) < pooled
+
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Mean flow loss, at noise and times that are fixed for each held-out sample."""
         totals = torch.zeros(2, dtype=torch.float64, device=world.device)
         for bucket in self._stage.buckets:
             for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
                 with torch.no_grad():
-                    loss_B = self._loss_B(model, micro, "held-out", 0.0).cpu().double()
+                    loss_B = self._loss_B(model, micro, "held-out").cpu().double()
                 weight_B = micro.samples.weight_B.double()
                 totals += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()]).to(totals)
         total, count = world.sum(totals).tolist()
