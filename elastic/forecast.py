@@ -56,7 +56,7 @@ def _disk(plan: Plan) -> str:
 
 def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
     t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    return stage.codec.channels * t * h * w * torch.bfloat16.itemsize
+    return stage.codec.stored_channels * t * h * w * torch.bfloat16.itemsize
 
 
 def _stage(stage: Stage) -> list[str]:

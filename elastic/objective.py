@@ -64,13 +64,14 @@ class FlowMatching:
         generators = self._generators(micro, use)
         t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
         dropped = self._dropped(micro, uniforms(generators), use)
-        noise_BCTHW = normals(generators, tuple(samples.x_BCTHW.shape[1:]))
+        z_BCTHW = self._latents(micro, use)
+        noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
         text = without_text(samples.text, self._null, *dropped)
         device = next(model.parameters()).device
         return flow_loss_B(
             model,
-            samples.x_BCTHW.to(device),
+            z_BCTHW.to(device),
             noise_BCTHW.to(device),
             t_B.to(device),
             TextBatch(*(None if x is None else x.to(device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
@@ -83,6 +84,17 @@ class FlowMatching:
             sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
             for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
         ]
+
+    def _latents(self, micro: Micro, use: Use) -> Tensor:
+        """The latents to be noised: where the posterior is sampled, a new sample or its mean."""
+        x_BCTHW = micro.samples.x_BCTHW
+        if self._stage.codec.mode == "mean":
+            return x_BCTHW
+        mean_BCTHW, deviation_BCTHW = x_BCTHW.chunk(2, dim=1)
+        if use == "held-out":
+            return mean_BCTHW
+        generators = self._generators(micro, "posterior")
+        return mean_BCTHW + deviation_BCTHW * normals(generators, tuple(mean_BCTHW.shape[1:]))
 
     def _dropped(self, micro: Micro, draw_B: Tensor, use: Use) -> tuple[Tensor, Tensor]:
         """Whose tokens and whose pooled vectors are dropped."""

@@ -1,7 +1,7 @@
 """The contract of an autoencoder: pixels to latents and back, and which clips it takes."""
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -28,6 +28,13 @@ class CodecModule(nn.Module):
 
     def encode(self, x_BCTHW: Tensor) -> Tensor:
         """Latents of clips in [-1, 1]: deterministic, and not normalised."""
+        raise NotImplementedError
+
+    def moments(self, x_BCTHW: Tensor) -> Tensor:
+        """Mean and standard deviation of the posterior, (B, 2C, T, H, W); not normalised.
+
+        Asked only of codecs whose `mode` is "sample".
+        """
         raise NotImplementedError
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
@@ -59,6 +66,16 @@ class Codec(Record):
     def name(self) -> str:
         """The word for this autoencoder in logs and fingerprints."""
         return type(self).__name__
+
+    @property
+    def mode(self) -> Literal["mean", "sample"]:
+        """Whether a DiT is trained on the latent itself, or on samples of its posterior."""
+        return "mean"
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels in a latent store: with samples, those of the mean and of the deviation."""
+        return self.channels * (2 if self.mode == "sample" else 1)
 
     @property
     def frame_rule(self) -> str:
@@ -99,12 +116,12 @@ class Codec(Record):
         self, dtype: torch.dtype = torch.float32
     ) -> dict[str, str | int | float | list[int]]:
         """What decides the latents' values, but for the weights; `dtype` is that of encoding."""
-        fields = self.model_dump(mode="json", exclude={"weights"})
+        fields = self.model_dump(mode="json", exclude={"weights", "posterior"})
         return {
             **fields,
             "class": self.name,
             "frame_rule": self.frame_rule,
-            "mode": "mean",
+            "mode": self.mode,
             "dtype": str(dtype).removeprefix("torch."),
             "tiling": "none",
         }

@@ -181,6 +181,29 @@ def test_noise_samples_the_posterior() -> None:
         torch.testing.assert_close(module(x_BCTHW, noise_BCTHW).x_BCTHW, expected)
 
 
+def test_moments_are_the_mean_and_the_deviation_of_the_posterior() -> None:
+    codec = SMALL_HUNYUAN.replace(posterior="sample")
+    module, x = built(codec), clips(1, 5, 16, 16)
+    noise = torch.randn(module.encode(x).shape, generator=torch.Generator().manual_seed(3))
+    moments_BCTHW = module.moments(x)
+    assert moments_BCTHW.shape[1] == codec.stored_channels == 2 * codec.channels
+    mean_BCTHW, deviation_BCTHW = moments_BCTHW.chunk(2, dim=1)
+    assert torch.equal(mean_BCTHW, module.encode(x))
+    assert deviation_BCTHW.min() > 0
+    sampled = module.decode(mean_BCTHW + deviation_BCTHW * noise)
+    torch.testing.assert_close(sampled, module(x, noise).x_BCTHW)
+
+
+def test_a_sampled_posterior_is_told_apart_and_a_mean_keeps_its_name() -> None:
+    fields = [
+        SMALL_HUNYUAN.replace(posterior=mode).fingerprint_fields() for mode in ("mean", "sample")
+    ]
+    assert {name for name in fields[0] if fields[0][name] != fields[1][name]} == {"mode"}
+    assert "posterior" not in fields[0], "a new field would rename every store"
+    assert SMALL_HUNYUAN.stored_channels == SMALL_HUNYUAN.channels
+    assert DCAE().mode == "mean"
+
+
 def test_dc_ae_has_no_posterior() -> None:
     module = built(SMALL_DCAE)
     x_BCTHW = clips(2, 4, 32, 32)

@@ -2,6 +2,7 @@
 
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +12,10 @@ from pydantic import ValidationError
 from tiny import CLIP, STAGE, STILL, DrawnLatents, objective, world_of_one
 from torch import Tensor, nn
 
-from elastic.data.load import Micro, rounds_of
-from elastic.data.order import BatchPlan
+from elastic.data.load import Micro, Samples, Source, rounds_of
+from elastic.data.order import BatchPlan, Indices
 from elastic.objective import FlowMatching
+from elastic.randomness import sample_generator
 from models.text import TextEmbedding
 from stages import Bucket, DiffusionStage
 
@@ -48,16 +50,21 @@ class Watching(nn.Module):
         return 0 * z + self.weight
 
 
-def _objective(stage: DiffusionStage) -> FlowMatching:
-    source = DrawnLatents(stage, COUNTS, 100)
-    return FlowMatching(stage, source, DrawnLatents(stage, COUNTS, 90_000), NULL)
+def _objective(stage: DiffusionStage, source: Source | None) -> FlowMatching:
+    source = source or DrawnLatents(stage, COUNTS, 100)
+    return FlowMatching(stage, source, source, NULL)
 
 
 def _seen(
-    stage: DiffusionStage, bucket: Bucket, count: int, ranks: int = 1, epoch: int = 0
+    stage: DiffusionStage,
+    bucket: Bucket,
+    count: int,
+    ranks: int = 1,
+    epoch: int = 0,
+    source: Source | None = None,
 ) -> dict[int, Seen]:
     """What is seen of the first samples of a bucket, by sample id, whoever computes it."""
-    trained, model, found = _objective(stage), Watching(), {}
+    trained, model, found = _objective(stage, source), Watching(), {}
     plan = BatchPlan(0, bucket, np.arange(count), np.full(count, epoch))
     for rank in range(ranks):
         for micro in rounds_of(plan, trained.source, rank, ranks):
@@ -141,6 +148,71 @@ def test_another_epoch_draws_anew() -> None:
     first, second = (_seen(stage, _still(stage), 400, epoch=epoch) for epoch in (0, 1))
     differing = [_lost(first[number]) != _lost(second[number]) for number in first]
     assert 0.4 < np.mean(differing) < 0.8
+
+
+SAMPLED = STAGE.replace(vae=STAGE.codec.replace(posterior="sample"))
+
+
+def test_a_sampled_posterior_gives_mean_plus_deviation_times_its_own_noise() -> None:
+    """Against the definition, sample by sample."""
+    bucket = SAMPLED.buckets[0].replace(micro=6)
+    stored = DrawnLatents(SAMPLED, COUNTS, 100).fetch(bucket, np.arange(6))
+    mean_BCTHW, deviation_BCTHW = stored.x_BCTHW.chunk(2, dim=1)
+    seen = _seen(SAMPLED, bucket, 6, epoch=3)
+    for row, number in enumerate(stored.ids):
+        draws = [
+            sample_generator(SAMPLED.seed, SAMPLED.name, use, bucket.name, 3, int(number))
+            for use in ("posterior", "train")
+        ]
+        shape = mean_BCTHW[row].shape
+        z_CTHW = mean_BCTHW[row] + deviation_BCTHW[row] * torch.randn(shape, generator=draws[0])
+        torch.randn((), generator=draws[1])  # the time
+        torch.rand((), generator=draws[1])  # the dropping
+        noise_CTHW, t = torch.randn(shape, generator=draws[1]), seen[int(number)].t
+        torch.testing.assert_close(seen[int(number)].z_CTHW, (1 - t) * z_CTHW + t * noise_CTHW)
+        error = (noise_CTHW - z_CTHW).square().mean()
+        torch.testing.assert_close(seen[int(number)].loss, error)
+
+
+class Widened(DrawnLatents):
+    """The latents of STAGE as means, and one deviation for all."""
+
+    deviation = 0.0
+
+    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+        mean = DrawnLatents(STAGE, COUNTS, 100).fetch(bucket, indices)
+        deviation_BCTHW = torch.full_like(mean.x_BCTHW, self.deviation)
+        return replace(mean, x_BCTHW=torch.cat([mean.x_BCTHW, deviation_BCTHW], dim=1))
+
+
+def test_a_posterior_without_deviation_is_its_mean_bit_for_bit() -> None:
+    plain = _seen(STAGE, STAGE.buckets[0], 20)
+    certain = _seen(SAMPLED, STAGE.buckets[0], 20, source=Widened(SAMPLED, COUNTS, 100))
+    for number in plain:
+        for one, other in zip(plain[number], certain[number], strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("micro", "ranks"), [(1, 2), (7, 3)])
+def test_a_sample_of_the_posterior_is_the_same_on_any_world(micro: int, ranks: int) -> None:
+    whole = _seen(SAMPLED, SAMPLED.buckets[0].replace(micro=20), 20)
+    parts = _seen(SAMPLED, SAMPLED.buckets[0].replace(micro=micro), 20, ranks)
+    again = _seen(SAMPLED, SAMPLED.buckets[0].replace(micro=20), 20, epoch=1)
+    for number in whole:
+        torch.testing.assert_close(whole[number].z_CTHW, parts[number].z_CTHW)
+        assert not torch.allclose(whole[number].z_CTHW, again[number].z_CTHW)
+
+
+def test_held_out_clips_are_measured_at_the_mean() -> None:
+    counts = {CLIP: 5, STILL: 5}
+    wide = Widened(SAMPLED, counts, 100)
+    wide.deviation = 50.0
+    with world_of_one() as world:
+        losses = [
+            FlowMatching(stage, source, source, NULL).evaluate(Watching(), world)["loss"]
+            for stage, source in ((STAGE, DrawnLatents(STAGE, counts, 100)), (SAMPLED, wide))
+        ]
+    assert losses[0] == losses[1]
 
 
 def test_nothing_is_dropped_when_held_out_clips_are_measured() -> None:

@@ -42,8 +42,8 @@ from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.table import Clip
 from elastic.errors import InputError
 from elastic.weights import file_digest, load_weights
-from models import DCAE, DiT, T5Clip, WordHash
-from models.codec import CodecModule
+from models import DCAE, DiT, HunyuanVAE, T5Clip, WordHash
+from models.codec import Codec, CodecModule
 from models.fresh import fresh_parameters, named_generator
 from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
 
@@ -96,8 +96,8 @@ def members(clips: list[Clip]) -> Members:
     return assign(STAGE, clips, {clip.sample_id: probe(clip.path) for clip in clips})
 
 
-def _write_weights(path: Path, seed: int) -> Path:
-    model = CODEC.build(device="meta")
+def _write_weights(path: Path, seed: int, codec: Codec = CODEC) -> Path:
+    model = codec.build(device="meta")
     save_file(dict(fresh_parameters(model, lambda name: named_generator(seed, name))), path)
     return path
 
@@ -225,6 +225,45 @@ def test_latents_have_mean_zero_and_deviation_one(job: EncodeJob) -> None:
     z_CN = z_BCTHW.transpose(0, 1).flatten(1)
     torch.testing.assert_close(z_CN.mean(1), torch.zeros(4).double(), rtol=0, atol=0.01)
     torch.testing.assert_close(z_CN.std(1, correction=0), torch.ones(4).double(), rtol=0.01, atol=0)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
+    clips: list[Clip], tmp_path: Path
+) -> None:
+    codec = HunyuanVAE(
+        channels=4,
+        widths=(4, 4, 8, 8),
+        layers=1,
+        norm_groups=2,
+        posterior="sample",
+        weights="given.safetensors",
+    )
+    bucket = Bucket("32px", frames=5, batch=2)
+    stage = STAGE.replace(vae=codec, schedule=(Phase(until=40, buckets=(bucket,)),))
+    weights, module = _write_weights(tmp_path / "vae.safetensors", 0, codec), codec.build()
+    load_weights(module, weights)
+    members = assign(stage, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+    scale = measure_scale(stage, weights, members)
+    store = _sealed(plan_job(stage, weights, scale, members, tmp_path / "latents"))
+    with torch.no_grad():
+        moments = module.moments(_pixels(members.clips[bucket.name], bucket))
+    mean_BCTHW, deviation_BCTHW = moments.chunk(2, dim=1)
+    read = store.read_batch(bucket.name, range(len(moments))).latents_BCTHW.float()
+    assert read.shape[1] == 8
+    std = torch.tensor(scale.std).view(-1, 1, 1, 1)
+    expected = torch.cat([scale.normalise(mean_BCTHW), deviation_BCTHW / std], dim=1)
+    torch.testing.assert_close(read, expected, rtol=BF16_ROUNDING, atol=1e-4)
+    mean_BCTHW, deviation_BCTHW = read.double().chunk(2, dim=1)
+    variance_C = mean_BCTHW.var((0, 2, 3, 4), correction=0) + deviation_BCTHW.square().mean(
+        (0, 2, 3, 4)
+    )
+    torch.testing.assert_close(variance_C, torch.ones(4).double(), rtol=0.02, atol=0)
+    assert deviation_BCTHW.min() > 0
+    same = plan_job(
+        stage.replace(vae=codec.replace(posterior="mean")), weights, scale, members, tmp_path / "b"
+    )
+    assert same.fingerprint != store.schema.fingerprint
 
 
 def test_restore_undoes_normalise(scale: Scale) -> None:

@@ -78,7 +78,7 @@ class DrawnLatents:
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         ids, codec = self.sample_ids(bucket, indices), self._stage.codec
-        shape = (codec.channels, *codec.grid(bucket.frames, bucket.height, bucket.width))
+        shape = (codec.stored_channels, *codec.grid(bucket.frames, bucket.height, bucket.width))
         draws = [sample_generator(0, "drawn", "latent", "", 0, int(number)) for number in ids]
         # Near one pattern of four, so that there is something to learn.
         kinds = [sample_generator(0, "drawn", "kind", "", 0, int(number) % 4) for number in ids]

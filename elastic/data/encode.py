@@ -47,6 +47,10 @@ class Scale:
         mean, std = self._shaped(z_BCTHW)
         return (z_BCTHW - mean) / std
 
+    def spread(self, deviation_BCTHW: Tensor) -> Tensor:
+        """Deviations of the codec to deviations of the store."""
+        return deviation_BCTHW / self._shaped(deviation_BCTHW)[1]
+
     def restore(self, z_BCTHW: Tensor) -> Tensor:
         """Latents of the store to latents of the codec."""
         mean, std = self._shaped(z_BCTHW)
@@ -108,7 +112,7 @@ def open_store(job: EncodeJob) -> LatentStore:
     stage, buckets, largest = job.stage, [], 1
     for bucket in stage.buckets:
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-        shape = (stage.codec.channels, *grid)
+        shape = (stage.codec.stored_channels, *grid)
         largest = max(largest, 2 * int(np.prod(shape)))
         for name, clips in job.members.clips.items():
             if name.split(".")[0] == bucket.name:
@@ -176,9 +180,8 @@ def _encode(
     latents: list[Tensor] = []
     if good:
         device = next(codec.parameters()).device
-        with torch.no_grad():
-            z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu()
-        latents = list(job.scale.normalise(z_BCTHW).to(torch.bfloat16))
+        x_BCTHW = to_unit(torch.stack(good)).to(device)
+        latents = list(stored_latents(job.stage.codec, codec, job.scale, x_BCTHW))
     texts = job.text.encode([clip.text for clip in clips])
     samples: list[Sample | Absent] = []
     for clip, x, text in zip(clips, decoded, texts, strict=True):
@@ -190,6 +193,24 @@ def _encode(
     return samples
 
 
+def stored_latents(codec: Codec, module: CodecModule, scale: Scale, x_BCTHW: Tensor) -> Tensor:
+    """What a store holds of clips in [-1, 1]: bf16 on the CPU, (B, stored channels, T, H, W)."""
+    mean_BCTHW, deviation_BCTHW = _posterior(codec, module, x_BCTHW)
+    z_BCTHW = scale.normalise(mean_BCTHW)
+    if deviation_BCTHW is not None:
+        z_BCTHW = torch.cat([z_BCTHW, scale.spread(deviation_BCTHW)], dim=1)
+    return z_BCTHW.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def _posterior(codec: Codec, module: CodecModule, x_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Latents on the CPU, not normalised; with their deviation if samples are asked for."""
+    if codec.mode == "mean":
+        return module.encode(x_BCTHW).cpu(), None
+    mean_BCTHW, deviation_BCTHW = module.moments(x_BCTHW).cpu().chunk(2, dim=1)
+    return mean_BCTHW, deviation_BCTHW
+
+
 def _decode(clip: Clip, bucket: Bucket, rate: float) -> Tensor | str:
     try:
         return decode_clip(clip.path, bucket.frames, rate, bucket.height, bucket.width)
@@ -198,7 +219,10 @@ def _decode(clip: Clip, bucket: Bucket, rate: float) -> Tensor | str:
 
 
 def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
-    """Mean and deviation of each channel over the first clips of the stage's longest bucket."""
+    """Mean and deviation of each channel over the first clips of the stage's longest bucket.
+
+    Of what a DiT is trained on: the variance of the posterior counts where that is sampled.
+    """
     bucket = max(stage.buckets, key=lambda b: b.frames)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
@@ -209,12 +233,14 @@ def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Sca
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:
             continue
-        with torch.no_grad():
-            z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu().double()
-        z_CN = z_BCTHW.transpose(0, 1).flatten(1)
+        x_BCTHW = to_unit(torch.stack(good)).to(device)
+        z_BCTHW, deviation_BCTHW = _posterior(stage.codec, codec, x_BCTHW)
+        z_CN = z_BCTHW.double().transpose(0, 1).flatten(1)
         sums += torch.stack(
             [torch.full_like(sums[0], z_CN.shape[1]), z_CN.sum(1), z_CN.square().sum(1)]
         )
+        if deviation_BCTHW is not None:
+            sums[2] += deviation_BCTHW.double().square().sum(dim=(0, 2, 3, 4))
     count, total, squares = sums
     if not count.any():
         raise InputError(
