@@ -85,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("run", help="run folder")
     one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
     one.add_argument("--caption", action="append", required=True, help="may be given many times")
+    one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
     one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
@@ -240,7 +241,13 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
         )
     target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
     request = sample_request(folder, stage, tuple(flags.caption), target.absolute())
-    changed = {"steps": flags.steps, "guidance": flags.guidance, "seed": flags.seed}
+    image = None if flags.image is None else Path(flags.image).absolute()
+    changed = {
+        "steps": flags.steps,
+        "guidance": flags.guidance,
+        "seed": flags.seed,
+        "image": image,
+    }
     for path in make_samples(type(request)(**{**vars(request), **changed})):
         print(path)
     return DONE

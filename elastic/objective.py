@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from elastic.data.load import Micro, Source, held_out_rounds
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.world import World
-from models.flow import flow_loss_B, time_shift, timesteps
+from models.flow import conditioned, flow_loss_B, time_shift, timesteps
+from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss
 from models.text import TextBatch, TextEmbedding, without_text
+from stages.given import Choice
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
@@ -36,7 +38,12 @@ class Objective(Protocol):
 
 
 class FlowMatching:
-    """Rectified flow on latents (DiffusionStage); `null` takes the place of dropped text."""
+    """Rectified flow on latents (DiffusionStage); `null` takes the place of dropped text.
+
+    A DiT that takes the strength of guidance is trained at strength 1, the convention for
+    finetuning FLUX.1-dev: the data is what guidance 1 would make. Given frames count in the loss
+    like all others, as in Open-Sora 2.0.
+    """
 
     def __init__(
         self, stage: DiffusionStage, source: Source, held_out: Source, null: TextEmbedding
@@ -59,7 +66,10 @@ class FlowMatching:
         """Squared error of the velocity, per sample."""
         return self._loss_B(model, micro, "train")
 
-    def _loss_B(self, model: nn.Module, micro: Micro, use: Use) -> Tensor:
+    def _loss_B(
+        self, model: nn.Module, micro: Micro, use: Use, choice: Choice | None = None
+    ) -> Tensor:
+        """The loss of each sample, given the frames of `choice`; None draws it for each."""
         samples = micro.samples
         generators = self._generators(micro, use)
         t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
@@ -68,9 +78,14 @@ class FlowMatching:
         noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
         text = without_text(samples.text, self._null, *dropped)
+        given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
         return flow_loss_B(
-            model,
+            conditioned(
+                model,
+                1.0 if self._stage.model.guidance else None,
+                None if given_BCTHW is None else given_BCTHW.to(device),
+            ),
             z_BCTHW.to(device),
             noise_BCTHW.to(device),
             t_B.to(device),
@@ -96,6 +111,22 @@ class FlowMatching:
         generators = self._generators(micro, "posterior")
         return mean_BCTHW + deviation_BCTHW * normals(generators, tuple(mean_BCTHW.shape[1:]))
 
+    def _given(self, micro: Micro, choice: Choice | None) -> Tensor | None:
+        """The mask and latents of the given frames; None where the bucket has none to give."""
+        stage, ends_BCTHW = self._stage, micro.samples.given_BCTHW
+        if stage.given is None or not stage.gives(micro.bucket):
+            return None
+        assert ends_BCTHW is not None, f"bucket {micro.bucket.name} was stored without its stills"
+        num_samples, frames = len(ends_BCTHW), micro.samples.x_BCTHW.shape[2]
+        if choice is None:
+            draws = uniforms(self._generators(micro, "given")).tolist()
+            choices = [stage.given.choose(draw) for draw in draws]
+        else:
+            choices = [choice] * num_samples
+        head_B = torch.tensor([each in ("head", "loop") for each in choices])
+        tail_B = torch.tensor([each in ("tail", "loop") for each in choices])
+        return given_frames(ends_BCTHW, head_B, tail_B, frames)
+
     def _dropped(self, micro: Micro, draw_B: Tensor, use: Use) -> tuple[Tensor, Tensor]:
         """Whose tokens and whose pooled vectors are dropped."""
         if use == "held-out":
@@ -108,16 +139,31 @@ class FlowMatching:
         return draw_B < tokens, uniforms(self._generators(micro, "pooled")) < pooled
 
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
-        """Mean flow loss, at noise and times that are fixed for each held-out sample."""
+        """Mean flow loss, at noise and times that are fixed for each held-out sample.
+
+        `loss` is that of text to video. Where frames are given in training, `loss_head` is the
+        loss with the first one given, over the buckets that have frames to give.
+        """
+        buckets = self._stage.buckets
+        giving = tuple(bucket for bucket in buckets if self._stage.gives(bucket))
+        means = {"loss": self._mean_loss(model, world, "none", buckets)}
+        if giving:
+            means["loss_head"] = self._mean_loss(model, world, "head", giving)
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    def _mean_loss(
+        self, model: nn.Module, world: World, choice: Choice, buckets: tuple[Bucket, ...]
+    ) -> float | None:
+        """The mean over the held-out samples of these buckets; None if there are none."""
         totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for bucket in self._stage.buckets:
+        for bucket in buckets:
             for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
                 with torch.no_grad():
-                    loss_B = self._loss_B(model, micro, "held-out").cpu().double()
+                    loss_B = self._loss_B(model, micro, "held-out", choice).cpu().double()
                 weight_B = micro.samples.weight_B.double()
                 totals += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()]).to(totals)
         total, count = world.sum(totals).tolist()
-        return {"loss": total / count} if count else {}
+        return total / count if count else None
 
 
 class Reconstructing:

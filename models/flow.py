@@ -54,6 +54,28 @@ def velocity(z_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
     return noise_BCTHW - z_BCTHW
 
 
+def conditioned(
+    model: Callable[..., Tensor], guidance: float | None, given_BCTHW: Tensor | None
+) -> VelocityModel:
+    """The model with its other inputs filled in: strength of guidance, and given frames.
+
+    Of a doubled batch, as guidance runs it, both halves are given the same frames.
+    """
+    if guidance is None and given_BCTHW is None:
+        return model
+
+    def filled_in(
+        z_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None, pooled_BD: Tensor
+    ) -> Tensor:
+        guidance_B = None if guidance is None else torch.full_like(t_B, guidance)
+        frames_BCTHW = given_BCTHW
+        if frames_BCTHW is not None and len(frames_BCTHW) != len(z_BCTHW):
+            frames_BCTHW = torch.cat([frames_BCTHW, frames_BCTHW])
+        return model(z_BCTHW, t_B, text_BLD, mask_BL, pooled_BD, guidance_B, frames_BCTHW)
+
+    return filled_in
+
+
 def flow_loss_B(
     model: VelocityModel, z_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, text: TextBatch
 ) -> Tensor:

@@ -1,5 +1,6 @@
 """What is trained, in what order."""
 
+from stages.given import Given
 from stages.init import Fresh
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
@@ -14,6 +15,7 @@ __all__ = [
     "DiffusionStage",
     "Ema",
     "Fresh",
+    "Given",
     "Muon",
     "Phase",
     "Plan",

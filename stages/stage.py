@@ -12,6 +12,7 @@ from models.hunyuan_vae import HunyuanVAE
 from models.record import Record
 from models.t5_clip import T5Clip
 from models.text import WordHash
+from stages.given import Given
 from stages.init import Fresh
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
@@ -123,6 +124,12 @@ class DiffusionStage(_Stage):
     the published (0.31622777, 0.31622777) a tenth of the samples loses both.
     """
 
+    given: Given | None = None
+    """How often frames of the clip are given; with `model.image_condition`, and only then.
+
+    Clips of one latent frame are given nothing.
+    """
+
     @field_validator("vae", mode="before")
     @classmethod
     def _check_vae(cls, vae: object) -> object:
@@ -155,7 +162,31 @@ class DiffusionStage(_Stage):
                 f"stage {self.name!r}: vae: {self.vae.name} has no weights; give "
                 "weights='path.safetensors', or the AutoencoderStage that trains it"
             )
+        self._check_given()
         return self
+
+    def _check_given(self) -> None:
+        where, takes = f"stage {self.name!r}: given", self.model.image_condition
+        if self.given is None and takes:
+            raise ValueError(
+                f"{where}: None, but the model takes frames (image_condition=True): say how often "
+                "they are given, as published with given=Given()"
+            )
+        if self.given is not None and not takes:
+            raise ValueError(
+                f"{where}: {self.given!r}, but the model takes no frames: write "
+                "model=DiT(..., image_condition=True), or leave given out"
+            )
+        if self.given is not None and not any(self.gives(bucket) for bucket in self.buckets):
+            raise ValueError(
+                f"{where}: {self.given!r}, but every bucket has a single latent frame, for which "
+                "nothing is given: add a bucket of longer clips"
+            )
+
+    def gives(self, bucket: Bucket) -> bool:
+        """Whether frames are given in this bucket."""
+        grid = self.codec.grid(bucket.frames, bucket.height, bucket.width)
+        return self.given is not None and grid[0] > 1
 
     @property
     def codec(self) -> Codec:

@@ -2,6 +2,7 @@
 
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from elastic.data.load import Micro, Samples, Source, rounds_of
 from elastic.data.order import BatchPlan, Indices
 from elastic.objective import FlowMatching
 from elastic.randomness import sample_generator
+from models.given import given_frames
 from models.text import TextEmbedding
-from stages import Bucket, DiffusionStage
+from stages import Bucket, DiffusionStage, Given
 
 PUBLISHED = (0.31622777, 0.31622777)
 NULL = TextEmbedding(torch.full((2, 8), 7.0), torch.full((8,), 9.0))
@@ -32,6 +34,8 @@ class Seen(NamedTuple):
     text_LD: Tensor  # at its true length
     pooled_D: Tensor
     loss: Tensor
+    given_CTHW: Tensor | None
+    guidance: Tensor | None
 
 
 class Watching(nn.Module):
@@ -41,12 +45,22 @@ class Watching(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
         self.inputs: dict[str, Tensor] = {}
+        self.given: Tensor | None = None
+        self.guidance: Tensor | None = None
 
     def forward(
-        self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor | None, pooled: Tensor
+        self,
+        z: Tensor,
+        t: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        pooled: Tensor,
+        guidance: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         assert mask is not None
         self.inputs = {"z": z, "t": t, "text": text, "mask": mask, "pooled": pooled}
+        self.given, self.guidance = given, guidance
         return 0 * z + self.weight
 
 
@@ -80,7 +94,15 @@ def _rows(trained: FlowMatching, model: Watching, micro: Micro) -> list[tuple[in
     return [
         (
             int(number),
-            Seen(x["z"][i], x["t"][i], x["text"][i, x["mask"][i]], x["pooled"][i], loss_B[i]),
+            Seen(
+                x["z"][i],
+                x["t"][i],
+                x["text"][i, x["mask"][i]],
+                x["pooled"][i],
+                loss_B[i],
+                None if model.given is None else model.given[i],
+                None if model.guidance is None else model.guidance[i],
+            ),
             bool(micro.samples.weight_B[i]),
         )
         for i, number in enumerate(micro.samples.ids)
@@ -138,7 +160,7 @@ def test_what_is_drawn_does_not_depend_on_world_or_micro_batch(micro: int, ranks
         parts = _seen(stage, bucket.replace(micro=micro), 50, ranks)
         assert whole.keys() == parts.keys()
         for number in whole:
-            for one, other in zip(whole[number], parts[number], strict=True):
+            for one, other in zip(whole[number][:5], parts[number][:5], strict=True):
                 # Vectors of another length round otherwise in their last bit.
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -189,7 +211,7 @@ def test_a_posterior_without_deviation_is_its_mean_bit_for_bit() -> None:
     plain = _seen(STAGE, STAGE.buckets[0], 20)
     certain = _seen(SAMPLED, STAGE.buckets[0], 20, source=Widened(SAMPLED, COUNTS, 100))
     for number in plain:
-        for one, other in zip(plain[number], certain[number], strict=True):
+        for one, other in zip(plain[number][:5], certain[number][:5], strict=True):
             assert torch.equal(one, other)
 
 
@@ -245,3 +267,134 @@ def test_shares_go_through_json(share: Any) -> None:
     stage = STAGE.replace(text_dropout=share)
     again = DiffusionStage.model_validate(stage.model_dump(mode="json"))
     assert again == stage
+
+
+GIVING = STAGE.replace(model=STAGE.model.replace(image_condition=True), given=Given())
+VIDEO = GIVING.buckets[0].replace(micro=500)
+
+
+def _choice(seen: Seen) -> str:
+    """What was given, as the mask says it."""
+    assert seen.given_CTHW is not None
+    mask_THW = seen.given_CTHW[0]
+    head, tail = (bool(mask_THW[at].all()) for at in (0, -1))
+    assert mask_THW.sum() == (head + tail) * mask_THW[0].numel()
+    return {(0, 0): "none", (1, 0): "head", (1, 1): "loop", (0, 1): "tail"}[head, tail]
+
+
+def test_an_eighth_of_the_samples_is_trained_as_text_to_video() -> None:
+    seen = _seen(GIVING, VIDEO, 4000).values()
+    shares = {
+        choice: count / 4000 for choice, count in Counter(_choice(each) for each in seen).items()
+    }
+    published = {"none": 1 / 8, "head": 5 / 8, "loop": 1 / 8, "tail": 1 / 8}
+    assert shares == pytest.approx(published, abs=0.031)  # four deviations of a half
+
+
+def test_the_mask_comes_first_and_the_stills_stand_at_their_ends() -> None:
+    source = DrawnLatents(GIVING, COUNTS, 100)
+    ends_BCTHW = source.fetch(VIDEO, np.arange(60)).given_BCTHW
+    assert ends_BCTHW is not None
+    found = Counter()
+    for row, seen in enumerate(_seen(GIVING, VIDEO, 60).values()):
+        choice = _choice(seen)
+        found[choice] += 1
+        assert seen.given_CTHW is not None
+        assert seen.given_CTHW.shape == (1 + 4, *seen.z_CTHW.shape[1:])
+        for place, still, choices in ((0, 0, ("head", "loop")), (-1, 1, ("tail", "loop"))):
+            wanted_CHW = ends_BCTHW[row, :, still] * (choice in choices)
+            assert torch.equal(seen.given_CTHW[1:, place], wanted_CHW)
+    assert len(found) == 4
+
+
+def test_frames_between_the_ends_are_never_given() -> None:
+    ends_BCTHW, both_B = torch.ones(2, 3, 2, 4, 4), torch.tensor([True, True])
+    given_BCTHW = given_frames(ends_BCTHW, both_B, both_B, 5)
+    assert given_BCTHW.sum((0, 1, 3, 4)).tolist() == [128, 0, 0, 0, 128]
+
+
+@pytest.mark.parametrize(("micro", "ranks"), [(1, 2), (7, 3)])
+def test_what_is_given_does_not_depend_on_world_or_micro_batch(micro: int, ranks: int) -> None:
+    whole = _seen(GIVING, VIDEO, 50)
+    parts = _seen(GIVING, VIDEO.replace(micro=micro), 50, ranks)
+    again = _seen(GIVING, VIDEO, 50, epoch=1)
+    seeded = _seen(GIVING.replace(seed=1), VIDEO, 50)
+    choices = [
+        [_choice(seen[number]) for number in whole] for seen in (whole, parts, again, seeded)
+    ]
+    assert choices[0] == choices[1]
+    assert choices[0] != choices[2]
+    assert choices[0] != choices[3]
+
+
+def test_giving_frames_moves_no_other_draw_and_every_token_counts_in_the_loss() -> None:
+    """The model answers zero, so a loss that left frames out would differ."""
+    plain, giving = _seen(STAGE, VIDEO, 50), _seen(GIVING, VIDEO, 50)
+    for number in plain:
+        for one, other in zip(plain[number][:5], giving[number][:5], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_stills_are_given_nothing_and_change_nothing_in_the_stage() -> None:
+    before = GIVING.model_dump_json()
+    still = _seen(GIVING, _still(GIVING), 20)
+    assert all(seen.given_CTHW is None for seen in still.values())
+    # The published code forgets its settings at the first clip that is too short for them.
+    after = _seen(GIVING, VIDEO, 50)
+    assert {_choice(seen) for seen in after.values()} == {"none", "head", "loop", "tail"}
+    assert GIVING.model_dump_json() == before
+
+
+@pytest.mark.parametrize("choice", ["none", "head", "loop", "tail"])
+def test_a_weight_alone_is_always_chosen(choice: str) -> None:
+    weights = {"none": 0.0, "head": 0.0, "loop": 0.0, "tail": 0.0, choice: 0.3}
+    assert {Given(**weights).choose(draw) for draw in (0.0, 0.5, 1 - 2**-24)} == {choice}
+
+
+def test_held_out_clips_are_measured_without_frames_and_with_the_first() -> None:
+    masks: list[Tensor | None] = []
+
+    class Collecting(Watching):
+        def forward(self, *inputs: Any) -> Tensor:
+            out = super().forward(*inputs)
+            masks.append(None if self.given is None else self.given[:, 0].amax((0, 2, 3)))
+            # Worse where something is given, so that the two losses can be told apart.
+            return out if self.given is None else out + 10 * self.given[:, :1].amax()
+
+    with world_of_one() as world:
+        found = objective(GIVING).evaluate(Collecting(), world)
+        plain = objective(STAGE).evaluate(Watching(), world)
+    assert set(found) == {"loss", "loss_head"}
+    assert set(plain) == {"loss"}
+    assert found["loss"] == plain["loss"]
+    assert found["loss_head"] > 50
+    shown = [None if mask is None else mask.tolist() for mask in masks]
+    # Five clips and five stills in text to video, then the clips again.
+    assert [each for each in shown if each] == [[0, 0]] * 2 + [[1, 0]] * 2
+    assert shown[-1] == [1, 0]
+
+
+def test_a_model_that_takes_guidance_is_trained_at_strength_one() -> None:
+    stage = STAGE.replace(model=STAGE.model.replace(guidance=True))
+    seen = _seen(stage, VIDEO, 20)
+    assert {None if each.guidance is None else each.guidance.item() for each in seen.values()} == {
+        1
+    }
+    assert all(each.guidance is None for each in _seen(STAGE, VIDEO, 20).values())
+
+
+def test_the_transformer_learns_from_given_frames() -> None:
+    """Through the real model: without frames the layer that takes them gets no gradient."""
+    for given, learns in ((Given(none=0), True), (Given(head=0, loop=0, tail=0), False)):
+        stage = GIVING.replace(given=given)
+        model = stage.build("cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        trained = _objective(stage, None)
+        plan = BatchPlan(0, VIDEO.replace(micro=4), np.arange(4), np.zeros(4))
+        (micro,) = rounds_of(plan, trained.source, 0, 1)
+        trained.loss_B(model, micro).sum().backward()
+        gradient = model.cond_in.weight.grad
+        assert gradient is not None
+        assert bool(gradient.any()) is learns

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, WordHash
 from models.codec import Codec, CodecModule
 from models.fresh import fresh_parameters, named_generator
-from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
 
 SHORT, LONG = Bucket("32px", frames=4, batch=2), Bucket("32px", frames=8, batch=2)
 CODEC = DCAE(
@@ -55,6 +56,9 @@ CODEC = DCAE(
     decoder_depths=(1, 1, 1, 1, 1, 1),
     head_width=8,
     weights="given.safetensors",
+)
+HUNYUAN = HunyuanVAE(
+    channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2, weights="given.safetensors"
 )
 STAGE = DiffusionStage(
     name="tiny",
@@ -231,14 +235,7 @@ def test_latents_have_mean_zero_and_deviation_one(job: EncodeJob) -> None:
 def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
     clips: list[Clip], tmp_path: Path
 ) -> None:
-    codec = HunyuanVAE(
-        channels=4,
-        widths=(4, 4, 8, 8),
-        layers=1,
-        norm_groups=2,
-        posterior="sample",
-        weights="given.safetensors",
-    )
+    codec = HUNYUAN.replace(posterior="sample")
     bucket = Bucket("32px", frames=5, batch=2)
     stage = STAGE.replace(vae=codec, schedule=(Phase(until=40, buckets=(bucket,)),))
     weights, module = _write_weights(tmp_path / "vae.safetensors", 0, codec), codec.build()
@@ -264,6 +261,51 @@ def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
         stage.replace(vae=codec.replace(posterior="mean")), weights, scale, members, tmp_path / "b"
     )
     assert same.fingerprint != store.schema.fingerprint
+
+
+def _giving(codec: Codec, buckets: tuple[Bucket, ...], patch: int) -> DiffusionStage:
+    model = STAGE.model.replace(image_condition=True, patch=patch)
+    schedule = (Phase(until=40, buckets=buckets),)
+    return STAGE.replace(vae=codec, model=model, given=Given(), schedule=schedule)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("mode", ["dc-ae", "mean", "sample"])
+def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
+    clips: list[Clip], tmp_path: Path, mode: Literal["dc-ae", "mean", "sample"]
+) -> None:
+    if mode == "dc-ae":  # 4 frames are one latent frame: nothing is given there
+        codec, long, short = CODEC, LONG, SHORT
+    else:
+        codec = HUNYUAN.replace(posterior=mode)
+        long, short = (Bucket("32px", frames=frames, batch=2) for frames in (5, 1))
+    stage = _giving(codec, (short, long), patch=1)
+    module = codec.build()
+    weights = _write_weights(tmp_path / "vae.safetensors", 0, codec)
+    load_weights(module, weights)
+    members = assign(stage, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+    scale = measure_scale(stage, weights, members)
+    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    store = _sealed(job)
+    plain = plan_job(
+        STAGE.replace(vae=codec, schedule=stage.schedule), weights, scale, members, tmp_path / "b"
+    )
+    assert plain.fingerprint != job.fingerprint
+    found = LatentSource(stage, store, held_out=False)
+    assert found.fetch(short, np.array([0])).given_BCTHW is None
+    clip_paths = members.clips[long.name][:3]
+    given_BCTHW = found.fetch(long, np.arange(3)).given_BCTHW
+    assert given_BCTHW is not None
+    x_BCTHW = _pixels(clip_paths, long)
+    repeats = 4 if mode == "dc-ae" else 1
+    for place in (0, -1):
+        still_BCTHW = x_BCTHW[:, :, [place]].repeat(1, 1, repeats, 1, 1)
+        with torch.no_grad():
+            alone_BC1HW = scale.normalise(module.encode(still_BCTHW))
+        torch.testing.assert_close(
+            given_BCTHW[:, :, [place]], alone_BC1HW, rtol=BF16_ROUNDING, atol=1e-4
+        )
+    assert not torch.equal(given_BCTHW[:, :, 0], given_BCTHW[:, :, 1])
 
 
 def test_restore_undoes_normalise(scale: Scale) -> None:

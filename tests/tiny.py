@@ -87,7 +87,11 @@ class DrawnLatents:
         # Captions of different lengths, so that padding matters.
         captions = ["a moving shape"[: 1 + int(number) % 14] for number in ids]
         text = pad(self._stage.text.encode(captions))
-        return Samples(x_BCTHW, text, ids, torch.ones(len(ids)))
+        ends_BCTHW = None
+        if self._stage.gives(bucket):
+            draws = [sample_generator(0, "drawn", "ends", "", 0, int(number)) for number in ids]
+            ends_BCTHW = normals(draws, (codec.channels, 2, *shape[2:]))
+        return Samples(x_BCTHW, text, ids, torch.ones(len(ids)), ends_BCTHW)
 
 
 def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching:

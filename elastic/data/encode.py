@@ -101,6 +101,8 @@ def plan_job(
         "decode": DECODE_VERSION,
         "clips": captions.hexdigest(),
     }
+    if stage.given is not None:
+        fields["given"] = {"frames": "first, last", "still": stage.codec.nearest_frames(0)}
     root = latents / fingerprint(fields)
     write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
     text = stage.text.located()
@@ -114,10 +116,12 @@ def open_store(job: EncodeJob) -> LatentStore:
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
         shape = (stage.codec.stored_channels, *grid)
         largest = max(largest, 2 * int(np.prod(shape)))
+        given = (stage.codec.channels, 2, *grid[1:]) if stage.gives(bucket) else None
         for name, clips in job.members.clips.items():
             if name.split(".")[0] == bucket.name:
                 ids = tuple(clip.sample_id for clip in clips)
-                buckets.append(BucketPlan(name=name, shape=shape, sample_ids=ids))
+                plan = BucketPlan(name=name, shape=shape, sample_ids=ids, given=given)
+                buckets.append(plan)
     texts = {clip.text for clips in job.members.clips.values() for clip in clips}
     text_tokens = stage.text.most_tokens(texts)
     largest = max(largest, 2 * text_tokens * stage.text.width)
@@ -178,10 +182,17 @@ def _encode(
     decoded = [_decode(clip, bucket, job.stage.rate) for clip in clips]
     good = [x for x in decoded if isinstance(x, Tensor)]
     latents: list[Tensor] = []
+    stills: list[Tensor] | list[None] = [None] * len(good)
     if good:
         device = next(codec.parameters()).device
         x_BCTHW = to_unit(torch.stack(good)).to(device)
         latents = list(stored_latents(job.stage.codec, codec, job.scale, x_BCTHW))
+        if job.stage.gives(bucket):
+            ends = [
+                encode_still(job.stage.codec, codec, job.scale, x_BCTHW[:, :, [at]])
+                for at in (0, -1)
+            ]
+            stills = list(torch.cat(ends, dim=2).to(torch.bfloat16).cpu())
     texts = job.text.encode([clip.text for clip in clips])
     samples: list[Sample | Absent] = []
     for clip, x, text in zip(clips, decoded, texts, strict=True):
@@ -189,7 +200,8 @@ def _encode(
             samples.append(Absent(clip.sample_id, x))
             continue
         text_LD, pooled_P = text.embedding_LD.bfloat16(), text.pooled_D.bfloat16()
-        samples.append(Sample(clip.sample_id, latents.pop(0).contiguous(), text_LD, pooled_P))
+        latent_CTHW = latents.pop(0).contiguous()
+        samples.append(Sample(clip.sample_id, latent_CTHW, text_LD, pooled_P, stills.pop(0)))
     return samples
 
 
@@ -200,6 +212,18 @@ def stored_latents(codec: Codec, module: CodecModule, scale: Scale, x_BCTHW: Ten
     if deviation_BCTHW is not None:
         z_BCTHW = torch.cat([z_BCTHW, scale.spread(deviation_BCTHW)], dim=1)
     return z_BCTHW.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def encode_still(codec: Codec, module: CodecModule, scale: Scale, x_BC1HW: Tensor) -> Tensor:
+    """One picture as a store normalises it, (B, C, 1, H, W): the posterior's mean, always.
+
+    Encoded as the shortest clip that the codec takes, the picture in every frame of it.
+    """
+    num_frames = codec.nearest_frames(0)
+    z_BC1HW = module.encode(x_BC1HW.expand(-1, -1, num_frames, -1, -1))
+    assert z_BC1HW.shape[2] == 1, f"{codec.name}: {num_frames} frames gave {z_BC1HW.shape}"
+    return scale.normalise(z_BC1HW)
 
 
 @torch.no_grad()

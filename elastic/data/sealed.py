@@ -17,7 +17,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from elastic.data.schema import (
-    ARRAYS,
     NULL_TEXT,
     StoreSchema,
     array_digest,
@@ -37,12 +36,16 @@ class DamagedStore(Exception):
 
 
 class LatentBatch(NamedTuple):
-    """Latents B,C,T,H,W, texts L,D of their true lengths, pooled B,P, all bf16; ids int64 B."""
+    """Latents B,C,T,H,W, texts L,D of their true lengths, pooled B,P, all bf16; ids int64 B.
+
+    `given_BCTHW` are the stills B,C,2,H,W of the first and last frames, where the store has them.
+    """
 
     latents_BCTHW: Tensor
     texts_LD: list[Tensor]
     pooled_BP: Tensor
     sample_ids: NDArray[np.int64]
+    given_BCTHW: Tensor | None = None
 
 
 class _Rows(NamedTuple):
@@ -135,12 +138,17 @@ class SealedStore:
         if len(out) != len(indices):
             raise ValueError(f"{len(indices)} samples do not fill a buffer of {len(out)}")
         pooled_BP = torch.empty((len(indices), self.schema.pooled_width), dtype=torch.bfloat16)
+        given = self.schema.bucket(bucket).given
+        given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
         texts = []
         for place, index in enumerate(indices):
             self.read(bucket, int(index), out[place])
             self._fill(bucket, "pooled", int(index), _bytes_of(pooled_BP[place]))
             texts.append(self._text(bucket, int(index)))
-        return LatentBatch(out, texts, pooled_BP, rows.sample_id[np.asarray(indices, np.int64)])
+            if given_BCTHW is not None:
+                self._fill(bucket, "given", int(index), _bytes_of(given_BCTHW[place]))
+        ids = rows.sample_id[np.asarray(indices, np.int64)]
+        return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
 
     def _text(self, bucket: str, index: int) -> Tensor:
         length = self._rows[bucket].length[index]
@@ -167,7 +175,8 @@ class SealedStore:
             if step == 0:
                 raise DamagedStore(f"{what} is cut off after {got} bytes; {remedy}")
             got += step
-        found, sealed = crc32c(out), int(rows.crcs[index, ARRAYS.index(array)])
+        column = self.schema.arrays(bucket).index(array)
+        found, sealed = crc32c(out), int(rows.crcs[index, column])
         if found != sealed:
             raise DamagedStore(f"{what} has CRC {found:08x}, sealed was {sealed:08x}; {remedy}")
 
@@ -217,7 +226,8 @@ def _load_rows(root: Path, schema: StoreSchema, bucket: str, sealed: dict[str, s
     count = len(schema.bucket(bucket).sample_ids)
     ids = _load(root, bucket, "sample_id", np.zeros(count, "<i8"), sealed)
     lengths = _load(root, bucket, "text_length", np.zeros(count, "<i4"), sealed).astype(np.int64)
-    crcs = _load(root, bucket, "crc32c", np.zeros((count, len(ARRAYS)), "<u4"), sealed)
+    num_arrays = len(schema.arrays(bucket))
+    crcs = _load(root, bucket, "crc32c", np.zeros((count, num_arrays), "<u4"), sealed)
     here = ids >= 0
     shard = np.arange(count)[here] // schema.samples_per_shard
     # The first present sample of each shard: what lies before it lies in other files.

@@ -98,4 +98,5 @@ class LatentSource:
             text=pad(texts),
             ids=read.sample_ids,
             weight_B=torch.ones(len(indices)),
+            given_BCTHW=None if read.given_BCTHW is None else read.given_BCTHW.float(),
         )
