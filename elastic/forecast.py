@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from elastic.checkpoint import KEEP_LAST
+from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
 from elastic.folders import RunFolder
 from elastic.weights import finished
@@ -44,19 +45,31 @@ def _disk(plan: Plan) -> str:
         return "; ".join(parts)
     if not all(os.path.isfile(stage.data.table) for stage in stages):
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
-    latents = sum(
-        len(read_table(stage.data)) * _latent_bytes(stage, bucket)
-        for stage in stages
-        for bucket in stage.buckets
-    )
+    latents = 0
+    for stage in stages:
+        captions = [clip.text for clip in read_table(stage.data)]
+        a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
+        a_clip += len(stage.buckets) * text_bytes(stage, captions)
+        latents += len(captions) * a_clip
     return "; ".join(
         [*parts, f"latents at most {_bytes(latents)}, if every clip fills each bucket"]
     )
 
 
 def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
+    """What is stored of a clip in this bucket beside its text."""
     t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    return stage.codec.stored_channels * t * h * w * torch.bfloat16.itemsize
+    values = stage.codec.stored_channels * t * h * w
+    if isinstance(stage, DiffusionStage) and stage.gives(bucket):
+        values += stage.codec.channels * 2 * h * w
+    return values * torch.bfloat16.itemsize
+
+
+def text_bytes(stage: DiffusionStage, captions: list[str]) -> int:
+    """The most that is stored of the text of one clip in one bucket, in whole blocks of tokens."""
+    blocks = -(-stage.text.most_tokens(captions) // TEXT_BLOCK)
+    values = blocks * TEXT_BLOCK * stage.text.width + stage.text.pooled_width
+    return values * torch.bfloat16.itemsize
 
 
 def _stage(stage: Stage) -> list[str]:
