@@ -4,11 +4,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
+from elastic import ray_encode
 from elastic.course import check_pinned
 from elastic.data import encode
 from elastic.data.assign import (
@@ -431,6 +433,35 @@ def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
     with_files = STAGE.replace(text=T5Clip(t5="none", clip="none"))
     with pytest.raises(InputError, match="'tiny': its latents were sealed without the null text"):
         LatentSource(with_files, sealed, held_out=False).null_text()
+
+
+class _RayHere:
+    """As much of Ray as encoding uses; a task runs when it is made."""
+
+    def remote(self, function: Callable[..., Any]) -> SimpleNamespace:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=function))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    get = put
+
+    def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return running[:num_returns], running[num_returns:]
+
+
+def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayHere())
+    told: list[tuple[int, int]] = []
+    first, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+    assert told == [(done, 8) for done in range(9)]
+    (job.root / NULL_TEXT).unlink()
+    again, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+    assert told[9:] == [(8, 8)]
+    assert again == first
+    assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
 
 
 def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(

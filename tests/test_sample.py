@@ -1,7 +1,8 @@
-"""Sampling from given weights: a first frame, guidance as an input, the null text of the store."""
+"""Sampling: a first frame, guidance as an input, the null text of the store."""
 
 # B sample, C channel, T frame, H, W latent grid
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic import sample
+from elastic.course import LATENTS, sample_request
 from elastic.data.decode import to_unit
 from elastic.data.encode import Scale
+from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError
+from elastic.files import write_atomic
+from elastic.folders import RunFolder
 from elastic.sample import SampleRequest, make_samples, read_image
-from elastic.weights import load_weights
-from models import DiT, HunyuanVAE, WordHash
+from elastic.weights import FINISHED, load_weights
+from models import DiT, HunyuanVAE, T5Clip, WordHash
 from models.fresh import named_generator
+from models.text import TextEmbedding
 from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
 
 CODEC = HunyuanVAE(channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2, weights="none")
@@ -172,3 +178,33 @@ def test_a_picture_is_resized_to_cover_and_cropped_as_clips_are(tmp_path: Path) 
     assert x_CTHW.shape == (3, 1, 32, 32)
     assert x_CTHW[:, 0, 16, 16].tolist() == [10, 200, 30]
     assert x_CTHW[:, 0, :, 4:28].flatten(1).unique(dim=1).shape == (3, 1)
+
+
+def test_a_request_takes_the_null_text_from_the_latents_and_knows_where_the_encoder_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vae.safetensors").write_bytes(b"any")
+    text = T5Clip(t5="t5", clip="clip", t5_width=8, pooled=4)
+    stage = STAGE.replace(vae=CODEC.replace(weights=str(tmp_path / "vae.safetensors")), text=text)
+    folder = RunFolder(tmp_path / "run")
+    write_atomic(folder.stage("tiny") / FINISHED, b"{}")
+    scale = {"mean": SCALE.mean, "std": SCALE.std}
+    pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
+    write_atomic(folder.stage("tiny") / LATENTS, pinned)
+    null = TextEmbedding(torch.arange(24.0).view(3, 8), torch.arange(4.0))
+    bucket = BucketPlan(name="32px-5f", shape=(4, 2, 4, 4), sample_ids=(1,))
+    schema = StoreSchema(
+        fingerprint="f",
+        buckets=(bucket,),
+        samples_per_shard=1,
+        text_tokens=8,
+        text_width=8,
+        pooled_width=4,
+    )
+    LatentStore.create(folder.latents / "f", schema).publish_null_text(null)
+    monkeypatch.chdir(tmp_path)
+    found = sample_request(folder, stage, CAPTIONS, tmp_path / "out")
+    assert torch.equal(found.null.embedding_LD, null.embedding_LD)
+    assert torch.equal(found.null.pooled_D, null.pooled_D)
+    assert found.scale == SCALE
+    assert found.stage.text.t5 == str(tmp_path / "t5")
