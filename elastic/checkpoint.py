@@ -188,6 +188,22 @@ class Checkpoints:
         return None
 
 
+def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: World) -> None:
+    """Load some tensors of another stage's checkpoint; NothingToRestore if it is not whole.
+
+    `stage` is that stage's folder; every rank calls it.
+    """
+    folder = stage / "checkpoints" / str(position)
+    faults = problems(folder, thorough=True) if world.is_first else None
+    faults = world.from_first(faults)
+    if faults:
+        raise NothingToRestore(
+            f"checkpoint {position} of {stage.name!r} cannot be used: {'; '.join(faults)}; put it "
+            f"back, or start from {str(stage / 'weights.safetensors')!r} with FromFile(...)"
+        )
+    _read_tensors(tensors, folder)
+
+
 def published(folder: Path) -> list[int]:
     """Positions of the checkpoints, whole or damaged, newest first."""
     names = [path.name for path in folder.glob("*/")]

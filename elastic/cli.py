@@ -10,8 +10,9 @@ from pathlib import Path
 from elastic.errors import InputError, StageBlocked
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
+from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
-from stages.stage import AutoencoderStage, DiffusionStage, Stage
+from stages.stage import DiffusionStage, Stage
 from stages.videos import Videos
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
@@ -90,6 +91,17 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
     one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
     one.add_argument("--seed", type=int, default=0)
+    example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
+    one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
+    one.add_argument("run", help="run folder")
+    one.add_argument("--stage", required=True, help="stage that is finished")
+    one.add_argument(
+        "--layout",
+        choices=("open-sora", "bfl", "diffusers"),
+        help="of a diffusion stage (default: bfl, the names of the FLUX files)",
+    )
+    one.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="default fp32")
+    one.add_argument("--out", required=True, help="the .safetensors file; it may not exist")
     for name, verb, text in (
         ("status", status_verb, "say how far a run has come"),
         ("report", report_verb, "write report.html"),
@@ -148,14 +160,14 @@ def read_plan_file(flags: argparse.Namespace) -> Plan:
 
 def with_videos(plan: Plan, videos: Videos) -> Plan:
     """The same plan on other videos."""
-    changed: list[Stage] = []
+    changed: dict[str, Stage] = {}
     for stage in plan.stages:
-        if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
-            parent = next(each for each in changed if each.name == stage.vae.name)
-            changed.append(stage.replace(data=videos, vae=parent))
-        else:
-            changed.append(stage.replace(data=videos))
-    return Plan(plan.name, changed)
+        fields: dict[str, object] = {"data": videos}
+        for field, parent in parents(stage):
+            new = changed[parent.name]
+            fields[field] = stage.init.replace(stage=new) if field == "init" else new
+        changed[stage.name] = stage.replace(**fields)
+    return Plan(plan.name, list(changed.values()))
 
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -250,6 +262,21 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     }
     for path in make_samples(type(request)(**{**vars(request), **changed})):
         print(path)
+    return DONE
+
+
+def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Write finished weights."""
+    import torch
+
+    from elastic.convert import export_stage
+    from elastic.record import read_plan
+
+    folder = run_folder(flags.run)
+    stage = read_plan(folder).stage(flags.stage)
+    dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
+    digest = export_stage(folder, stage, flags.layout, dtype, Path(flags.out))
+    print(f"{flags.out}: {os.path.getsize(flags.out):,} bytes, SHA-256 {digest}")
     return DONE
 
 

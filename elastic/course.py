@@ -22,13 +22,14 @@ from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
 from elastic.journal import read_events
-from elastic.ray_encode import encode_on_ray, measure_scale_on_ray, result_of
+from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import fit_stage
 from elastic.ray_worker import MEMBERS, Latents, WorkerJob
 from elastic.record import difference, start_stage
 from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
 from elastic.weights import WEIGHTS, finished
+from stages.init import Align, Continue, Init, parent_of
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -86,7 +87,12 @@ def train_one(course: Course, stage: Stage) -> None:
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else None
-    job = WorkerJob(stage, folder, course.tracker.name, latents)
+    parent = parent_of(stage.init)
+    job = WorkerJob(
+        stage, folder, course.tracker.name, latents,
+        parent=course.folder.stage(parent.name) if parent else None,
+        parent_latents=pinned_latents(course.folder, stage.init),
+    )  # fmt: skip
     fit_stage(job, course.folder.root / ".ray", course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
@@ -131,8 +137,11 @@ def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Lat
     weights = codec_weights(course.folder, stage)
     pinned = course.folder.stage(stage.name) / LATENTS
     scale = read_scale(pinned)
+    if scale is None and isinstance(stage.init, Continue):
+        # The parameters that go on know latents of this scale.
+        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENTS)
     if scale is None:
-        scale = measure_scale_on_ray(stage, weights, members, course.gpus)
+        scale = find_scale_on_ray(stage, weights, members, course.gpus)
     job = plan_job(stage, weights, scale, members, course.folder.latents)
     check_pinned(job, pinned)
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
@@ -154,6 +163,15 @@ def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Lat
         clips=members.num_clips(), quarantined=len(quarantined),
     )  # fmt: skip
     return Latents(job.root, job.fingerprint, digest)
+
+
+def pinned_latents(folder: RunFolder, init: Init) -> Latents | None:
+    """The latents that the parent was trained on, where the policy pairs them with the stage's."""
+    if not isinstance(init, Align):
+        return None
+    pinned = json.loads((folder.stage(init.stage.name) / LATENTS).read_text())
+    root = folder.latents / pinned["fingerprint"]
+    return Latents(root, pinned["fingerprint"], pinned["digest"])
 
 
 def check_pinned(job: EncodeJob, pinned: Path) -> None:

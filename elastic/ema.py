@@ -18,20 +18,23 @@ def local(tensor: Tensor) -> Tensor:
 class EmaWeights:
     """One averaged tensor for each parameter, in the parameter's own sharding."""
 
-    def __init__(self, model: nn.Module, ema: Ema) -> None:
+    def __init__(self, model: nn.Module, ema: Ema, samples_before: int = 0) -> None:
         self._ema = ema
+        self._samples_before = samples_before  # seen by the stages that this one continues
         self._model = model
         self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def reset(self) -> None:
-        """Start over from the parameters as they are."""
+    def reset(self, only: frozenset[str] | None = None) -> None:
+        """Start over, all or `only` these, from the parameters as they are."""
         for name, parameter in self._model.named_parameters():
+            if only is not None and name not in only:
+                continue
             local(self.tensors[name]).copy_(local(parameter.detach()))
 
     @torch.no_grad()
     def update(self, samples: int, batch: int) -> None:
         """Move towards the parameters; `samples` counts the batch just trained on."""
-        beta = ema_beta(self._ema, samples, batch)
+        beta = ema_beta(self._ema, self._samples_before + samples, batch)
         parameters = [local(p.detach()) for p in self._model.parameters()]
         torch._foreach_lerp_(list(map(local, self.tensors.values())), parameters, 1.0 - beta)
 

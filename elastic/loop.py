@@ -12,17 +12,20 @@ from torch.distributed.fsdp import FSDPModule
 
 from elastic.checkpoint import Checkpoints
 from elastic.data.load import Stream
-from elastic.data.order import chain_digest
+from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Objective
-from elastic.shard import initialise, shard
+from elastic.shard import shard
+from elastic.spike import watch
+from elastic.start import NOWHERE, Origin, begin, publish_table
 from elastic.state import Progress, TrainState
 from elastic.weights import export
 from elastic.world import World
+from stages.init import Switch, is_held
 from stages.optimizer import AdamW, Muon, learning_rate
-from stages.stage import Stage
+from stages.stage import DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Run:
     meter: Meter
     stop_wanted: Callable[[], bool]  # this rank's view; the ranks agree on it in the loop
     event: Callable[..., None]
+    origin: Origin = NOWHERE
 
 
 def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
@@ -53,17 +57,20 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     checkpoint.
     """
     world = run.world
-    model = shard(objective.build(), world)
+    precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
+    model = shard(objective.build(), world, precision)
     assert isinstance(model, FSDPModule), f"not sharded: {type(model)}"
-    optimizer = build_optimizer(stage.optimizer, model)
-    ema = EmaWeights(model, stage.ema)
+    optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
+    ema = EmaWeights(model, stage.ema, samples_carried(stage))
     progress = Progress(stage=stage.name)
     state = TrainState(stage, model, optimizer, ema, progress)
 
     if not run.checkpoints.restore_latest(state):
-        initialise(model, stage.init.seed, stage.name)
-        ema.reset()
-    run.event("start", progress.samples, "resumed" if progress.samples else "fresh parameters")
+        table = begin(state, run.origin, world)
+        run.event("init", 0, table.policy, table=list(table.lines()))
+        if world.is_first:
+            publish_table(table, run.folder)
+    run.event("start", progress.samples, "resumed" if progress.samples else "first start")
     run.meter.begin(progress.samples)
 
     stream = Stream(stage, objective.source, world, progress.samples)
@@ -86,9 +93,10 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
         step = run.meter.waiting(stream.step, progress.samples)
         batch = step.plan.bucket.batch
-        rate = learning_rate(stage.optimizer, progress.samples + batch, stage.budget)
+        rate = rate_at(stage, progress.samples + batch)
+        held_rate = rate_at(stage, progress.samples + batch, held=True)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = held_rate if group["held"] else rate
 
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
         for micro in step.micros:
@@ -98,7 +106,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
             (loss_B.sum() * (world.size / micro.batch)).backward()
             run.meter.add_loss(micro.bucket, loss_B)  # stays on the device
 
-        norm = clip_gradients(model, stage.optimizer.max_norm, world)
+        moving = None if held_rate else held_by(stage)
+        norm = clip_gradients(model, stage.optimizer.max_norm, world, without=moving)
         run.meter.require_finite(norm, progress)  # before anything is changed; waits for the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -106,7 +115,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         progress.samples += batch
         progress.order_digest = chain_digest(progress.order_digest, step.sample_ids)
         ema.update(progress.samples, batch)
-        run.meter.stepped(progress, step, rate, norm)
+        losses = run.meter.stepped(progress, step, rate, norm)
+        watch(stage, progress, losses, run.event)
 
     stream.close()
     if finished:
@@ -116,12 +126,36 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     return Outcome.FINISHED if finished else Outcome.STOPPED
 
 
-def build_optimizer(settings: AdamW, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW in one fused call: the plain loop over sharded tensors costs more than a small step."""
+def rate_at(stage: Stage, samples: int, held: bool = False) -> float:
+    """Learning rate of the update that reaches `samples`; 0 while the init policy holds the rest.
+
+    What was held warms up as the optimizer says, from where it is let go.
+    """
+    waited = stage.init.warmup_samples if held and isinstance(stage.init, Switch) else 0
+    if samples <= waited:
+        return 0.0
+    return learning_rate(stage.optimizer, samples - waited, stage.budget - waited)
+
+
+def held_by(stage: Stage) -> Callable[[str], bool]:
+    """Whether a parameter is one of those that the init policy's warm-up holds."""
+    return lambda name: is_held(stage.init, name)
+
+
+def build_optimizer(
+    settings: AdamW, model: nn.Module, waits: Callable[[str], bool] = lambda name: False
+) -> torch.optim.AdamW:
+    """AdamW in one fused call: the plain loop over sharded tensors costs more than a small step.
+
+    Two groups, `held` or not, so that an init policy can hold what it kept.
+    """
+    named = list(model.named_parameters())
+    parts = {held: [p for name, p in named if waits(name) is held] for held in (False, True)}
+    groups = [{"params": part, "held": held} for held, part in parts.items() if part]
     if isinstance(settings, Muon):
-        return MuonAdamW(settings, model)
+        return MuonAdamW(settings, groups)
     return torch.optim.AdamW(
-        model.parameters(),
+        groups,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
@@ -131,14 +165,23 @@ def build_optimizer(settings: AdamW, model: nn.Module) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, world: World) -> Tensor:
-    """Scale the gradients so that their norm over all ranks is at most `max_norm`; the old norm."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+def clip_gradients(
+    model: nn.Module,
+    max_norm: float,
+    world: World,
+    without: Callable[[str], bool] | None = None,
+) -> Tensor:
+    """Scale the gradients so that their norm over all ranks is at most `max_norm`; the old norm.
+
+    Gradients of parameters `without` an update are scaled too, and not counted.
+    """
+    named = [(n, local(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
     # In a world larger than a parameter has rows, some ranks hold none of it, or nothing at all.
-    gradients = [gradient for gradient in gradients if gradient.numel()]
+    gradients = [gradient for _, gradient in named if gradient.numel()]
+    counted = [g for name, g in named if g.numel() and not (without and without(name))]
     squares = torch.zeros((), dtype=torch.float64, device=world.device)
-    if gradients:
-        norms = torch._foreach_norm(gradients, dtype=torch.float64)
+    if counted:
+        norms = torch._foreach_norm(counted, dtype=torch.float64)
         squares = torch.stack(norms).square().sum()
     norm = world.sum(squares).sqrt()
     if gradients:

@@ -71,27 +71,37 @@ class Meter:
                 "samples; lower optimizer.lr or optimizer.max_norm, or look at the latents"
             )
 
-    def stepped(self, progress: Progress, step: Step, rate: float, norm: Tensor) -> None:
-        """Count one update; writes the lines when a log point is passed."""
+    def stepped(
+        self, progress: Progress, step: Step, rate: float, norm: Tensor
+    ) -> dict[str, float]:
+        """Count one update; when a log point is passed, write the lines.
+
+        Returns the mean loss of each bucket in the lines written, the same on every rank.
+        """
         bucket = step.plan.bucket
         self._counts[bucket.name] = self._counts.get(bucket.name, 0) + bucket.batch
         self._num_tokens += self._tokens[bucket.name] * bucket.batch
         self._latest = {"lr": rate, "grad_norm": norm}
         if is_due(self._stage.log_every, progress.samples, self._since):
-            self.flush(progress)
+            return self.flush(progress)
+        return {}
 
-    def flush(self, progress: Progress) -> None:
-        """Write what was collected since the last log point; every rank calls it."""
+    def flush(self, progress: Progress) -> dict[str, float]:
+        """Write what was collected since the last log point; every rank calls it.
+
+        Returns the mean loss of each bucket.
+        """
         if not self._counts:
-            return
+            return {}
         names = sorted(self._counts)
         zero = torch.zeros((), device=self._world.device)
         sums = torch.stack([self._loss.get(name, zero) for name in names]).double()
         sums = self._world.sum(sums).cpu()  # waits for the device
         elapsed = time.monotonic() - self._began
         num_samples = progress.samples - self._since
-        for name, total in zip(names, sums.tolist(), strict=True):
-            self._write(progress, {"bucket": name}, {"loss": total / self._counts[name]})
+        losses = {n: s / self._counts[n] for n, s in zip(names, sums.tolist(), strict=True)}
+        for name, loss in losses.items():
+            self._write(progress, {"bucket": name}, {"loss": loss})
         self._write(
             progress,
             {},
@@ -105,6 +115,7 @@ class Meter:
             },
         )
         self._restart(progress.samples)
+        return losses
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
         """Write a measurement on the held-out clips."""

@@ -1,10 +1,11 @@
 """Muon on sharded parameters, with AdamW for what is no matrix."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from elastic.ema import local
@@ -118,11 +119,19 @@ class MuonAdamW(torch.optim.AdamW):
     Every rank calls `step`: the matrices are gathered, and each is orthogonalised by one rank.
     """
 
-    def __init__(self, settings: Muon, model: nn.Module) -> None:
-        self.matrices = [p for p in model.parameters() if is_matrix(p)]
+    def __init__(self, settings: Muon, groups: Sequence[dict[str, Any]]) -> None:  # Any: torch's
+        matrices = [
+            (p, n) for n, group in enumerate(groups) for p in group["params"] if is_matrix(p)
+        ]
+        self.matrices = [parameter for parameter, _ in matrices]
+        self._group_of = [number for _, number in matrices]
         chosen = {id(parameter) for parameter in self.matrices}
+        others = [
+            {**group, "params": [p for p in group["params"] if id(p) not in chosen]}
+            for group in groups
+        ]
         super().__init__(
-            [p for p in model.parameters() if id(p) not in chosen],
+            others,
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -133,13 +142,15 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken
-        """One update of all parameters; the rate of the matrices follows that of the group."""
+        """One update of all parameters; the rate of a matrix follows that of its group."""
         super().step()
         settings = self._settings
-        rate = settings.matrix_lr * self.param_groups[0]["lr"] / settings.lr
         ahead = [self._nesterov(parameter) for parameter in self.matrices]
         directions = orthogonalise_all(gather(ahead, self.matrices), self.matrices)
-        for parameter, direction in zip(self.matrices, directions, strict=True):
+        for parameter, direction, number in zip(
+            self.matrices, directions, self._group_of, strict=True
+        ):
+            rate = settings.matrix_lr * self.param_groups[number]["lr"] / settings.lr
             # Tall matrices take longer steps, so that outputs of any width change alike.
             longer = max(1.0, direction.shape[0] / direction[0].numel()) ** 0.5
             local(parameter).mul_(1 - rate * settings.weight_decay)

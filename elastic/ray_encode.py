@@ -13,7 +13,7 @@ from elastic.data.encode import (
     Scale,
     encode_null_text,
     encode_shard,
-    measure_scale,
+    find_scale,
     open_store,
 )
 from elastic.errors import InputError
@@ -24,11 +24,9 @@ _RETRIES = 8
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
 
-def measure_scale_on_ray(
-    stage: DiffusionStage, weights: Path, members: Members, gpus: float
-) -> Scale:
-    """`measure_scale` on a worker, which has the codec's memory and perhaps a GPU."""
-    task = ray.remote(measure_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gpus: float) -> Scale:
+    """`find_scale` on a worker, which has the codec's memory and perhaps a GPU."""
+    task = ray.remote(find_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     scale: Scale = result_of(task.remote(stage, weights, members))
     return scale
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.assign import load_members
 from elastic.data.sealed import SealedStore
@@ -18,8 +19,10 @@ from elastic.loop import Outcome, Run, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching, Objective, Reconstructing
 from elastic.ray_tracker import TrackerHandle
+from elastic.start import Origin
 from elastic.world import World
-from stages.stage import AutoencoderStage, Stage
+from stages.init import parent_of
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ class WorkerJob:
     folder: Path  # of the stage
     tracker: str
     latents: Latents | None = None  # of a diffusion stage
+    parent: Path | None = None  # folder of the stage that the init policy starts from
+    parent_latents: Latents | None = None  # of that stage, where latents are paired
 
 
 def request_stop() -> None:
@@ -88,6 +93,7 @@ def train_worker(config: dict[str, Any]) -> None:
         meter=Meter(job.stage, world, fence.attempt, tracker.metric),
         stop_wanted=_stop.is_set,
         event=event,
+        origin=make_origin(job),
     )
     if train_stage(job.stage, make_objective(job), run) is Outcome.STOPPED:
         _stopped.set()
@@ -108,6 +114,24 @@ def make_objective(job: WorkerJob) -> Objective:
     source = LatentSource(job.stage, store, held_out=False)
     held_out = LatentSource(job.stage, store, held_out=True)
     return FlowMatching(job.stage, source, held_out, source.null_text())
+
+
+def make_origin(job: WorkerJob) -> Origin:
+    """Where the stage finds what it starts from; stores are opened only if they are asked for."""
+    return Origin(job.parent, lambda: _pairs(job))
+
+
+def _pairs(job: WorkerJob) -> Pairs:
+    parent = parent_of(job.stage.init)
+    assert isinstance(parent, DiffusionStage), f"{job.stage.name}: no parent with latents"
+    assert isinstance(job.stage, DiffusionStage), type(job.stage)
+    assert job.latents is not None, "the stage's own latents"
+    assert job.parent_latents is not None, "the parent's latents"
+    return Pairs(
+        parent,
+        LatentSource(parent, SealedStore.open(*job.parent_latents), held_out=False),
+        LatentSource(job.stage, SealedStore.open(*job.latents), held_out=False),
+    )
 
 
 def _wait_for_the_end() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic.data.decode import BadVideo, decode_clip, to_unit
-from elastic.data.encode import Scale, encode_still, load_codec
+from elastic.data.encode import Scale, chunk_size, encode_still, load_codec
 from elastic.data.table import Clip
 from elastic.errors import InputError
 from elastic.film import contact_sheet, write_mp4
@@ -93,7 +93,8 @@ def make_samples(request: SampleRequest) -> list[Path]:
             alpha=time_shift(height * width, frames),
         )
         with torch.no_grad():
-            films += to_frames(codec.decode(request.scale.restore(z_BCTHW)))
+            for part_BCTHW in request.scale.restore(z_BCTHW).split(chunk_size(stage.codec)):
+                films += to_frames(codec.decode(part_BCTHW))
     return _write(request.folder, list(request.captions), films, stage.rate)
 
 

@@ -1,11 +1,11 @@
 """What a checkpoint holds: parameters, their average, the optimizer's moments, the progress."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from elastic.data.order import EMPTY_DIGEST, updates_before
+from elastic.data.order import EMPTY_DIGEST, updates_before, updates_carried
 from elastic.ema import EmaWeights
 from elastic.muon import MuonAdamW, is_matrix
 from stages.stage import Stage
@@ -13,13 +13,18 @@ from stages.stage import Stage
 
 @dataclass
 class Progress:
-    """How far a stage has come: samples seen, and the digest of their order."""
+    """How far a stage has come: samples seen, and the digest of their order.
+
+    `guard` has the lowest loss of each bucket and the lines of the log that are far above it
+    (elastic.spike).
+    """
 
     stage: str
     samples: int = 0
     order_digest: str = EMPTY_DIGEST
+    guard: dict[str, list[float]] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, str | int]:
+    def as_json(self) -> dict[str, object]:
         """The fields by name, for a manifest."""
         return asdict(self)
 
@@ -59,7 +64,9 @@ class TrainState:
         """
         self.progress.samples = progress.samples
         self.progress.order_digest = progress.order_digest
-        updates = float(updates_before(self.stage, progress.samples))
+        self.progress.guard = progress.guard
+        own = updates_before(self.stage, progress.samples)
+        updates = float(updates_carried(self.stage) + own)
         for parameter in self.model.parameters():
             moments = self._moments(parameter)
             if "step" in moments:

@@ -1,13 +1,15 @@
 """The contract of an autoencoder: pixels to latents and back, and which clips it takes."""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.record import Record
+from models.tiling import Tiling, decode_tiled, encode_tiled
 
 # B sample, C channel, T frame, H, W rows and columns of pixels or of the latent grid.
 
@@ -20,26 +22,75 @@ class Reconstruction(NamedTuple):
     kl_B: Tensor
 
 
+class Statistics(NamedTuple):
+    """Of each latent channel; a DiT sees (z - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def gaussian_kl_B(mean_BCTHW: Tensor, log_variance_BCTHW: Tensor) -> Tensor:
+    """KL of a diagonal Gaussian from the standard normal, in nats per latent element, in fp32."""
+    mean, log_variance = mean_BCTHW.float(), log_variance_BCTHW.float()
+    kl_BCTHW = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+    return kl_BCTHW.flatten(1).mean(1)
+
+
 class CodecModule(nn.Module):
     """A built autoencoder.
 
     Under FSDP2 only `forward` gathers the parameters; call `encode` and `decode` on a whole module.
+    A subclass gives `encode_whole`, `decode_whole` and `forward`; the codec's tiling applies to
+    `encode` and `decode`, never to `forward`.
     """
 
+    def __init__(self, codec: "Codec") -> None:
+        super().__init__()
+        self.codec = codec
+
     def encode(self, x_BCTHW: Tensor) -> Tensor:
-        """Latents of clips in [-1, 1]: deterministic, and not normalised."""
-        raise NotImplementedError
+        """Latents of clips in [-1, 1]: deterministic, not normalised; ValueError for a wrong size.
+
+        Tiled as the codec says.
+        """
+        return self._tiled(self.encode_whole, x_BCTHW)
 
     def moments(self, x_BCTHW: Tensor) -> Tensor:
-        """Mean and standard deviation of the posterior, (B, 2C, T, H, W); not normalised.
+        """Mean and standard deviation of the posterior, (B, 2C, T, H, W); not normalised, tiled.
 
         Asked only of codecs whose `mode` is "sample".
         """
-        raise NotImplementedError
+        return self._tiled(self.moments_whole, x_BCTHW)
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
-        """Clips of latents; about [-1, 1], not clamped."""
+        """Clips of latents; about [-1, 1], not clamped; tiled as the codec says."""
+        codec = self.codec
+        if codec.tiling is None:
+            return self.decode_whole(z_BCTHW)
+        return decode_tiled(self.decode_whole, z_BCTHW, codec.tiling, codec.stride, codec.lead)
+
+    def encode_whole(self, x_BCTHW: Tensor) -> Tensor:
+        """Latents of clips in one piece."""
         raise NotImplementedError
+
+    def moments_whole(self, x_BCTHW: Tensor) -> Tensor:
+        """`moments` of clips in one piece."""
+        raise NotImplementedError
+
+    def decode_whole(self, z_BCTHW: Tensor) -> Tensor:
+        """Clips of latents in one piece."""
+        raise NotImplementedError
+
+    def _tiled(self, encode: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
+        codec = self.codec
+        codec.check(*x_BCTHW.shape[2:])
+        if codec.tiling is None:
+            return encode(x_BCTHW)
+        return encode_tiled(encode, x_BCTHW, codec.tiling, codec.stride, codec.lead)
+
+    def published_statistics(self) -> Statistics:
+        """Those that the published DiTs were trained with; ValueError if none are known."""
+        return self.codec.published_statistics()
 
     def forward(self, x_BCTHW: Tensor, noise_BCTHW: Tensor | None = None) -> Reconstruction:
         """Encode and decode; `noise` is standard normal in the shape of the latents."""
@@ -53,6 +104,10 @@ class Codec(Record):
     """Pixels per latent element along T, H, W."""
     lead: ClassVar[int]
     """Frames before the first whole temporal stride: 1 makes the rule 4k+1, 0 makes it 4k."""
+    published: ClassVar[Statistics | None] = None
+    """What latents of the published weights are normalised with, if it does not lie in the file."""
+    is_trainable: ClassVar[bool] = True
+    """Whether there is a rule for the start of every layer; without one it needs weights."""
 
     weights: str | None = None
     channels: int = Field(ge=1)
@@ -61,6 +116,21 @@ class Codec(Record):
 
     Training from scratch on mostly dark clips learns far faster with the value of their ground.
     """
+    tiling: Tiling | None = None
+    """How large clips are cut for `encode` and `decode`; None never cuts."""
+    normalisation: Literal["measured", "published"] = "measured"
+    """Stored latents are normalised by their own mean and deviation, or by published constants.
+
+    A published DiT expects the published ones.
+    """
+
+    @model_validator(mode="after")
+    def _tiles_and_statistics_fit(self) -> Self:
+        if self.tiling is not None:
+            self.tiling.check(self.name, self.stride)
+        if self.normalisation == "published":
+            self.check_published()
+        return self
 
     @property
     def name(self) -> str:
@@ -87,6 +157,11 @@ class Codec(Record):
         down_t, down_h, down_w = self.stride
         return (frames - self.lead) // down_t + self.lead, height // down_h, width // down_w
 
+    def frame_edges(self, latent_frames: int) -> list[int]:
+        """Where each latent frame begins, in frames of the clip, and where the last one ends."""
+        down, first = self.stride[0], self.lead or self.stride[0]
+        return [0, *(first + down * step for step in range(latent_frames))]
+
     def nearest_frames(self, frames: int) -> int:
         """The frame count nearest to `frames` that is taken; the lower of two equally near."""
         step = self.stride[0]
@@ -99,8 +174,8 @@ class Codec(Record):
         nearest = self.nearest_frames(frames)
         if frames != nearest:
             raise ValueError(
-                f"{self.name}: {frames} frames do not fit; the rule is {self.frame_rule} frames "
-                f"from {self.nearest_frames(0)} up, and the nearest is {nearest}"
+                f"{self.name}: {frames} frames do not fit; the rule is {self._frames_allowed}, "
+                f"and the nearest is {nearest}"
             )
         sides = (("height", height, self.stride[1]), ("width", width, self.stride[2]))
         for side, pixels, down in sides:
@@ -112,18 +187,35 @@ class Codec(Record):
                     f"{unit} px (stride {down} x patch {patch}), and the nearest is {fitting}"
                 )
 
-    def fingerprint_fields(
-        self, dtype: torch.dtype = torch.float32
-    ) -> dict[str, str | int | float | list[int]]:
+    @property
+    def _frames_allowed(self) -> str:
+        return f"{self.frame_rule} frames from {self.nearest_frames(0)} up"
+
+    def check_published(self) -> None:
+        """Raise ValueError if no published statistics are known for this codec."""
+        self.published_statistics()
+
+    def published_statistics(self) -> Statistics:
+        """Those that the published DiTs were trained with; ValueError if none are known."""
+        known = self.published
+        if known is None or len(known.mean) != self.channels:
+            those = "none are" if known is None else f"those of {len(known.mean)} channels are"
+            raise ValueError(
+                f"{self.name}: normalisation 'published' with {self.channels} channels: {those} "
+                f"published; write normalisation='measured'"
+            )
+        return known
+
+    def fingerprint_fields(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:  # Any: JSON
         """What decides the latents' values, but for the weights; `dtype` is that of encoding."""
-        fields = self.model_dump(mode="json", exclude={"weights", "posterior"})
+        fields = self.model_dump(mode="json", exclude={"weights", "kind", "posterior"})
         return {
             **fields,
             "class": self.name,
             "frame_rule": self.frame_rule,
             "mode": self.mode,
             "dtype": str(dtype).removeprefix("torch."),
-            "tiling": "none",
+            "tiling": fields["tiling"] or "none",
         }
 
     @abstractmethod

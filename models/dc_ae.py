@@ -1,6 +1,6 @@
 """Video DC-AE: a deep-compression autoencoder, 4x32x32 (arXiv 2410.10733; video: 2503.09642)."""
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.codec import Codec, CodecModule, Reconstruction
+from models.codec import Codec, CodecModule, Reconstruction, Statistics
 
 # B sample, C channel, T frame, H, W grid, N head, D width of a head, L token.
 # Module names and nesting give the keys of the published file, as `...main.conv1.conv.weight`.
@@ -23,11 +23,18 @@ Six = tuple[int, int, int, int, int, int]
 
 
 class DCAE(Codec):
-    """Video DC-AE: 4k frames, no posterior; the default fields are the published f32t4c128."""
+    """Video DC-AE: 4k frames, no posterior; the default fields are the published f32t4c128.
+
+    `DCAE(channels=256)` is the published variant with twice the channels. Clips of over 256 px or
+    32 frames were encoded with `Tiling(frames=32, pixels=256)` (arXiv 2503.09642).
+    """
 
     stride: ClassVar[tuple[int, int, int]] = (4, 32, 32)
     lead: ClassVar[int] = 0
+    # The published scale is a divisor, the deviation itself: z / 0.493.
+    published: ClassVar[Statistics] = Statistics((0.0,) * 128, (0.493,) * 128)
 
+    kind: Literal["dc-ae"] = "dc-ae"
     channels: int = Field(default=128, ge=1)
     widths: Six = (128, 256, 512, 512, 1024, 1024)
     encoder_depths: Six = (2, 2, 2, 3, 3, 3)
@@ -75,27 +82,27 @@ class DCAE(Codec):
 
 
 class DCAEModule(CodecModule):
-    """Encoder and decoder; a clip goes through whole, there is no tiling."""
+    """Encoder and decoder."""
 
     def __init__(self, codec: DCAE) -> None:
-        super().__init__()
+        super().__init__(codec)
         self.pixel_centre = codec.pixel_centre
         self.encoder = _Encoder(codec)
         self.decoder = _Decoder(codec)
 
-    def encode(self, x_BCTHW: Tensor) -> Tensor:
+    def encode_whole(self, x_BCTHW: Tensor) -> Tensor:
         """The latent itself: there is no posterior."""
         z_BCTHW: Tensor = self.encoder(x_BCTHW - self.pixel_centre)
         return z_BCTHW
 
-    def decode(self, z_BCTHW: Tensor) -> Tensor:
+    def decode_whole(self, z_BCTHW: Tensor) -> Tensor:
         """Clips of 4t frames from t latent frames."""
         x_BCTHW: Tensor = self.decoder(z_BCTHW)
         return x_BCTHW + self.pixel_centre
 
     def forward(self, x_BCTHW: Tensor, noise_BCTHW: Tensor | None = None) -> Reconstruction:
         """Encode and decode; the noise is not used and the KL is zero, as nothing is sampled."""
-        decoded_BCTHW = self.decode(self.encode(x_BCTHW))
+        decoded_BCTHW = self.decode_whole(self.encode_whole(x_BCTHW))
         return Reconstruction(decoded_BCTHW, decoded_BCTHW.new_zeros(len(x_BCTHW)).float())
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -83,9 +83,11 @@ def fresh_tensor(
 
 
 def fresh_parameters(
-    model: nn.Module, generator_for: Callable[[str], torch.Generator]
+    model: nn.Module,
+    generator_for: Callable[[str], torch.Generator],
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Full name, full fp32 CPU value) of every parameter, one at a time.
+    """(Full name, full fp32 CPU value) of every parameter, or of `only` these, one at a time.
 
     The model only lends names and shapes, so it may be on meta or sharded (DTensors report their
     full shape); a parameter shared by two modules comes once, under its first name. Buffers are
@@ -98,6 +100,8 @@ def fresh_parameters(
                 continue
             done.add(id(parameter))
             name = f"{prefix}.{leaf}" if prefix else leaf
+            if only is not None and name not in only:
+                continue
             yield name, _drawn(module, name, parameter.shape, generator_for(name))
 
 

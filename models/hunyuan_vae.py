@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.codec import Codec, CodecModule, Reconstruction
+from models.codec import Codec, CodecModule, Reconstruction, Statistics, gaussian_kl_B
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # that of the published class
 
@@ -16,7 +16,10 @@ class HunyuanVAE(Codec):
 
     stride: ClassVar[tuple[int, int, int]] = (4, 8, 8)
     lead: ClassVar[int] = 1
+    # The published scale is a factor: z * 0.476986.
+    published: ClassVar[Statistics] = Statistics((0.0,) * 16, (1 / 0.476986,) * 16)
 
+    kind: Literal["hunyuan-vae"] = "hunyuan-vae"
     channels: int = Field(default=16, ge=1)
     widths: tuple[int, int, int, int] = (128, 256, 512, 512)
     layers: int = Field(default=2, ge=1)
@@ -56,19 +59,19 @@ class HunyuanVAE(Codec):
                 layers_per_block=self.layers,
                 norm_num_groups=self.norm_groups,
             )
-        return HunyuanVAEModule(published, self.pixel_centre)
+        return HunyuanVAEModule(self, published)
 
 
 class HunyuanVAEModule(CodecModule):
     """The layers of diffusers' AutoencoderKLHunyuanVideo, called directly.
 
     Its own encode() silently cuts clips of more than 16 frames into overlapping pieces, which
-    changes the latents; here a clip goes through whole, whatever its length.
+    changes the latents; here a clip is cut only where the codec's tiling says so.
     """
 
-    def __init__(self, published: nn.Module, pixel_centre: float) -> None:
-        super().__init__()
-        self.pixel_centre = pixel_centre
+    def __init__(self, codec: HunyuanVAE, published: nn.Module) -> None:
+        super().__init__(codec)
+        self.pixel_centre = codec.pixel_centre
         self.encoder = published.get_submodule("encoder")
         self.decoder = published.get_submodule("decoder")
         self.quant_conv = published.get_submodule("quant_conv")
@@ -78,16 +81,16 @@ class HunyuanVAEModule(CodecModule):
             if name.endswith("conv2.conv"):
                 module.zero_init = True
 
-    def encode(self, x_BCTHW: Tensor) -> Tensor:
+    def encode_whole(self, x_BCTHW: Tensor) -> Tensor:
         """The posterior's mean."""
         return self._posterior(x_BCTHW)[0]
 
-    def moments(self, x_BCTHW: Tensor) -> Tensor:
+    def moments_whole(self, x_BCTHW: Tensor) -> Tensor:
         """Mean and standard deviation of the posterior, (B, 2C, T, H, W)."""
         mean_BCTHW, log_variance_BCTHW = self._posterior(x_BCTHW)
         return torch.cat([mean_BCTHW, (0.5 * log_variance_BCTHW).exp()], dim=1)
 
-    def decode(self, z_BCTHW: Tensor) -> Tensor:
+    def decode_whole(self, z_BCTHW: Tensor) -> Tensor:
         """Clips of 4t-3 frames from t latent frames."""
         x_BCTHW: Tensor = self.decoder(self.post_quant_conv(z_BCTHW))
         return x_BCTHW + self.pixel_centre
@@ -98,9 +101,8 @@ class HunyuanVAEModule(CodecModule):
         z_BCTHW = mean_BCTHW
         if noise_BCTHW is not None:
             z_BCTHW = mean_BCTHW + (0.5 * log_variance_BCTHW).exp() * noise_BCTHW
-        mean, log_variance = mean_BCTHW.float(), log_variance_BCTHW.float()
-        kl_BCTHW = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return Reconstruction(self.decode(z_BCTHW), kl_BCTHW.flatten(1).mean(1))
+        kl_B = gaussian_kl_B(mean_BCTHW, log_variance_BCTHW)
+        return Reconstruction(self.decode_whole(z_BCTHW), kl_B)
 
     def _posterior(self, x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
         moments_BCTHW = self.quant_conv(self.encoder(x_BCTHW - self.pixel_centre))

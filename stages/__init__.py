@@ -1,7 +1,7 @@
 """What is trained, in what order."""
 
 from stages.given import Given
-from stages.init import Fresh
+from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
 from stages.schedule import Bucket, Phase
@@ -10,12 +10,16 @@ from stages.videos import Videos
 
 __all__ = [
     "AdamW",
+    "Align",
     "AutoencoderStage",
     "Bucket",
+    "Continue",
     "DiffusionStage",
     "Ema",
     "Fresh",
+    "FromFile",
     "Given",
+    "KeepTrunk",
     "Muon",
     "Phase",
     "Plan",

@@ -9,8 +9,9 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from models.record import Record
+from stages.lineage import check_init, parents
 from stages.names import SafeName
-from stages.stage import AutoencoderStage, DiffusionStage, Stage
+from stages.stage import Stage
 
 
 class PlanError(ValueError):
@@ -34,17 +35,19 @@ class Plan(Record):
         for stage in self.stages:
             if stage.name in (earlier.name for earlier in seen):
                 raise ValueError(f"plan {self.name!r}: two stages are named {stage.name!r}")
-            parent = stage.vae if isinstance(stage, DiffusionStage) else None
-            if isinstance(parent, AutoencoderStage) and parent not in seen:
+            check_init(stage)
+            for field, parent in parents(stage):
+                if parent in seen:
+                    continue
                 if parent.name in (earlier.name for earlier in seen):
                     raise ValueError(
-                        f"stage {stage.name!r}: vae: its parent {parent.name!r} is not the stage "
-                        f"of that name in plan {self.name!r}: one of them was changed; give the "
-                        "same value to both"
+                        f"stage {stage.name!r}: {field}: its parent {parent.name!r} is not the "
+                        f"stage of that name in plan {self.name!r}: one of them was changed; give "
+                        "the same value to both"
                     )
                 raise ValueError(
-                    f"stage {stage.name!r}: vae: its parent {parent.name!r} does not come earlier "
-                    f"in plan {self.name!r} ({', '.join(s.name for s in self.stages)}); "
+                    f"stage {stage.name!r}: {field}: its parent {parent.name!r} does not come "
+                    f"earlier in plan {self.name!r} ({', '.join(s.name for s in self.stages)}); "
                     "put it before this stage"
                 )
             seen.append(stage)

@@ -1,6 +1,6 @@
 """The two kinds of stage: training an autoencoder, and training a DiT on its latents."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -9,27 +9,31 @@ from models.codec import Codec, CodecModule
 from models.dc_ae import DCAE
 from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
+from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
 from models.record import Record
 from models.t5_clip import T5Clip
 from models.text import WordHash
 from stages.given import Given
-from stages.init import Fresh
+from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
 from stages.schedule import Bucket, Phase, check_schedule
 from stages.videos import Videos
 
 # A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
-AnyCodec = HunyuanVAE | DCAE
+AnyCodec = Annotated[
+    HunyuanVAE | DCAE | HunyuanVAE15 | Wan21VAE | Wan22VAE | LTXVAE | ImageDCAE,
+    Field(discriminator="kind"),
+]
 
 # What may change between two starts of the same stage: none of it changes the result.
-RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every"})
+RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every", "recompute"})
 
 
 class _Stage(Record):
     name: SafeName
     data: Videos
-    init: Fresh = Fresh()
+    init: Fresh | Continue | KeepTrunk | Align | FromFile = Fresh()
     schedule: tuple[Phase, ...]
     optimizer: AdamW | Muon
     ema: Ema
@@ -94,6 +98,17 @@ class AutoencoderStage(_Stage):
     @model_validator(mode="after")
     def _check_stage(self) -> "AutoencoderStage":
         self._check(self.vae, patch=1)
+        if not self.vae.is_trainable:
+            raise ValueError(
+                f"stage {self.name!r}: vae: {self.vae.name} cannot be trained here, since no rule "
+                "says how its layers start; give its weights to a DiffusionStage, or train "
+                "HunyuanVAE, DCAE or LTXVAE"
+            )
+        if self.vae.normalisation == "published":
+            raise ValueError(
+                f"stage {self.name!r}: vae.normalisation 'published': the constants are those of "
+                "published weights, and a stage trains its own; write 'measured'"
+            )
         if self.vae.weights is not None:
             raise ValueError(
                 f"stage {self.name!r}: vae.weights {self.vae.weights!r}: an autoencoder stage "
@@ -117,13 +132,16 @@ class DiffusionStage(_Stage):
     vae: AnyCodec | AutoencoderStage
     model: DiT
     text: WordHash | T5Clip = WordHash()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
+    recompute: Literal["none", "full"] = "none"
+    """Whether blocks compute again in the backward pass what they would keep; same result."""
     text_dropout: float | tuple[float, float] = 0.1
     """Share of samples trained with the null text, for classifier-free guidance.
 
     A pair is one share for the tokens and one for the pooled vector, drawn independently: with
     the published (0.31622777, 0.31622777) a tenth of the samples loses both.
     """
-
     given: Given | None = None
     """How often frames of the clip are given; with `model.image_condition`, and only then.
 
@@ -196,12 +214,16 @@ class DiffusionStage(_Stage):
     def build(self, device: torch.device | str = "meta") -> MMDiT:
         """The DiT for the stage's codec and text."""
         codec, text = self.codec, self.text
-        return self.model.build(
+        model = self.model.build(
             codec.channels, text.width, text.pooled_width, device, stride=codec.stride
         )
+        return model.recompute(self.recompute == "full")
 
 
 Stage = AutoencoderStage | DiffusionStage
+
+for _record in (Continue, KeepTrunk, Align, AutoencoderStage, DiffusionStage):
+    _record.model_rebuild()
 
 
 def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
@@ -209,6 +231,12 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     fields = stage.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
     if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
         fields["vae"] = {"stage": stage.vae.name}
+    parent = parent_of(stage.init)
+    if parent is not None:
+        fields["init"]["stage"] = parent.name
+    fields["init"] = {"policy": type(stage.init).__name__} | {
+        name: value for name, value in fields["init"].items() if not name.startswith("guard_")
+    }
     for phase in fields["schedule"]:
         for bucket in phase["buckets"]:
             del bucket["micro"]

@@ -17,7 +17,10 @@ MAY_IMPORT = {
 DRIVES_RAY = {"elastic/course.py", "elastic/drive.py"}
 TALKS_TO_AIM = {"elastic/tracking.py", "elastic/doctor.py"}
 # What has to run under plain torch.distributed, with everything that it imports.
-WITHOUT_RAY = ("elastic/loop.py", "elastic/objective.py", "elastic/weights.py", "elastic/data/*.py")
+WITHOUT_RAY = (
+    *("elastic/loop.py", "elastic/objective.py", "elastic/weights.py", "elastic/data/*.py"),
+    *("elastic/weight_source.py", "elastic/convert.py"),
+)
 
 
 def _imports(path: Path) -> Iterator[tuple[int, str]]:

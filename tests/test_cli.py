@@ -16,7 +16,7 @@ from stages import Videos
 from stages.plan import load_plan
 
 PLAN = Path(__file__).with_name("tiny_plan.py")
-VERBS = ("plan", "encode", "train", "sample", "status", "report", "doctor", "demo")
+VERBS = ("plan", "encode", "train", "sample", "export", "status", "report", "doctor", "demo")
 
 
 @pytest.fixture(scope="module")

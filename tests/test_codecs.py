@@ -15,6 +15,7 @@ from models.dc_ae import DCAE, _LiteMLA
 from models.fresh import fresh_parameters, named_generator
 from models.hunyuan_vae import HunyuanVAE
 from models.reconstruction import psnr_B, reconstruction_loss
+from models.tiling import Tiling
 
 SMALL_HUNYUAN = HunyuanVAE(widths=(8, 8, 16, 16), layers=1, norm_groups=4)
 SMALL_DCAE = DCAE(
@@ -74,6 +75,21 @@ def test_dc_ae_has_the_published_layout() -> None:
     assert shapes[feed_forward + "inverted_conv.conv.weight"] == (4096, 512, 1, 1, 1)
     assert shapes[feed_forward + "depth_conv.conv.bias"] == (4096,)
     assert shapes[feed_forward + "point_conv.norm.weight"] == (512,)
+
+
+def test_dc_ae_comes_with_256_channels_as_well() -> None:
+    module, usual = DCAE(channels=256).build(device="meta"), DCAE().build(device="meta")
+    assert module.state_dict().keys() == usual.state_dict().keys()
+    differing = {
+        name for name, value in module.state_dict().items()
+        if value.shape != usual.state_dict()[name].shape
+    }  # fmt: skip
+    assert differing == {
+        "encoder.project_out.main.op_list.0.conv.weight",
+        "encoder.project_out.main.op_list.0.conv.bias",
+        "decoder.project_in.main.conv.weight",
+    }
+    assert DCAE(channels=256).grid(128, 768, 768) == (32, 24, 24)
 
 
 @pytest.mark.parametrize(("codec", "frames"), SMALL)
@@ -192,6 +208,19 @@ def test_moments_are_the_mean_and_the_deviation_of_the_posterior() -> None:
     assert deviation_BCTHW.min() > 0
     sampled = module.decode(mean_BCTHW + deviation_BCTHW * noise)
     torch.testing.assert_close(sampled, module(x, noise).x_BCTHW)
+
+
+def test_moments_are_cut_as_the_mean_is() -> None:
+    codec = SMALL_HUNYUAN.replace(
+        posterior="sample", tiling=Tiling(frames=8, pixels=32, overlap=0.5)
+    )
+    module, x = built(codec), clips(1, 9, 48, 48)
+    moments_BCTHW = module.moments(x)
+    assert torch.equal(moments_BCTHW[:, : codec.channels], module.encode(x))
+    assert not torch.equal(moments_BCTHW, module.moments_whole(x))
+    assert moments_BCTHW[:, codec.channels :].min() > 0
+    with pytest.raises(ValueError, match="8 frames do not fit"):
+        module.moments(x[:, :, :8])
 
 
 def test_a_sampled_posterior_is_told_apart_and_a_mean_keeps_its_name() -> None:
@@ -337,7 +366,7 @@ def test_psnr_of_a_known_error() -> None:
 
 def test_declaring_a_codec_does_not_import_diffusers() -> None:
     code = (
-        "import sys; from models.hunyuan_vae import HunyuanVAE; from models.dc_ae import DCAE; "
-        "HunyuanVAE(); DCAE(); assert 'diffusers' not in sys.modules"
+        "import sys; from models import HunyuanVAE, DCAE, Wan21VAE, ImageDCAE; "
+        "HunyuanVAE(); DCAE(); Wan21VAE(); ImageDCAE(); assert 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

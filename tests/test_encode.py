@@ -9,7 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -32,7 +32,9 @@ from elastic.data.decode import decode_clip, to_unit
 from elastic.data.encode import (
     EncodeJob,
     Scale,
+    chunk_size,
     encode_shard,
+    find_scale,
     measure_scale,
     open_store,
     plan_job,
@@ -45,8 +47,8 @@ from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.table import Clip
 from elastic.errors import InputError
 from elastic.weights import file_digest, load_weights
-from models import DCAE, DiT, HunyuanVAE, T5Clip, WordHash
-from models.codec import Codec, CodecModule
+from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
+from models.codec import Codec, CodecModule, Statistics
 from models.fresh import fresh_parameters, named_generator
 from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
 
@@ -539,8 +541,34 @@ def test_a_scale_of_no_readable_clip_is_refused(
         measure_scale(STAGE, weights, Members(clips))
 
 
+def test_a_published_scale_is_not_measured(weights: Path, members: Members) -> None:
+    statistics = Statistics((1.0, 2.0, 3.0, 4.0), (0.5, 0.25, 2.0, 4.0))
+
+    class Known(DCAE):
+        published: ClassVar[Statistics] = statistics
+
+    fields = {name: getattr(CODEC, name) for name in DCAE.model_fields}
+    known = Known(**{**fields, "normalisation": "published"})
+    stage = STAGE.model_copy(update={"vae": known})
+    assert find_scale(stage, weights, members) == Scale(*statistics)
+    assert find_scale(STAGE, weights, members) == measure_scale(STAGE, weights, members)
+
+
+def test_tiled_clips_are_encoded_one_at_a_time(
+    weights: Path, scale: Scale, members: Members, tmp_path: Path
+) -> None:
+    tiled = STAGE.replace(vae=CODEC.replace(tiling=Tiling(frames=None, pixels=64, overlap=0.5)))
+    assert (chunk_size(CODEC), chunk_size(tiled.codec)) == (8, 1)
+    job = plan_job(tiled, weights, scale, members, tmp_path)
+    whole = plan_job(STAGE, weights, scale, members, tmp_path)
+    assert job.fingerprint != whole.fingerprint
+    z_BCTHW = _sealed(job).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
+    expected_BCTHW = _sealed(whole).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
+    torch.testing.assert_close(z_BCTHW, expected_BCTHW, rtol=2 * BF16_ROUNDING, atol=1e-4)
+
+
 def test_weights_of_another_shape_are_named(weights: Path, tmp_path: Path) -> None:
     assert file_digest(weights) == file_digest(_write_weights(tmp_path / "same.safetensors", 0))
     other = CODEC.replace(encoder_depths=(1, 1, 1, 1, 1, 2))
-    with pytest.raises(KeyError, match=r"missing .*encoder"):
+    with pytest.raises(InputError, match=r"missing .*encoder"):
         load_weights(other.build(), weights)

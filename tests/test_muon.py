@@ -39,7 +39,10 @@ def test_one_step_is_the_formula() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 12)
     start, gradient = layer.weight.detach().clone(), torch.randn(12, 6)
-    optimizer = MuonAdamW(Muon(lr=1e-3, matrix_lr=0.1, momentum=0.8, weight_decay=0.5), layer)
+    optimizer = MuonAdamW(
+        Muon(lr=1e-3, matrix_lr=0.1, momentum=0.8, weight_decay=0.5),
+        [{"params": list(layer.parameters())}],
+    )
     layer.weight.grad, layer.bias.grad = gradient.clone(), torch.ones(12)
     optimizer.step()
     # Nesterov: momentum 0.2 g, then 0.2 g + 0.8 * 0.2 g; only its direction counts.

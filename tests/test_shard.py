@@ -1,5 +1,7 @@
 """Sharding: groups inside groups, and worlds with more ranks than a parameter has rows."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from elastic.ema import EmaWeights
 from elastic.loop import build_optimizer, clip_gradients
 from elastic.shard import initialise, shard
 from elastic.world import World
-from models import DCAE, HunyuanVAE
+from models import DCAE, LTXVAE, DiT, HunyuanVAE
 from models.codec import Codec
 from stages import AdamW, Ema, Muon
 
@@ -28,6 +30,7 @@ CODECS: dict[str, tuple[Codec, int]] = {
         ),
         4,
     ),
+    "LTXVAE": (LTXVAE(channels=8, widths=(8, 8, 8, 8), layers=(1, 1, 1, 1, 1)), 9),
 }
 
 
@@ -98,3 +101,37 @@ def test_a_rank_that_holds_no_rows_takes_part_like_the_others() -> None:
         for name, values in averages.items():
             # Products of matrices on the way: fp32 sums in another order show in the 4th digit.
             assert others[name] == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+
+def _dit_losses(world: World, precision: Literal["fp32", "bf16"], recompute: bool) -> list[Any]:
+    """Losses and gradient norms of a small DiT over three updates, and the dtype of its shards."""
+    shape = DiT(depth=1, depth_single=1, width=48, heads=2)
+    model = shard(shape.build(4, 12, 10, device="meta").recompute(recompute), world, precision)
+    initialise(model, 0, "precise")
+    optimizer = build_optimizer(AdamW(lr=1e-3), model)
+    draw = torch.Generator().manual_seed(0)
+    z, text = torch.randn(2, 4, 2, 4, 4, generator=draw), torch.randn(2, 3, 12, generator=draw)
+    result: list[Any] = []
+    for _ in range(3):
+        velocity = model(
+            z, torch.tensor([0.2, 0.7]), text, None, torch.randn(2, 10, generator=draw)
+        )
+        loss = (velocity.float() - z).square().mean()
+        loss.backward()
+        result += [loss.item(), float(clip_gradients(model, 1.0, world))]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*result, {parameter.dtype for parameter in model.parameters()}]
+
+
+def test_recomputed_blocks_give_the_same_bits() -> None:
+    kept = run_world(_dit_losses, 2, "fp32", False)
+    assert run_world(_dit_losses, 2, "fp32", True) == kept
+
+
+def test_bf16_blocks_keep_fp32_parameters_and_come_close_to_fp32() -> None:
+    ((*exact, _),) = run_world(_dit_losses, 1, "fp32", False)
+    ((*rounded, dtypes),) = run_world(_dit_losses, 1, "bf16", False)
+    assert dtypes == {torch.float32}
+    assert rounded == pytest.approx(exact, rel=2e-2)
+    assert rounded != exact

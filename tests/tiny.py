@@ -18,11 +18,12 @@ from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.load import Samples
 from elastic.data.order import Indices
 from elastic.ema import EmaWeights
-from elastic.loop import Outcome, Run, build_optimizer, train_stage
+from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching
 from elastic.randomness import normals, sample_generator
 from elastic.shard import shard
+from elastic.start import NOWHERE, Origin
 from elastic.state import Progress, TrainState
 from elastic.world import World
 from models import DiT, HunyuanVAE, WordHash
@@ -96,10 +97,11 @@ class DrawnLatents:
 
 def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching:
     """Flow matching on 23 clips and 17 stills, measured on 5 of each."""
+    counts = {bucket.name: 17 if bucket.name == STILL else 23 for bucket in stage.buckets}
     return FlowMatching(
         stage,
-        DrawnLatents(stage, {CLIP: 23, STILL: 17}, 100, poisoned),
-        DrawnLatents(stage, {CLIP: 5, STILL: 5}, 5000),
+        DrawnLatents(stage, counts, 100, poisoned),
+        DrawnLatents(stage, dict.fromkeys(counts, 5), 5000),
         stage.text.null(),
     )
 
@@ -118,6 +120,7 @@ def train(
     stop_after: int | None = None,
     stage: DiffusionStage = STAGE,
     poisoned: int = -1,
+    origin: Origin = NOWHERE,
 ) -> Attempt:
     """One attempt at the stage; only the last rank is told to stop, after `stop_after` updates."""
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
@@ -130,7 +133,7 @@ def train(
         updates += 1
         return updates - 1 == stop_after and world.rank == world.size - 1
 
-    def event(kind: str, position: int, reason: str, seconds: float = 0.0) -> None:
+    def event(kind: str, position: int, reason: str, **more: Any) -> None:
         events.append((kind, position, reason))
 
     run = Run(
@@ -140,6 +143,7 @@ def train(
         meter=Meter(stage, world, fence.attempt, lines.append),
         stop_wanted=stop_wanted,
         event=event,
+        origin=origin,
     )
     return Attempt(train_stage(stage, objective(stage, poisoned), run), lines, events)
 
@@ -147,11 +151,19 @@ def train(
 def blank_state(world: World, stage: DiffusionStage = STAGE) -> TrainState:
     """A sharded state whose tensors hold NaN until something fills them."""
     model = shard(objective(stage).build(), world)
-    optimizer = build_optimizer(stage.optimizer, model)
+    optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
     progress = Progress(stage=stage.name)
     state = TrainState(stage, model, optimizer, EmaWeights(model, stage.ema), progress)
     for tensor in state.tensors().values():
         tensor.fill_(torch.nan)
+    return state
+
+
+def restored(world: World, folder: Path, stage: DiffusionStage = STAGE) -> TrainState:
+    """The state in the newest checkpoint of a stage's folder."""
+    state = blank_state(world, stage)
+    fence = Fence.take(folder)
+    assert Checkpoints(folder, world, fence, lambda *a, **k: None).restore_latest(state)
     return state
 
 

@@ -30,7 +30,7 @@ SHARD_BYTES = 64_000_000
 SHARD_SAMPLES = 64  # most; so that a small data set still spreads over the workers
 STATISTICS_CLIPS = 128
 FIELDS = "fingerprint.json"  # in a store: what its fingerprint stands for
-_CHUNK = 8  # clips that are encoded at once
+_CHUNK = 8
 
 ShardId = tuple[str, int]
 
@@ -148,8 +148,9 @@ def encode_shard(job: EncodeJob, shard: ShardId) -> int:
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
     samples: list[Sample | Absent] = []
     planned = store.planned(shard)
-    for first in range(0, len(planned), _CHUNK):
-        chunk = [clips[number] for number in planned[first : first + _CHUNK]]
+    size = chunk_size(job.stage.codec)
+    for first in range(0, len(planned), size):
+        chunk = [clips[number] for number in planned[first : first + size]]
         samples += _encode(job, codec, bucket, chunk)
     store.write_shard(*shard, samples)
     return sum(isinstance(sample, Absent) for sample in samples)
@@ -174,6 +175,12 @@ def encode_null_text(job: EncodeJob) -> None:
             store.publish_null_text(job.text.null())
     except ValueError as error:
         raise InputError(f"stage {job.stage.name!r}: {error}") from None
+
+
+def chunk_size(codec: Codec) -> int:
+    """How many clips are encoded or decoded at once."""
+    # Clips that need tiles are large themselves, and tiles go through one sample at a time.
+    return _CHUNK if codec.tiling is None else 1
 
 
 def _encode(
@@ -242,6 +249,14 @@ def _decode(clip: Clip, bucket: Bucket, rate: float) -> Tensor | str:
         return str(error)
 
 
+def find_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
+    """The normalisation of a stage's latents: that of its published codec, or a measured one."""
+    if stage.codec.normalisation == "measured":
+        return measure_scale(stage, weights, members)
+    codec = load_codec(stage.codec, weights, file_digest(weights))
+    return Scale(*codec.published_statistics())
+
+
 def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
     """Mean and deviation of each channel over the first clips of the stage's longest bucket.
 
@@ -252,8 +267,9 @@ def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Sca
     device = next(codec.parameters()).device
     sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
     clips = members.clips[bucket.name][:STATISTICS_CLIPS]
-    for first in range(0, len(clips), _CHUNK):
-        decoded = [_decode(clip, bucket, stage.rate) for clip in clips[first : first + _CHUNK]]
+    size = chunk_size(stage.codec)
+    for first in range(0, len(clips), size):
+        decoded = [_decode(clip, bucket, stage.rate) for clip in clips[first : first + size]]
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:
             continue

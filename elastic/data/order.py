@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.fresh import named_seed
+from stages.init import Continue
 from stages.schedule import Bucket, Slot, samples_before, slot_at
 from stages.stage import Stage
 
@@ -118,6 +119,21 @@ def updates_before(stage: Stage, position: int) -> int:
         updates += (phase.until - start) // phase.cycle * len(phase.buckets)
         start = phase.until
     return updates + slot.cycle * len(slot.phase.buckets) + inside
+
+
+def updates_carried(stage: Stage) -> int:
+    """Updates that the stage's optimizer had behind it when the stage began."""
+    init = stage.init
+    if not isinstance(init, Continue) or init.optimizer == "reset":
+        return 0
+    return updates_carried(init.stage) + updates_before(init.stage, init.stage.budget)
+
+
+def samples_carried(stage: Stage) -> int:
+    """Samples that the stage's average had behind it when the stage began."""
+    if not isinstance(stage.init, Continue):
+        return 0
+    return samples_carried(stage.init.stage) + stage.init.stage.budget
 
 
 def chain_digest(before: str, sample_ids: Indices) -> str:

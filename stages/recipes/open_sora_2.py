@@ -5,7 +5,7 @@ configs/diffusion/train); warm-up and averaging are added, and the phases end at
 batches.
 """
 
-from models import DCAE, DiT, HunyuanVAE
+from models import DCAE, DiT, HunyuanVAE, Tiling
 from stages import (
     AdamW,
     AutoencoderStage,
@@ -48,7 +48,7 @@ hunyuan = DiffusionStage(
 dc_ae = AutoencoderStage(
     name="dc-ae",
     data=videos,
-    vae=DCAE(channels=128),
+    vae=DCAE(channels=128, tiling=Tiling(frames=32, pixels=256)),  # tiles at 768 px, below
     init=Fresh(seed=1),  # every parameter new: nothing of HunyuanVAE is kept
     schedule=[Phase(until=2 * M, buckets=[Bucket("256px", frames=32, batch=64, micro=1)])],
     optimizer=AdamW(lr=5e-5, betas=(0.9, 0.98)),

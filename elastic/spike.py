@@ -1,0 +1,53 @@
+"""Watches the loss after a start from other weights: a trunk that does not take is ended early.
+
+DC-VideoGen (arXiv 2509.25182) reports a kept trunk under a new autoencoder that fell back to noise
+after thousands of updates; a run that does so unseen costs days.
+"""
+
+from collections.abc import Callable, Mapping
+
+from elastic.errors import StageBlocked
+from elastic.state import Progress
+from stages.init import Switch
+from stages.stage import Stage
+
+PATIENCE = 3  # log lines in a row: one may be a batch of odd clips
+
+
+class LossSpike(StageBlocked):
+    """The loss stayed far above what it had been; the last checkpoint is from before or amid it."""
+
+
+def watch(
+    stage: Stage,
+    progress: Progress,
+    losses: Mapping[str, float],
+    event: Callable[[str, int, str], None],
+) -> None:
+    """Take in the mean losses of one line of the log, by bucket; the same on every rank.
+
+    Keeps the lowest loss of each bucket and the count of lines above it in `progress`, so that a
+    restart forgets nothing. Raises LossSpike at the PATIENCE-th line in a row that is above
+    `guard_factor` times the lowest.
+    """
+    init = stage.init
+    if not isinstance(init, Switch) or progress.samples > init.guard_samples:
+        return
+    for bucket, loss in losses.items():
+        lowest, above = progress.guard.get(bucket, [loss, 0])
+        above = above + 1 if loss > init.guard_factor * lowest else 0
+        progress.guard[bucket] = [min(lowest, loss), above]
+        if not above:
+            continue
+        said = (
+            f"loss {loss:.4g} of bucket {bucket!r} is {loss / lowest:.1f} times the lowest since "
+            f"the switch ({lowest:.4g}), line {above:.0f} of {PATIENCE}"
+        )
+        event("loss_spike", progress.samples, said)
+        if above >= PATIENCE:
+            raise LossSpike(
+                f"stage {stage.name!r} at {progress.samples:,} samples: {said}. The new start did "
+                "not hold: lower optimizer.lr, lengthen optimizer.warmup or init.warmup_samples, "
+                "or start with Fresh, under another stage name. To train on as it is, raise "
+                "init.guard_factor"
+            )

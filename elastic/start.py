@@ -1,0 +1,129 @@
+"""Giving a stage its first parameters, as its init policy says."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elastic.align import Pairs, solve_patch_embedding
+from elastic.checkpoint import load_subset
+from elastic.ema import local
+from elastic.files import write_atomic
+from elastic.init_table import SOLVED, Available, InitTable, init_table
+from elastic.shard import generators, initialise, own_part
+from elastic.state import TrainState
+from elastic.weight_source import WeightSource, fill, open_weights, own_weights
+from elastic.weights import WEIGHTS
+from elastic.world import World
+from models.fresh import fresh_parameters
+from stages.init import Align, Continue, FromFile, KeepTrunk, seed_of
+from stages.stage import DiffusionStage, Stage
+
+INIT = "init.json"  # in a stage's folder: the table
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stage finds what it starts from, besides itself."""
+
+    parent: Path | None = None  # folder of the parent stage
+    pairs: Callable[[], Pairs] | None = None  # opens both latent stores, for Align
+
+
+NOWHERE = Origin()
+
+
+def begin(state: TrainState, origin: Origin, world: World) -> InitTable:
+    """Fill parameters, average and optimizer of a stage at position 0; every rank calls it.
+
+    Each rank reads and draws its own rows. InputError where origin and model do not fit together,
+    before any value is set.
+    """
+    stage, init = state.stage, state.stage.init
+    source = open_origin(stage, origin.parent)
+    table = init_table(stage, available(source, stage) if source is not None else None)
+    initialise(state.model, seed_of(init), stage.name, only=frozenset(table.names("new")))
+    if isinstance(init, Continue):
+        _continue(state, table, origin, world)
+        return table
+    if source is not None:
+        parameters = dict(state.model.named_parameters())
+        for name in table.names("loaded", "converted"):
+            fill(parameters[name], source, name)
+        if isinstance(init, Align):
+            _align(state, source, origin, world)
+    state.ema.reset()
+    return table
+
+
+def open_origin(stage: Stage, parent: Path | None) -> WeightSource | None:
+    """The file that a stage takes parameters from; None where there is none."""
+    init = stage.init
+    if isinstance(init, FromFile):
+        if not isinstance(stage, DiffusionStage):
+            return own_weights(Path(init.path))
+        return open_weights(Path(init.path), stage.model, init.layout, init.rotary)
+    if isinstance(init, KeepTrunk):
+        assert parent is not None, f"stage {stage.name!r} was started without its parent's folder"
+        return own_weights(parent / WEIGHTS)
+    return None
+
+
+def available(source: WeightSource, stage: Stage) -> Available:
+    """What a file holds, for the table."""
+    parent = stage.init.stage.name if isinstance(stage.init, KeepTrunk) else ""
+    return Available(
+        shapes=source.shapes,
+        converted=frozenset(name for name in source.shapes if source.is_converted(name)),
+        leftover=source.leftover,
+        where=f"stage {parent!r}" if parent else str(source.path),
+    )
+
+
+def publish_table(table: InitTable, folder: Path) -> None:
+    """Keep the table beside the stage's checkpoints."""
+    write_atomic(folder / INIT, json.dumps(table.as_json(), indent=1).encode())
+
+
+def _continue(state: TrainState, table: InitTable, origin: Origin, world: World) -> None:
+    """Load the parent's last checkpoint: parameters, average and, if asked, the optimizer."""
+    init, ema = state.stage.init, state.ema
+    assert isinstance(init, Continue), type(init)
+    assert origin.parent is not None, f"{state.stage.name!r} was started without its parent"
+    kept = set(table.names("loaded"))
+    carried = init.optimizer == "carry"
+    wanted = {
+        key: tensor
+        for key, tensor in state.tensors().items()
+        if key.partition("/")[2] in kept and (carried or key.startswith(("model/", "ema/")))
+    }
+    load_subset(origin.parent, init.stage.budget, wanted, world)
+    ema.reset(only=frozenset(table.names("new")))
+    state.restored(state.progress)  # the optimizer's count of updates
+
+
+@torch.no_grad()
+def _align(state: TrainState, source: WeightSource, origin: Origin, world: World) -> None:
+    stage = state.stage
+    assert isinstance(stage, DiffusionStage), type(stage)
+    assert origin.pairs is not None, f"{stage.name!r} was started without the paired latents"
+    weight, bias = (source.rows(name, 0, source.shapes[name][0]) for name in SOLVED)
+    (_, fresh), *_ = fresh_parameters(
+        state.model, generators(seed_of(stage.init), stage.name), only=SOLVED[:1]
+    )
+    solved = solve_patch_embedding(stage, origin.pairs(), (weight, bias), fresh, world)
+    for name, full in zip(SOLVED, solved, strict=True):
+        parameter = state.model.get_parameter(name)
+        local(parameter).copy_(own_part(full, parameter))
+
+
+def check_origin(stage: Stage) -> None:
+    """InputError for a file that a stage cannot start from, before anything runs."""
+    if not isinstance(stage.init, FromFile):
+        init_table(stage)
+        return
+    source = open_origin(stage, None)
+    assert source is not None, "a file was opened"
+    init_table(stage, available(source, stage))

@@ -1,0 +1,98 @@
+"""Which stages a stage needs, and whether it can start from them as its init policy says."""
+
+from models.dit import DiT
+from stages.init import Align, Continue, FromFile, KeepTrunk, Switch, parent_of
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
+
+# Of a DiT: what may differ where a trunk is kept, and where a stage goes on with all of it.
+_ENDS = {"patch", "rope_unit", "image_condition"}
+_GAINED = {"image_condition"}
+
+
+def parents(stage: Stage) -> list[tuple[str, Stage]]:
+    """The stages that must be finished first, with the field that names each."""
+    found: list[tuple[str, Stage]] = []
+    if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
+        found.append(("vae", stage.vae))
+    parent = parent_of(stage.init)
+    if parent is not None:
+        found.append(("init", parent))
+    return found
+
+
+def check_init(stage: Stage) -> None:
+    """Raise ValueError where the policy does not fit the stage or its parent."""
+    init, where = stage.init, f"stage {stage.name!r}: init: {type(stage.init).__name__}"
+    if isinstance(init, Switch) and init.warmup_samples > stage.budget:
+        raise ValueError(
+            f"{where}.warmup_samples {init.warmup_samples}: longer than the stage "
+            f"({stage.budget} samples)"
+        )
+    if isinstance(init, Continue):
+        _check_same(stage, init.stage, init.optimizer, where)
+    elif isinstance(init, KeepTrunk):
+        _check_trunk(stage, init.stage, where)
+    elif isinstance(init, FromFile):
+        is_codec, asked = isinstance(stage, AutoencoderStage), (init.layout, init.rotary)
+        if is_codec and asked != ("auto", "auto"):
+            raise ValueError(f"{where}: layout and rotary are a DiT's; leave them out for a codec")
+
+
+def _check_same(stage: Stage, parent: Stage, optimizer: str, where: str) -> None:
+    if type(parent) is not type(stage):
+        raise ValueError(
+            f"{where}: the parent {parent.name!r} is a {type(parent).__name__}, this stage a "
+            f"{type(stage).__name__}; both must train the same kind of model"
+        )
+    if optimizer == "carry" and type(parent.optimizer) is not type(stage.optimizer):
+        raise ValueError(
+            f"{where}: the parent {parent.name!r} has {type(parent.optimizer).__name__}, this "
+            f"stage {type(stage.optimizer).__name__}, whose state is another one; write "
+            "optimizer='reset', or use the same optimizer"
+        )
+    if isinstance(stage, AutoencoderStage) and isinstance(parent, AutoencoderStage):
+        if stage.vae != parent.vae:
+            raise ValueError(
+                f"{where}: the vae is not that of the parent {parent.name!r}; continue with "
+                f"vae={parent.vae!r}"
+            )
+        return
+    assert isinstance(stage, DiffusionStage), type(stage)
+    assert isinstance(parent, DiffusionStage), type(parent)
+    if stage.vae != parent.vae:
+        raise ValueError(
+            f"{where}: its latents are not those of the parent {parent.name!r} (another vae); "
+            "a switch of the autoencoder is KeepTrunk(stage), Align(stage) or Fresh()"
+        )
+    lost = parent.model.image_condition and not stage.model.image_condition
+    _check_models(stage, parent, where, _GAINED)
+    if lost:
+        raise ValueError(f"{where}: the parent has image_condition=True, so this stage has it too")
+
+
+def _check_trunk(stage: Stage, parent: Stage, where: str) -> None:
+    if isinstance(stage, AutoencoderStage):
+        raise ValueError(
+            f"{where}: an autoencoder has no trunk to keep; use Fresh, Continue or FromFile"
+        )
+    assert isinstance(parent, DiffusionStage), f"{parent.name} is a {type(parent).__name__}"
+    _check_models(stage, parent, where, _ENDS)
+    longest = max(bucket.frames for bucket in parent.buckets)
+    if isinstance(stage.init, Align) and longest == 1 < max(b.frames for b in stage.buckets):
+        raise ValueError(f"{where}: the parent {parent.name!r} has stills only, this stage clips")
+
+
+def _check_models(stage: DiffusionStage, parent: DiffusionStage, where: str, may: set[str]) -> None:
+    for field in DiT.model_fields:
+        here, there = getattr(stage.model, field), getattr(parent.model, field)
+        if here != there and field not in may:
+            raise ValueError(
+                f"{where}: model.{field} is {here!r}, that of the parent {parent.name!r} "
+                f"{there!r}; write model={parent.name.replace('-', '_')}.model.replace(...) "
+                f"with no other field than {', '.join(sorted(may))}"
+            )
+    if stage.text != parent.text:
+        raise ValueError(
+            f"{where}: text {stage.text!r} is not the parent's {parent.text!r}, whose embeddings "
+            "the kept parameters know; use the same"
+        )
