@@ -82,11 +82,16 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name != "plan":
             _cluster_flags(one)
+            continue
+        one.add_argument("--gpus", type=_at_least_one, help="for so many GPUs (default: fewest)")
+        one.add_argument("--gpu-memory", type=float, metavar="GIB",
+                         help="refuse what does not fit a GPU of this size (default: the one here)")  # fmt: skip
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")
     one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
     one.add_argument("--caption", action="append", required=True, help="may be given many times")
+    one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
     one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
@@ -172,12 +177,17 @@ def with_videos(plan: Plan, videos: Videos) -> Plan:
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
+    from elastic.fit import GIB, check_fit, local_device_bytes
     from elastic.forecast import forecast
 
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan)
-    print(forecast(plan, settings.storage_path))
+    print(forecast(plan, settings.storage_path, flags.gpus))
+    device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
+    if device_bytes:
+        for stage in plan.stages:
+            check_fit(stage, flags.gpus, device_bytes)
     return DONE
 
 
@@ -210,6 +220,7 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def check_inputs(plan: Plan) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
     from elastic.data.table import read_table
+    from elastic.start import check_origin
 
     for videos in dict.fromkeys(stage.data for stage in plan.stages):
         clips = read_table(videos)
@@ -220,6 +231,7 @@ def check_inputs(plan: Plan) -> None:
                 f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
             )
     for stage in plan.stages:
+        check_origin(stage)
         weights = stage.codec.weights
         if weights is not None and not os.path.isfile(weights):
             raise InputError(
@@ -230,6 +242,11 @@ def check_inputs(plan: Plan) -> None:
                 check_lpips(Path(stage.perceptual.weights))
             except ValueError as error:
                 raise InputError(f"stage {stage.name!r}: perceptual: {error}") from None
+        if isinstance(stage, DiffusionStage):
+            try:
+                stage.text.check()
+            except ValueError as error:
+                raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
 def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -253,7 +270,13 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
         )
     target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
     request = sample_request(folder, stage, tuple(flags.caption), target.absolute())
-    changed = {"steps": flags.steps, "guidance": flags.guidance, "seed": flags.seed}
+    image = None if flags.image is None else Path(flags.image).absolute()
+    changed = {
+        "steps": flags.steps,
+        "guidance": flags.guidance,
+        "seed": flags.seed,
+        "image": image,
+    }
     for path in make_samples(type(request)(**{**vars(request), **changed})):
         print(path)
     return DONE

@@ -15,6 +15,8 @@ import ray
 from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
 from elastic.data.encode import FIELDS, EncodeJob, Scale, plan_job
 from elastic.data.probe import probe_all
+from elastic.data.schema import NULL_TEXT
+from elastic.data.sealed import read_null_text
 from elastic.data.table import read_table
 from elastic.errors import InputError
 from elastic.files import write_atomic
@@ -249,6 +251,15 @@ def sample_request(
             f"stage {stage.name!r} of {str(folder.root)!r} is not finished, so there is nothing "
             "to sample from; go on with python -m elastic train FILE"
         )
+    store = folder.latents / json.loads((own / LATENTS).read_text())["fingerprint"]
+    # Latents may be deleted once they are learnt, and older ones came without the null text.
+    null = read_null_text(store) if (store / NULL_TEXT).exists() else stage.text.null()
     return SampleRequest(
-        stage, own / WEIGHTS, codec_weights(folder, stage), scale, captions, target
+        stage=stage.replace(text=stage.text.located()),
+        weights=own / WEIGHTS,
+        codec_weights=codec_weights(folder, stage),
+        scale=scale,
+        null=null,
+        captions=captions,
+        folder=target,
     )

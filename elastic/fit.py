@@ -21,6 +21,14 @@ from stages.stage import DiffusionStage, Stage
 GIB = 2**30
 
 
+def local_device_bytes() -> float:
+    """Memory of the smallest GPU of this machine; 0 where there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return min(
+        (float(torch.cuda.get_device_properties(i).total_memory) for i in range(count)), default=0.0
+    )
+
+
 def memory_lines(stage: Stage, module: nn.Module, gpus: int | None) -> Iterator[str]:
     """Memory of one worker, part by part, then what each bucket adds under each policy."""
     workers = workers_on(stage, gpus)
@@ -56,7 +64,7 @@ def policies(stage: Stage) -> tuple[Recompute, ...]:
 def kept_for(stage: Stage, module: nn.Module, bucket: Bucket, policy: Recompute) -> float:
     """Bytes that one micro-batch keeps for the backward pass."""
     if isinstance(stage, DiffusionStage):
-        return activations(stage, bucket, stage.text.longest, policy)
+        return activations(stage, bucket, stage.text.most_tokens(()), policy)
     shape = (1, 3, bucket.frames, bucket.height, bucket.width)
     return bucket.micro * kept_by_autograd(module, torch.empty(shape, device="meta"))
 

@@ -7,28 +7,34 @@ import torch
 from torch import nn
 
 from elastic.checkpoint import KEEP_LAST
+from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
+from elastic.fit import memory_lines
 from elastic.folders import RunFolder
+from elastic.start import check_origin
 from elastic.weights import finished
 from models.flow import time_shift
+from stages.init import Fresh, FromFile, KeepTrunk
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
-_BYTES_A_PARAMETER = 20  # fp32: value, gradient, two moments, average
-_BYTES_SAVED = 16  # the same without the gradient
+_BYTES_SAVED = 16  # fp32: value, two moments, average
 _BYTES_SAVED_OF_CRITIC = 12  # fp32: value, two moments
 _BYTES_A_WEIGHT = 4
 
 
-def forecast(plan: Plan, storage: Path) -> str:
-    """The text that `plan` prints."""
+def forecast(plan: Plan, storage: Path, gpus: int | None = None) -> str:
+    """The text that `plan` prints, for so many GPUs or the fewest that each stage asks for.
+
+    InputError where a stage cannot start as its init policy says, or on so few GPUs.
+    """
     folder = RunFolder.of(storage, plan)
     lines = [f"plan {plan.name}: {len(plan.stages)} stages, kept in {folder.root}"]
     for number, stage in enumerate(plan.stages, 1):
         done = "finished" if finished(folder.stage(stage.name)) else "to do"
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
-        lines += [f"   {line}" for line in _stage(stage)]
+        lines += [f"   {line}" for line in _stage(stage, gpus)]
     return "\n".join([*lines, "", f"disk: {_disk(plan)}"])
 
 
@@ -46,22 +52,34 @@ def _disk(plan: Plan) -> str:
         return "; ".join(parts)
     if not all(os.path.isfile(stage.data.table) for stage in stages):
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
-    latents = sum(
-        len(read_table(stage.data)) * _latent_bytes(stage, bucket)
-        for stage in stages
-        for bucket in stage.buckets
-    )
+    latents = 0
+    for stage in stages:
+        captions = [clip.text for clip in read_table(stage.data)]
+        a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
+        a_clip += len(stage.buckets) * text_bytes(stage, captions)
+        latents += len(captions) * a_clip
     return "; ".join(
         [*parts, f"latents at most {_bytes(latents)}, if every clip fills each bucket"]
     )
 
 
 def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
+    """What is stored of a clip in this bucket beside its text."""
     t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    return stage.codec.channels * t * h * w * torch.bfloat16.itemsize
+    values = stage.codec.stored_channels * t * h * w
+    if isinstance(stage, DiffusionStage) and stage.gives(bucket):
+        values += stage.codec.channels * 2 * h * w
+    return values * torch.bfloat16.itemsize
 
 
-def _stage(stage: Stage) -> list[str]:
+def text_bytes(stage: DiffusionStage, captions: list[str]) -> int:
+    """The most that is stored of the text of one clip in one bucket, in whole blocks of tokens."""
+    blocks = -(-stage.text.most_tokens(captions) // TEXT_BLOCK)
+    values = blocks * TEXT_BLOCK * stage.text.width + stage.text.pooled_width
+    return values * torch.bfloat16.itemsize
+
+
+def _stage(stage: Stage, gpus: int | None) -> list[str]:
     codec, (low, high) = stage.codec, stage.workers
     module = stage.build()
     count = _count(module)
@@ -69,13 +87,35 @@ def _stage(stage: Stage) -> list[str]:
     return [
         f"codec       {codec.name} {t}x{h}x{w}, {codec.channels} channels"
         + (f", trained by {stage.vae.name}" if _has_parent(stage) else ""),
-        f"parameters  {count:,} {stage.init!r}",
-        f"workers     {low} to {high}; state {_bytes(count * _BYTES_A_PARAMETER)} in all, "
-        f"{_bytes(count * _BYTES_A_PARAMETER / low)} each on the fewest",
+        f"parameters  {count:,}",
+        *_start(stage),
+        f"workers     {low} to {high}",
+        *memory_lines(stage, module, gpus),
         f"checkpoint  {_bytes(_saved_bytes(stage))} every {stage.save_every:,} samples",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
         *_phases(stage),
     ]
+
+
+def _start(stage: Stage) -> list[str]:
+    """What the init policy does with each parameter, and what positions mean after a switch."""
+    init = stage.init
+    if isinstance(init, Fresh):
+        return [f"start       Fresh(seed={init.seed}): every parameter new"]
+    origin = init.path if isinstance(init, FromFile) else init.stage.name
+    lines = [f"start       {type(init).__name__}({origin})"]
+    if isinstance(init, FromFile) and not Path(init.path).exists():
+        return [*lines, "  not known before the file is there"]
+    lines += [f"  {line}" for line in check_origin(stage).lines()]
+    if isinstance(init, KeepTrunk) and isinstance(stage, DiffusionStage):
+        lines.append(f"  positions  {_positions(init.stage)}, before; {_positions(stage)}, here")
+    return lines
+
+
+def _positions(stage: DiffusionStage) -> str:
+    _, height, width = stage.codec.stride
+    patch, steps = stage.model.patch, stage.model.spacing(stage.codec.stride)
+    return f"a token of {height * patch}x{width * patch} px is {steps[1]:g} x {steps[2]:g} steps"
 
 
 def _losses(stage: AutoencoderStage) -> list[str]:

@@ -40,7 +40,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(vars(self).values())
+        return float(sum(vars(self).values()))
 
 
 def state_memory(stage: Stage, module: nn.Module, workers: int) -> Memory:

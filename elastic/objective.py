@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,16 @@ from elastic.data.load import Micro, Source, held_out_rounds
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.world import World
 from models.codec import Reconstruction
-from models.flow import flow_loss_B, time_shift, timesteps
+from models.flow import conditioned, flow_loss_B, time_shift, timesteps
+from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss, ssim_B
-from models.text import TextBatch
+from models.text import TextBatch, TextEmbedding, without_text
+from stages.given import Choice
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
 _CPU = torch.device("cpu")
+Use = Literal["train", "held-out"]
 
 
 class Losses(NamedTuple):
@@ -57,14 +60,21 @@ class Objective(Protocol):
 
 
 class FlowMatching:
-    """Rectified flow on latents (DiffusionStage)."""
+    """Rectified flow on latents (DiffusionStage); `null` takes the place of dropped text.
 
-    def __init__(self, stage: DiffusionStage, source: Source, held_out: Source) -> None:
+    A DiT that takes the strength of guidance is trained at strength 1, the convention for
+    finetuning FLUX.1-dev: the data is what guidance 1 would make. Given frames count in the loss
+    like all others, as in Open-Sora 2.0.
+    """
+
+    def __init__(
+        self, stage: DiffusionStage, source: Source, held_out: Source, null: TextEmbedding
+    ) -> None:
         self.source = source
         self.critic: Critic | None = None
         self._held_out = held_out
         self._stage = stage
-        self._null = stage.text.null()
+        self._null = null
         self._alpha = {}
         for bucket in stage.buckets:
             grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
@@ -77,53 +87,106 @@ class FlowMatching:
 
     def losses(self, model: nn.Module, micro: Micro) -> Losses:
         """Squared error of the velocity, per sample."""
-        return Losses(self._loss_B(model, micro, "train", self._stage.text_dropout))
+        return Losses(self._loss_B(model, micro, "train"))
 
-    def _loss_B(self, model: nn.Module, micro: Micro, use: str, dropout: float) -> Tensor:
-        samples, stage, bucket = micro.samples, self._stage, micro.bucket.name
-        generators = [
-            sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
-            for epoch, sample_id in zip(micro.epochs, samples.ids, strict=True)
-        ]
-        t_B = timesteps(normals(generators, ()), self._alpha[bucket])
-        dropped_B = uniforms(generators) < dropout
-        noise_BCTHW = normals(generators, tuple(samples.x_BCTHW.shape[1:]))
+    def _loss_B(
+        self, model: nn.Module, micro: Micro, use: Use, choice: Choice | None = None
+    ) -> Tensor:
+        """The loss of each sample, given the frames of `choice`; None draws it for each."""
+        samples = micro.samples
+        generators = self._generators(micro, use)
+        t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
+        dropped = self._dropped(micro, uniforms(generators), use)
+        z_BCTHW = self._latents(micro, use)
+        noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
-        text = without_text(samples.text, dropped_B)
+        text = without_text(samples.text, self._null, *dropped)
+        given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
         return flow_loss_B(
-            model,
-            samples.x_BCTHW.to(device),
+            conditioned(
+                model,
+                1.0 if self._stage.model.guidance else None,
+                None if given_BCTHW is None else given_BCTHW.to(device),
+            ),
+            z_BCTHW.to(device),
             noise_BCTHW.to(device),
             t_B.to(device),
             TextBatch(*(None if x is None else x.to(device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
         )
 
+    def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
+        """The randomness of each sample of the micro-batch for one use."""
+        stage, bucket = self._stage, micro.bucket.name
+        return [
+            sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
+            for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
+        ]
+
+    def _latents(self, micro: Micro, use: Use) -> Tensor:
+        """The latents to be noised: where the posterior is sampled, a new sample or its mean."""
+        x_BCTHW = micro.samples.x_BCTHW
+        if self._stage.codec.mode == "mean":
+            return x_BCTHW
+        mean_BCTHW, deviation_BCTHW = x_BCTHW.chunk(2, dim=1)
+        if use == "held-out":
+            return mean_BCTHW
+        generators = self._generators(micro, "posterior")
+        return mean_BCTHW + deviation_BCTHW * normals(generators, tuple(mean_BCTHW.shape[1:]))
+
+    def _given(self, micro: Micro, choice: Choice | None) -> Tensor | None:
+        """The mask and latents of the given frames; None where the bucket has none to give."""
+        stage, ends_BCTHW = self._stage, micro.samples.given_BCTHW
+        if stage.given is None or not stage.gives(micro.bucket):
+            return None
+        assert ends_BCTHW is not None, f"bucket {micro.bucket.name} was stored without its stills"
+        num_samples, frames = len(ends_BCTHW), micro.samples.x_BCTHW.shape[2]
+        if choice is None:
+            draws = uniforms(self._generators(micro, "given")).tolist()
+            choices = [stage.given.choose(draw) for draw in draws]
+        else:
+            choices = [choice] * num_samples
+        head_B = torch.tensor([each in ("head", "loop") for each in choices])
+        tail_B = torch.tensor([each in ("tail", "loop") for each in choices])
+        return given_frames(ends_BCTHW, head_B, tail_B, frames)
+
+    def _dropped(self, micro: Micro, draw_B: Tensor, use: Use) -> tuple[Tensor, Tensor]:
+        """Whose tokens and whose pooled vectors are dropped."""
+        if use == "held-out":
+            nobody_B = torch.zeros_like(draw_B, dtype=torch.bool)
+            return nobody_B, nobody_B
+        dropout = self._stage.text_dropout
+        if isinstance(dropout, float):
+            return draw_B < dropout, draw_B < dropout
+        tokens, pooled = dropout
+        return draw_B < tokens, uniforms(self._generators(micro, "pooled")) < pooled
+
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
-        """Mean flow loss, at noise and times that are fixed for each held-out sample."""
+        """Mean flow loss, at noise and times that are fixed for each held-out sample.
+
+        `loss` is that of text to video. Where frames are given in training, `loss_head` is the
+        loss with the first one given, over the buckets that have frames to give.
+        """
+        buckets = self._stage.buckets
+        giving = tuple(bucket for bucket in buckets if self._stage.gives(bucket))
+        means = {"loss": self._mean_loss(model, world, "none", buckets)}
+        if giving:
+            means["loss_head"] = self._mean_loss(model, world, "head", giving)
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    def _mean_loss(
+        self, model: nn.Module, world: World, choice: Choice, buckets: tuple[Bucket, ...]
+    ) -> float | None:
+        """The mean over the held-out samples of these buckets; None if there are none."""
         totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for bucket in self._stage.buckets:
+        for bucket in buckets:
             for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
                 with torch.no_grad():
-                    loss_B = self._loss_B(model, micro, "held-out", 0.0).cpu().double()
+                    loss_B = self._loss_B(model, micro, "held-out", choice).cpu().double()
                 weight_B = micro.samples.weight_B.double()
                 totals += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()]).to(totals)
         total, count = world.sum(totals).tolist()
-        return {"loss": total / count} if count else {}
-
-
-def without_text(text: TextBatch, dropped_B: Tensor) -> TextBatch:
-    """The batch with the null text (one zero token) in the rows that are dropped."""
-    mask_BL = text.mask_BL
-    if mask_BL is None:
-        mask_BL = torch.ones(text.text_BLD.shape[:2], dtype=torch.bool)
-    first_L = torch.arange(mask_BL.shape[1]) == 0
-    keep_B = ~dropped_B
-    return TextBatch(
-        text.text_BLD * keep_B[:, None, None],
-        torch.where(keep_B[:, None], mask_BL, first_L[None]),
-        text.pooled_BD * keep_B[:, None],
-    )
+        return total / count if count else None
 
 
 class Reconstructing:

@@ -9,8 +9,11 @@ from models.fresh import named_seed
 def sample_generator(
     seed: int, stage: str, use: str, bucket: str, epoch: int, sample_id: int
 ) -> torch.Generator:
-    """One sample's randomness in one epoch of its bucket, for one use ('train', 'held-out').
+    """One sample's randomness in one epoch of its bucket, for one use.
 
+    Uses: 'train' and 'held-out' (time, dropped text, noise), 'pooled' (dropped pooled vector),
+    'posterior' (the latent, where it is a sample), 'given' (which frames are given).
+    Each has a stream of its own, so that what one of them draws does not move the others.
     Bucket and epoch follow from the position, and stay right where a clip is in several buckets.
     """
     return torch.Generator().manual_seed(

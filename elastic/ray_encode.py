@@ -8,7 +8,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from elastic.data.assign import Members
-from elastic.data.encode import EncodeJob, Scale, encode_shard, find_scale, open_store
+from elastic.data.encode import (
+    EncodeJob,
+    Scale,
+    encode_null_text,
+    encode_shard,
+    find_scale,
+    open_store,
+)
 from elastic.errors import InputError
 from stages.stage import DiffusionStage
 
@@ -41,6 +48,9 @@ def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str,
     missing = store.missing()
     task = ray.remote(encode_shard).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     shared = ray.put(job)
+    if not missing and not store.has_null_text():  # otherwise the first shard brings it along
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
+        result_of(ray.remote(encode_null_text).options(**options).remote(shared))
     running = [task.remote(shared, shard) for shard in missing]
     total = len(store.shard_ids())
     progress(total - len(running), total)

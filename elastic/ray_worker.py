@@ -112,11 +112,9 @@ def make_objective(job: WorkerJob, device: torch.device) -> Objective:
         )
     assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
     store = SealedStore.open(*job.latents)
-    return FlowMatching(
-        job.stage,
-        LatentSource(job.stage, store, held_out=False),
-        LatentSource(job.stage, store, held_out=True),
-    )
+    source = LatentSource(job.stage, store, held_out=False)
+    held_out = LatentSource(job.stage, store, held_out=True)
+    return FlowMatching(job.stage, source, held_out, source.null_text())
 
 
 def make_origin(job: WorkerJob) -> Origin:

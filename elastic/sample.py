@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic.data.decode import BadVideo, decode_clip, to_unit
-from elastic.data.encode import Scale, chunk_size, load_codec
+from elastic.data.encode import Scale, chunk_size, encode_still, load_codec
 from elastic.data.table import Clip
+from elastic.errors import InputError
 from elastic.film import contact_sheet, write_mp4
 from elastic.weights import file_digest, load_weights
-from models.flow import euler_sample, time_shift
+from models.flow import conditioned, euler_sample, time_shift
 from models.fresh import named_seed
-from models.text import pad
+from models.given import given_frames
+from models.text import TextEmbedding, pad
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
@@ -34,11 +36,13 @@ class SampleRequest:
     weights: Path
     codec_weights: Path
     scale: Scale
+    null: TextEmbedding  # that of the latents that the stage was trained on
     captions: tuple[str, ...]
     folder: Path
     steps: int = 25
     guidance: float = 3.0
     seed: int = 0
+    image: Path | None = None  # the first frame of every sample; for stages with image_condition
 
 
 def longest_bucket(stage: AutoencoderStage | DiffusionStage) -> Bucket:
@@ -49,16 +53,25 @@ def longest_bucket(stage: AutoencoderStage | DiffusionStage) -> Bucket:
 def make_samples(request: SampleRequest) -> list[Path]:
     """Write one mp4 for each caption and a contact sheet; the paths of the mp4s.
 
-    Averaged weights, Euler steps, classifier-free guidance; the noise of a caption is a function
-    of (seed, its place in the list).
+    Averaged weights, Euler steps, classifier-free guidance, which is an input of the DiTs that take
+    it; the noise of a caption is a function of (seed, its place in the list). InputError for an
+    image that cannot be used.
     """
     stage, bucket = request.stage, longest_bucket(request.stage)
+    image_CTHW = None if request.image is None else read_image(request.image, stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = load_codec(stage.codec, request.codec_weights, file_digest(request.codec_weights))
     text, channels = stage.text, stage.codec.channels
     model = load_weights(stage.build("cpu"), request.weights).to(device)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     frames, height, width = stage.model.token_grid(grid)
+    given_BCTHW = None
+    if image_CTHW is not None:
+        x_BCTHW = to_unit(image_CTHW)[None].to(device)
+        still_BCTHW = encode_still(stage.codec, codec, request.scale, x_BCTHW)
+        ends_BCTHW = still_BCTHW.expand(-1, -1, 2, -1, -1)
+        yes_B = torch.ones(1, dtype=torch.bool, device=device)
+        given_BCTHW = given_frames(ends_BCTHW, yes_B, ~yes_B, frames)
     films: list[NDArray[np.uint8]] = []
     for first in range(0, len(request.captions), _CHUNK):
         captions = request.captions[first : first + _CHUNK]
@@ -67,18 +80,46 @@ def make_samples(request: SampleRequest) -> list[Path]:
         )
         batch = pad(text.encode(captions))
         z_BCTHW = euler_sample(
-            model,
+            conditioned(
+                model,
+                request.guidance if stage.model.guidance else None,
+                None if given_BCTHW is None else given_BCTHW.expand(len(captions), -1, -1, -1, -1),
+            ),
             noise_BCTHW.to(device),
             type(batch)(*(None if x is None else x.to(device) for x in batch)),  # type: ignore[arg-type]  # only the mask may be None
-            text.null(),
+            request.null,
             steps=request.steps,
-            guidance=request.guidance,
+            guidance=1.0 if stage.model.guidance else request.guidance,
             alpha=time_shift(height * width, frames),
         )
         with torch.no_grad():
             for part_BCTHW in request.scale.restore(z_BCTHW).split(chunk_size(stage.codec)):
                 films += to_frames(codec.decode(part_BCTHW))
     return _write(request.folder, list(request.captions), films, stage.rate)
+
+
+def read_image(path: Path, stage: DiffusionStage) -> Tensor:
+    """A picture as the first frame of the stage's longest clips, uint8 C,1,H,W.
+
+    Resized and cropped as clips are. InputError if it cannot be read, or the stage cannot use it.
+    """
+    bucket = longest_bucket(stage)
+    if not stage.gives(bucket):
+        reason = (
+            f"its clips of {bucket.frames} frames have a single latent frame"
+            if stage.model.image_condition
+            else "its model was built without image_condition=True"
+        )
+        raise InputError(
+            f"image {str(path)!r}: stage {stage.name!r} takes no first frame: {reason}; leave the "
+            "image out, or sample from another stage"
+        )
+    if not path.is_file():
+        raise InputError(f"image {str(path)!r}: no such file; correct the path")
+    try:
+        return decode_clip(str(path), 1, stage.rate, bucket.height, bucket.width)
+    except BadVideo as error:
+        raise InputError(f"image {str(path)!r}: {error.reason}; give a PNG or JPEG file") from None
 
 
 def make_reconstructions(

@@ -119,11 +119,10 @@ def _align(state: TrainState, source: WeightSource, origin: Origin, world: World
         local(parameter).copy_(own_part(full, parameter))
 
 
-def check_origin(stage: Stage) -> None:
-    """InputError for a file that a stage cannot start from, before anything runs."""
+def check_origin(stage: Stage) -> InitTable:
+    """The table of a stage's start; InputError for what it cannot start from, before it runs."""
     if not isinstance(stage.init, FromFile):
-        init_table(stage)
-        return
+        return init_table(stage)
     source = open_origin(stage, None)
     assert source is not None, "a file was opened"
-    init_table(stage, available(source, stage))
+    return init_table(stage, available(source, stage))

@@ -6,6 +6,7 @@ from models.dit import DiT
 from models.hunyuan_vae import HunyuanVAE
 from models.perceptual import Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
+from models.t5_clip import T5Clip
 from models.text import WordHash
 from models.tiling import Tiling
 
@@ -19,6 +20,7 @@ __all__ = [
     "ImageDCAE",
     "Lpips",
     "Pyramid",
+    "T5Clip",
     "Tiling",
     "Wan21VAE",
     "Wan22VAE",

@@ -1,6 +1,7 @@
 """The contract of an autoencoder: pixels to latents and back, and which clips it takes."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -52,11 +53,14 @@ class CodecModule(nn.Module):
 
         Tiled as the codec says.
         """
-        codec = self.codec
-        codec.check(*x_BCTHW.shape[2:])
-        if codec.tiling is None:
-            return self.encode_whole(x_BCTHW)
-        return encode_tiled(self.encode_whole, x_BCTHW, codec.tiling, codec.stride, codec.lead)
+        return self._tiled(self.encode_whole, x_BCTHW)
+
+    def moments(self, x_BCTHW: Tensor) -> Tensor:
+        """Mean and standard deviation of the posterior, (B, 2C, T, H, W); not normalised, tiled.
+
+        Asked only of codecs whose `mode` is "sample".
+        """
+        return self._tiled(self.moments_whole, x_BCTHW)
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Clips of latents; about [-1, 1], not clamped; tiled as the codec says."""
@@ -69,9 +73,20 @@ class CodecModule(nn.Module):
         """Latents of clips in one piece."""
         raise NotImplementedError
 
+    def moments_whole(self, x_BCTHW: Tensor) -> Tensor:
+        """`moments` of clips in one piece."""
+        raise NotImplementedError
+
     def decode_whole(self, z_BCTHW: Tensor) -> Tensor:
         """Clips of latents in one piece."""
         raise NotImplementedError
+
+    def _tiled(self, encode: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
+        codec = self.codec
+        codec.check(*x_BCTHW.shape[2:])
+        if codec.tiling is None:
+            return encode(x_BCTHW)
+        return encode_tiled(encode, x_BCTHW, codec.tiling, codec.stride, codec.lead)
 
     def published_statistics(self) -> Statistics:
         """Those that the published DiTs were trained with; ValueError if none are known."""
@@ -121,6 +136,16 @@ class Codec(Record):
     def name(self) -> str:
         """The word for this autoencoder in logs and fingerprints."""
         return type(self).__name__
+
+    @property
+    def mode(self) -> Literal["mean", "sample"]:
+        """Whether a DiT is trained on the latent itself, or on samples of its posterior."""
+        return "mean"
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels in a latent store: with samples, those of the mean and of the deviation."""
+        return self.channels * (2 if self.mode == "sample" else 1)
 
     @property
     def frame_rule(self) -> str:
@@ -183,12 +208,12 @@ class Codec(Record):
 
     def fingerprint_fields(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:  # Any: JSON
         """What decides the latents' values, but for the weights; `dtype` is that of encoding."""
-        fields = self.model_dump(mode="json", exclude={"weights", "kind"})
+        fields = self.model_dump(mode="json", exclude={"weights", "kind", "posterior"})
         return {
             **fields,
             "class": self.name,
             "frame_rule": self.frame_rule,
-            "mode": "mean",
+            "mode": self.mode,
             "dtype": str(dtype).removeprefix("torch."),
             "tiling": fields["tiling"] or "none",
         }

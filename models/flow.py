@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.text import TextBatch, TextEmbedding
+from models.text import TextBatch, TextEmbedding, without_text
 
 # velocity_BCTHW = model(z_BCTHW, t_B, text_BLD, mask_BL, pooled_BD)
 VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -52,6 +52,28 @@ def mix(z_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
 def velocity(z_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
     """The path's derivative by time, which the model learns."""
     return noise_BCTHW - z_BCTHW
+
+
+def conditioned(
+    model: Callable[..., Tensor], guidance: float | None, given_BCTHW: Tensor | None
+) -> VelocityModel:
+    """The model with its other inputs filled in: strength of guidance, and given frames.
+
+    Of a doubled batch, as guidance runs it, both halves are given the same frames.
+    """
+    if guidance is None and given_BCTHW is None:
+        return model
+
+    def filled_in(
+        z_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None, pooled_BD: Tensor
+    ) -> Tensor:
+        guidance_B = None if guidance is None else torch.full_like(t_B, guidance)
+        frames_BCTHW = given_BCTHW
+        if frames_BCTHW is not None and len(frames_BCTHW) != len(z_BCTHW):
+            frames_BCTHW = torch.cat([frames_BCTHW, frames_BCTHW])
+        return model(z_BCTHW, t_B, text_BLD, mask_BL, pooled_BD, guidance_B, frames_BCTHW)
+
+    return filled_in
 
 
 def flow_loss_B(
@@ -101,20 +123,13 @@ def euler_sample(
 
 def _with_null(text: TextBatch, null: TextEmbedding) -> TextBatch:
     """The batch followed by as many rows of the null text, padded to the same length."""
-    text_BLD, mask_BL, pooled_BD = text
-    num_samples, length, _ = text_BLD.shape
-    num_tokens = len(null.embedding_LD)
-    if num_tokens > length:
-        raise ValueError(f"null text of {num_tokens} tokens does not fit captions of {length}")
-    if mask_BL is None:
-        mask_BL = torch.ones(num_samples, length, dtype=torch.bool, device=text_BLD.device)
-    null_BLD = torch.zeros_like(text_BLD)
-    null_BLD[:, :num_tokens] = null.embedding_LD.to(text_BLD)
-    null_mask_BL = torch.zeros_like(mask_BL)
-    null_mask_BL[:, :num_tokens] = True
-    null_BD = null.pooled_D.to(pooled_BD).expand(num_samples, -1)
+    nowhere_B = torch.zeros(len(text.text_BLD), dtype=torch.bool, device=text.text_BLD.device)
+    captioned = without_text(text, null, nowhere_B, nowhere_B)  # as long as the null text, at least
+    assert captioned.mask_BL is not None, "without_text() masks whatever it is given"
+    text_BLD, mask_BL, pooled_BD = without_text(text, null, ~nowhere_B, ~nowhere_B)
+    assert mask_BL is not None, "without_text() masks whatever it is given"
     return TextBatch(
-        torch.cat([text_BLD, null_BLD]),
-        torch.cat([mask_BL, null_mask_BL]),
-        torch.cat([pooled_BD, null_BD]),
+        torch.cat([captioned.text_BLD, text_BLD]),
+        torch.cat([captioned.mask_BL, mask_BL]),
+        torch.cat([captioned.pooled_BD, pooled_BD]),
     )

@@ -24,6 +24,16 @@ class HunyuanVAE(Codec):
     widths: tuple[int, int, int, int] = (128, 256, 512, 512)
     layers: int = Field(default=2, ge=1)
     norm_groups: int = Field(default=32, ge=1)
+    posterior: Literal["mean", "sample"] = "mean"
+    """What a DiT is trained on: the posterior's mean, or, as published, a new sample every time.
+
+    With "sample" a latent store holds the mean and the deviation, twice the bytes.
+    """
+
+    @property
+    def mode(self) -> Literal["mean", "sample"]:
+        """As `posterior` says."""
+        return self.posterior
 
     @model_validator(mode="after")
     def _widths_hold_groups(self) -> Self:
@@ -74,6 +84,11 @@ class HunyuanVAEModule(CodecModule):
     def encode_whole(self, x_BCTHW: Tensor) -> Tensor:
         """The posterior's mean."""
         return self._posterior(x_BCTHW)[0]
+
+    def moments_whole(self, x_BCTHW: Tensor) -> Tensor:
+        """Mean and standard deviation of the posterior, (B, 2C, T, H, W)."""
+        mean_BCTHW, log_variance_BCTHW = self._posterior(x_BCTHW)
+        return torch.cat([mean_BCTHW, (0.5 * log_variance_BCTHW).exp()], dim=1)
 
     def decode_whole(self, z_BCTHW: Tensor) -> Tensor:
         """Clips of 4t-3 frames from t latent frames."""

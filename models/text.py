@@ -8,12 +8,13 @@ import math
 import re
 import statistics
 import unicodedata
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from models.record import Record
 
@@ -36,6 +37,44 @@ class TextBatch(NamedTuple):
     text_BLD: Tensor
     mask_BL: Tensor | None
     pooled_BD: Tensor
+
+
+class TextEncoder(Protocol):
+    """What a stage asks of its text encoder. Training asks nothing: it reads what is stored."""
+
+    @property
+    def width(self) -> int:
+        """Width of a token's vector."""
+        ...
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled vector."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> list[TextEmbedding]:
+        """Embed captions, each at its true length; fp32 on the CPU."""
+        ...
+
+    def null(self) -> TextEmbedding:
+        """The text that stands for no text."""
+        ...
+
+    def most_tokens(self, captions: Iterable[str]) -> int:
+        """A length that no embedding of these captions exceeds, found without a model."""
+        ...
+
+    def fingerprint_fields(self) -> dict[str, str | int | float]:
+        """What the numbers of an embedding depend on."""
+        ...
+
+    def located(self) -> Self:
+        """The same encoder for a process that runs in another folder."""
+        ...
+
+    def check(self) -> None:
+        """ValueError, with what to do, unless the encoder can be used on this machine."""
+        ...
 
 
 class WordHash(Record):
@@ -72,13 +111,28 @@ class WordHash(Record):
             "position": self.position,
         }
 
+    def most_tokens(self, captions: Iterable[str]) -> int:
+        """Tokens of the longest of these captions."""
+        return max((len(_words(caption)) for caption in captions), default=0) or 1
+
+    def located(self) -> Self:
+        """Itself: it reads no file."""
+        return self
+
+    def check(self) -> None:
+        """Nothing can be missing."""
+
     def _encode_one(self, caption: str) -> TextEmbedding:
-        words = re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold())
+        words = _words(caption)
         if not words:
             return self.null()
         words_LD = torch.tensor([_word_vector(word, self.width) for word in words])
         pooled_D = torch.nn.functional.normalize(words_LD.sum(0), dim=0) * math.sqrt(self.width)
         return TextEmbedding(words_LD + self.position * _order(len(words), self.width), pooled_D)
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold())
 
 
 def pad(embeddings: Sequence[TextEmbedding]) -> TextBatch:
@@ -91,6 +145,29 @@ def pad(embeddings: Sequence[TextEmbedding]) -> TextBatch:
     length_B = torch.tensor([len(embedding.embedding_LD) for embedding in embeddings])
     mask_BL = torch.arange(text_BLD.shape[1]) < length_B[:, None]
     return TextBatch(text_BLD, mask_BL, torch.stack([each.pooled_D for each in embeddings]))
+
+
+def without_text(
+    text: TextBatch, null: TextEmbedding, tokens_B: Tensor, pooled_B: Tensor
+) -> TextBatch:
+    """The batch with the null text's tokens where `tokens_B`, its pooled vector where `pooled_B`.
+
+    It grows to the length of the null text where that is longer than every caption.
+    """
+    text_BLD, mask_BL, pooled_BD = text
+    num_null = len(null.embedding_LD)
+    length = max(text_BLD.shape[1], num_null)
+    if mask_BL is None:
+        mask_BL = torch.ones(text_BLD.shape[:2], dtype=torch.bool, device=text_BLD.device)
+    text_BLD = functional.pad(text_BLD, (0, 0, 0, length - text_BLD.shape[1]))
+    mask_BL = functional.pad(mask_BL, (0, length - mask_BL.shape[1]))
+    null_LD = functional.pad(null.embedding_LD.to(text_BLD), (0, 0, 0, length - num_null))
+    null_mask_L = torch.arange(length, device=mask_BL.device) < num_null
+    return TextBatch(
+        torch.where(tokens_B[:, None, None], null_LD, text_BLD),
+        torch.where(tokens_B[:, None], null_mask_L, mask_BL),
+        torch.where(pooled_B[:, None], null.pooled_D.to(pooled_BD), pooled_BD),
+    )
 
 
 @functools.lru_cache(maxsize=65_536)

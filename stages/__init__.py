@@ -1,6 +1,7 @@
 """What is trained, in what order."""
 
 from stages.adversarial import Adversarial
+from stages.given import Given
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
@@ -19,6 +20,7 @@ __all__ = [
     "Ema",
     "Fresh",
     "FromFile",
+    "Given",
     "KeepTrunk",
     "Muon",
     "Phase",

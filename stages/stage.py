@@ -12,8 +12,10 @@ from models.hunyuan_vae import HunyuanVAE
 from models.perceptual import Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
 from models.record import Record
+from models.t5_clip import T5Clip
 from models.text import WordHash
 from stages.adversarial import Adversarial
+from stages.given import Given
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
@@ -143,13 +145,22 @@ class DiffusionStage(_Stage):
 
     vae: AnyCodec | AutoencoderStage
     model: DiT
-    text: WordHash = WordHash()
+    text: WordHash | T5Clip = WordHash()
     precision: Literal["fp32", "bf16"] = "fp32"
     """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
     recompute: Literal["none", "full"] = "none"
     """Whether blocks compute again in the backward pass what they would keep; same result."""
-    text_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of samples trained with the empty caption, for classifier-free guidance."""
+    text_dropout: float | tuple[float, float] = 0.1
+    """Share of samples trained with the null text, for classifier-free guidance.
+
+    A pair is one share for the tokens and one for the pooled vector, drawn independently: with
+    the published (0.31622777, 0.31622777) a tenth of the samples loses both.
+    """
+    given: Given | None = None
+    """How often frames of the clip are given; with `model.image_condition`, and only then.
+
+    Clips of one latent frame are given nothing.
+    """
 
     @field_validator("vae", mode="before")
     @classmethod
@@ -163,6 +174,18 @@ class DiffusionStage(_Stage):
             "name), or a codec with weights"
         )
 
+    @field_validator("text_dropout", mode="before")
+    @classmethod
+    def _check_dropout(cls, dropout: object) -> object:
+        """One message instead of one for each branch of the union."""
+        shares = dropout if isinstance(dropout, tuple | list) else (dropout, dropout)
+        if len(shares) != 2 or not all(isinstance(s, float | int) and 0 <= s < 1 for s in shares):
+            raise ValueError(
+                f"{dropout!r}: write a share of 0 or more and less than 1, or a pair of them: "
+                "(of the tokens, of the pooled vector)"
+            )
+        return dropout
+
     @model_validator(mode="after")
     def _check_stage(self) -> "DiffusionStage":
         self._check(self.codec, self.model.patch)
@@ -171,7 +194,31 @@ class DiffusionStage(_Stage):
                 f"stage {self.name!r}: vae: {self.vae.name} has no weights; give "
                 "weights='path.safetensors', or the AutoencoderStage that trains it"
             )
+        self._check_given()
         return self
+
+    def _check_given(self) -> None:
+        where, takes = f"stage {self.name!r}: given", self.model.image_condition
+        if self.given is None and takes:
+            raise ValueError(
+                f"{where}: None, but the model takes frames (image_condition=True): say how often "
+                "they are given, as published with given=Given()"
+            )
+        if self.given is not None and not takes:
+            raise ValueError(
+                f"{where}: {self.given!r}, but the model takes no frames: write "
+                "model=DiT(..., image_condition=True), or leave given out"
+            )
+        if self.given is not None and not any(self.gives(bucket) for bucket in self.buckets):
+            raise ValueError(
+                f"{where}: {self.given!r}, but every bucket has a single latent frame, for which "
+                "nothing is given: add a bucket of longer clips"
+            )
+
+    def gives(self, bucket: Bucket) -> bool:
+        """Whether frames are given in this bucket."""
+        grid = self.codec.grid(bucket.frames, bucket.height, bucket.width)
+        return self.given is not None and grid[0] > 1
 
     @property
     def codec(self) -> Codec:

@@ -173,6 +173,19 @@ def test_weights_that_are_not_there_are_named_before_anything_starts(
     assert not storage.exists()
 
 
+def test_a_text_encoder_that_is_not_there_is_named_before_anything_starts(
+    videos: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "given.py"
+    text = PLAN.read_text().replace("import DCAE, DiT", "import DCAE, T5Clip, DiT")
+    path.write_text(text.replace("WordHash(width=16)", "T5Clip(t5='gone', clip='gone')"))
+    message = refusal(
+        capsys, "train", path, "--videos", videos.parent, "--captions", videos, "--storage", storage
+    )
+    assert "stage 'hunyuan-dit': text.t5 'gone': no such folder" in message
+    assert not storage.exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 1, "started": {}}'])
 def test_a_damaged_record_is_named(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

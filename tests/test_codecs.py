@@ -15,6 +15,7 @@ from models.dc_ae import DCAE, _LiteMLA
 from models.fresh import fresh_parameters, named_generator
 from models.hunyuan_vae import HunyuanVAE
 from models.reconstruction import psnr_B, reconstruction_loss
+from models.tiling import Tiling
 
 SMALL_HUNYUAN = HunyuanVAE(widths=(8, 8, 16, 16), layers=1, norm_groups=4)
 SMALL_DCAE = DCAE(
@@ -194,6 +195,42 @@ def test_noise_samples_the_posterior() -> None:
         mean, log_variance = moments.chunk(2, dim=1)
         expected = module.decode(mean + 0.5 * (0.5 * log_variance).exp())
         torch.testing.assert_close(module(x_BCTHW, noise_BCTHW).x_BCTHW, expected)
+
+
+def test_moments_are_the_mean_and_the_deviation_of_the_posterior() -> None:
+    codec = SMALL_HUNYUAN.replace(posterior="sample")
+    module, x = built(codec), clips(1, 5, 16, 16)
+    noise = torch.randn(module.encode(x).shape, generator=torch.Generator().manual_seed(3))
+    moments_BCTHW = module.moments(x)
+    assert moments_BCTHW.shape[1] == codec.stored_channels == 2 * codec.channels
+    mean_BCTHW, deviation_BCTHW = moments_BCTHW.chunk(2, dim=1)
+    assert torch.equal(mean_BCTHW, module.encode(x))
+    assert deviation_BCTHW.min() > 0
+    sampled = module.decode(mean_BCTHW + deviation_BCTHW * noise)
+    torch.testing.assert_close(sampled, module(x, noise).x_BCTHW)
+
+
+def test_moments_are_cut_as_the_mean_is() -> None:
+    codec = SMALL_HUNYUAN.replace(
+        posterior="sample", tiling=Tiling(frames=8, pixels=32, overlap=0.5)
+    )
+    module, x = built(codec), clips(1, 9, 48, 48)
+    moments_BCTHW = module.moments(x)
+    assert torch.equal(moments_BCTHW[:, : codec.channels], module.encode(x))
+    assert not torch.equal(moments_BCTHW, module.moments_whole(x))
+    assert moments_BCTHW[:, codec.channels :].min() > 0
+    with pytest.raises(ValueError, match="8 frames do not fit"):
+        module.moments(x[:, :, :8])
+
+
+def test_a_sampled_posterior_is_told_apart_and_a_mean_keeps_its_name() -> None:
+    fields = [
+        SMALL_HUNYUAN.replace(posterior=mode).fingerprint_fields() for mode in ("mean", "sample")
+    ]
+    assert {name for name in fields[0] if fields[0][name] != fields[1][name]} == {"mode"}
+    assert "posterior" not in fields[0], "a new field would rename every store"
+    assert SMALL_HUNYUAN.stored_channels == SMALL_HUNYUAN.channels
+    assert DCAE().mode == "mean"
 
 
 def test_dc_ae_has_no_posterior() -> None:

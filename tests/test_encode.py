@@ -3,18 +3,22 @@
 # B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
+from elastic import ray_encode
 from elastic.course import check_pinned
 from elastic.data import encode
 from elastic.data.assign import (
@@ -37,15 +41,16 @@ from elastic.data.encode import (
 )
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.probe import probe
+from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.table import Clip
 from elastic.errors import InputError
 from elastic.weights import file_digest, load_weights
-from models import DCAE, DiT, Tiling, WordHash
-from models.codec import CodecModule, Statistics
+from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
+from models.codec import Codec, CodecModule, Statistics
 from models.fresh import fresh_parameters, named_generator
-from stages import AdamW, Bucket, DiffusionStage, Ema, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
 
 SHORT, LONG = Bucket("32px", frames=4, batch=2), Bucket("32px", frames=8, batch=2)
 CODEC = DCAE(
@@ -55,6 +60,9 @@ CODEC = DCAE(
     decoder_depths=(1, 1, 1, 1, 1, 1),
     head_width=8,
     weights="given.safetensors",
+)
+HUNYUAN = HunyuanVAE(
+    channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2, weights="given.safetensors"
 )
 STAGE = DiffusionStage(
     name="tiny",
@@ -96,8 +104,8 @@ def members(clips: list[Clip]) -> Members:
     return assign(STAGE, clips, {clip.sample_id: probe(clip.path) for clip in clips})
 
 
-def _write_weights(path: Path, seed: int) -> Path:
-    model = CODEC.build(device="meta")
+def _write_weights(path: Path, seed: int, codec: Codec = CODEC) -> Path:
+    model = codec.build(device="meta")
     save_file(dict(fresh_parameters(model, lambda name: named_generator(seed, name))), path)
     return path
 
@@ -227,6 +235,83 @@ def test_latents_have_mean_zero_and_deviation_one(job: EncodeJob) -> None:
     torch.testing.assert_close(z_CN.std(1, correction=0), torch.ones(4).double(), rtol=0.01, atol=0)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
+    clips: list[Clip], tmp_path: Path
+) -> None:
+    codec = HUNYUAN.replace(posterior="sample")
+    bucket = Bucket("32px", frames=5, batch=2)
+    stage = STAGE.replace(vae=codec, schedule=(Phase(until=40, buckets=(bucket,)),))
+    weights, module = _write_weights(tmp_path / "vae.safetensors", 0, codec), codec.build()
+    load_weights(module, weights)
+    members = assign(stage, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+    scale = measure_scale(stage, weights, members)
+    store = _sealed(plan_job(stage, weights, scale, members, tmp_path / "latents"))
+    with torch.no_grad():
+        moments = module.moments(_pixels(members.clips[bucket.name], bucket))
+    mean_BCTHW, deviation_BCTHW = moments.chunk(2, dim=1)
+    read = store.read_batch(bucket.name, range(len(moments))).latents_BCTHW.float()
+    assert read.shape[1] == 8
+    std = torch.tensor(scale.std).view(-1, 1, 1, 1)
+    expected = torch.cat([scale.normalise(mean_BCTHW), deviation_BCTHW / std], dim=1)
+    torch.testing.assert_close(read, expected, rtol=BF16_ROUNDING, atol=1e-4)
+    mean_BCTHW, deviation_BCTHW = read.double().chunk(2, dim=1)
+    variance_C = mean_BCTHW.var((0, 2, 3, 4), correction=0) + deviation_BCTHW.square().mean(
+        (0, 2, 3, 4)
+    )
+    torch.testing.assert_close(variance_C, torch.ones(4).double(), rtol=0.02, atol=0)
+    assert deviation_BCTHW.min() > 0
+    same = plan_job(
+        stage.replace(vae=codec.replace(posterior="mean")), weights, scale, members, tmp_path / "b"
+    )
+    assert same.fingerprint != store.schema.fingerprint
+
+
+def _giving(codec: Codec, buckets: tuple[Bucket, ...], patch: int) -> DiffusionStage:
+    model = STAGE.model.replace(image_condition=True, patch=patch)
+    schedule = (Phase(until=40, buckets=buckets),)
+    return STAGE.replace(vae=codec, model=model, given=Given(), schedule=schedule)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("mode", ["dc-ae", "mean", "sample"])
+def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
+    clips: list[Clip], tmp_path: Path, mode: Literal["dc-ae", "mean", "sample"]
+) -> None:
+    if mode == "dc-ae":  # 4 frames are one latent frame: nothing is given there
+        codec, long, short = CODEC, LONG, SHORT
+    else:
+        codec = HUNYUAN.replace(posterior=mode)
+        long, short = (Bucket("32px", frames=frames, batch=2) for frames in (5, 1))
+    stage = _giving(codec, (short, long), patch=1)
+    module = codec.build()
+    weights = _write_weights(tmp_path / "vae.safetensors", 0, codec)
+    load_weights(module, weights)
+    members = assign(stage, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+    scale = measure_scale(stage, weights, members)
+    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    store = _sealed(job)
+    plain = plan_job(
+        STAGE.replace(vae=codec, schedule=stage.schedule), weights, scale, members, tmp_path / "b"
+    )
+    assert plain.fingerprint != job.fingerprint
+    found = LatentSource(stage, store, held_out=False)
+    assert found.fetch(short, np.array([0])).given_BCTHW is None
+    clip_paths = members.clips[long.name][:3]
+    given_BCTHW = found.fetch(long, np.arange(3)).given_BCTHW
+    assert given_BCTHW is not None
+    x_BCTHW = _pixels(clip_paths, long)
+    repeats = 4 if mode == "dc-ae" else 1
+    for place in (0, -1):
+        still_BCTHW = x_BCTHW[:, :, [place]].repeat(1, 1, repeats, 1, 1)
+        with torch.no_grad():
+            alone_BC1HW = scale.normalise(module.encode(still_BCTHW))
+        torch.testing.assert_close(
+            given_BCTHW[:, :, [place]], alone_BC1HW, rtol=BF16_ROUNDING, atol=1e-4
+        )
+    assert not torch.equal(given_BCTHW[:, :, 0], given_BCTHW[:, :, 1])
+
+
 def test_restore_undoes_normalise(scale: Scale) -> None:
     z_BCTHW = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(scale.restore(scale.normalise(z_BCTHW)), z_BCTHW)
@@ -325,6 +410,107 @@ def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) 
     held_out = LatentSource(STAGE, store, held_out=True)
     assert held_out.counts() == {SHORT.name: 2, LONG.name: 2}
     assert held_out.sample_ids(LONG, np.arange(2)).tolist() == [900, 901]
+
+
+def test_the_null_text_comes_with_the_first_shard_and_from_the_store(job: EncodeJob) -> None:
+    store = open_store(job)
+    assert not store.has_null_text()
+    encode_shard(job, store.missing()[0])
+    assert store.has_null_text()
+    null = LatentSource(STAGE, _sealed(job), held_out=False).null_text()
+    assert torch.equal(null.embedding_LD, STAGE.text.null().embedding_LD)
+    assert torch.equal(null.pooled_D, STAGE.text.null().pooled_D)
+
+
+def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
+    job: EncodeJob, tmp_path: Path
+) -> None:
+    store = open_store(job)
+    for shard in store.missing():
+        encode_shard(job, shard)
+    (job.root / NULL_TEXT).unlink()
+    store.seal()
+    sealed = SealedStore.open(job.root, job.fingerprint)
+    assert not LatentSource(STAGE, sealed, held_out=False).null_text().embedding_LD.any()
+    with_files = STAGE.replace(text=T5Clip(t5="none", clip="none"))
+    with pytest.raises(InputError, match="'tiny': its latents were sealed without the null text"):
+        LatentSource(with_files, sealed, held_out=False).null_text()
+
+
+class _RayHere:
+    """As much of Ray as encoding uses; a task runs when it is made."""
+
+    def remote(self, function: Callable[..., Any]) -> SimpleNamespace:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=function))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    get = put
+
+    def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return running[:num_returns], running[num_returns:]
+
+
+def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayHere())
+    told: list[tuple[int, int]] = []
+    first, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+    assert told == [(done, 8) for done in range(9)]
+    (job.root / NULL_TEXT).unlink()
+    again, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+    assert told[9:] == [(8, 8)]
+    assert again == first
+    assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
+
+
+def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(
+    weights: Path,
+    scale: Scale,
+    members: Members,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = tiny_t5_clip(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stage = STAGE.replace(text=encoder.replace(t5="t5", clip="clip"))
+    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    monkeypatch.chdir("/")  # a worker runs elsewhere
+    captions = [clip.text for clip in members.clips[SHORT.name]]
+    expected, null = encoder.encode(captions), encoder.null()
+    store = _sealed(job)
+    for folder in ("t5", "clip"):
+        shutil.rmtree(tmp_path / folder)
+    source = LatentSource(stage, store, held_out=False)
+    text = source.fetch(SHORT, np.arange(len(captions))).text
+    assert text is not None
+    assert text.mask_BL is not None
+    for row, embedding in enumerate(expected):
+        stored_LD = text.text_BLD[row, text.mask_BL[row]]
+        torch.testing.assert_close(stored_LD, embedding.embedding_LD, rtol=BF16_ROUNDING, atol=1e-5)
+        stored_D = text.pooled_BD[row]
+        torch.testing.assert_close(stored_D, embedding.pooled_D, rtol=BF16_ROUNDING, atol=1e-5)
+    assert torch.equal(source.null_text().embedding_LD, null.embedding_LD.bfloat16().float())
+    assert torch.equal(source.null_text().pooled_D, null.pooled_D.bfloat16().float())
+
+
+def test_a_machine_with_another_text_encoder_encodes_nothing(
+    weights: Path, scale: Scale, members: Members, tmp_path: Path
+) -> None:
+    stage = STAGE.replace(text=tiny_t5_clip(tmp_path))
+    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    store = open_store(job)
+    change_weights(tmp_path / "clip")
+    with pytest.raises(InputError, match=r"'tiny': text: .* \(clip differ\)"):
+        encode_shard(job, store.missing()[0])
+    shutil.rmtree(tmp_path / "t5")
+    with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
+        encode_shard(job, store.missing()[0])
+    with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
+        plan_job(stage, weights, scale, members, tmp_path / "latents")
+    assert not store.has_null_text()
 
 
 def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(

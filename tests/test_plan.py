@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models import DCAE, DiT, HunyuanVAE
+from models import DCAE, DiT, HunyuanVAE, T5Clip, WordHash
 from stages import (
     AdamW,
     AutoencoderStage,
     Bucket,
     DiffusionStage,
     Ema,
+    Given,
     Phase,
     Plan,
     PlanError,
@@ -330,6 +331,56 @@ def plans(draw: st.DrawFn) -> Plan:
 @given(plans())
 def test_a_plan_goes_through_json_unchanged(plan: Plan) -> None:
     assert Plan.model_validate(json.loads(json.dumps(plan.model_dump(mode="json")))) == plan
+
+
+@pytest.mark.parametrize(
+    "text", [WordHash(width=8), T5Clip(t5="t5", clip="clip"), T5Clip(t5="a", clip="b", pooled=64)]
+)
+def test_the_text_encoder_reads_back_as_what_it_was(
+    text: WordHash | T5Clip, tmp_path: Path
+) -> None:
+    plan = _load(tmp_path, FILE)
+    child = plan.stage("child").replace(text=text)
+    changed = Plan(plan.name, [plan.stage("parent"), child])
+    again = Plan.model_validate(json.loads(json.dumps(changed.model_dump(mode="json"))))
+    assert again == changed
+    assert type(again.stage("child").text) is type(text)  # type: ignore[union-attr]  # a DiffusionStage
+    assert again.stage("child").build().txt_in.in_features == text.width  # type: ignore[union-attr]
+
+
+def test_given_frames_and_a_model_that_takes_them_come_together(tmp_path: Path) -> None:
+    child = _load(tmp_path, FILE).stage("child")
+    assert isinstance(child, DiffusionStage)
+    taking = child.model.replace(image_condition=True)
+    stage = child.replace(model=taking, given=Given())
+    assert [stage.gives(bucket) for bucket in stage.buckets] == [True, False]
+    assert not any(child.gives(bucket) for bucket in child.buckets)
+    again = DiffusionStage.model_validate(json.loads(stage.model_dump_json()))
+    assert again == stage
+    stills = [Phase(until=160, buckets=[Bucket("64px", frames=1, batch=16)])]
+    for changes, words in (
+        ({"given": Given()}, "'child': given: .*takes no frames: write .*image_condition=True"),
+        ({"model": taking}, r"'child': given: None, .*with given=Given\(\)"),
+        ({"model": taking, "given": Given(), "schedule": stills}, "a single latent frame"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            child.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"none": 0, "head": 0, "loop": 0, "tail": 0}, "every weight is 0"),
+        ({"head": -1}, "head"),
+        ({"haed": 1}, "haed"),
+        ({"tail": float("inf")}, "tail"),
+    ],
+)
+def test_impossible_weights_of_given_frames_are_refused(
+    weights: dict[str, float], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Given(**weights)
 
 
 def test_what_identifies_a_stage_is_all_that_can_change_its_result(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.data.schema import shard_file
+from elastic.data.schema import NULL_TEXT, plan_json, shard_file
 from elastic.data.store import (
     Absent,
     BucketPlan,
@@ -28,6 +29,7 @@ from elastic.data.store import (
     fingerprint,
 )
 from elastic.errors import InputError
+from models.text import TextEmbedding
 
 ROOT = Path(__file__).parent.parent
 PRINT = fingerprint({"codec": "test", "rate": 8})
@@ -267,6 +269,118 @@ def test_a_truncated_shard_is_missing(tmp_path: Path, array: str) -> None:
     assert store.missing() == [(VIDEO, 2)]
     with pytest.raises(DamagedStore, match="is cut off after"):
         SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(11))
+
+
+def test_the_null_text_is_sealed_with_the_store(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, _schema())
+    _fill(store)
+    without = store.seal()
+    assert SealedStore.open(tmp_path, PRINT).null_text is None
+    null = TextEmbedding(torch.randn(3, 6).bfloat16(), torch.randn(5).bfloat16())
+    assert not store.has_null_text()
+    store.publish_null_text(null)
+    digest = store.seal()
+    assert digest != without
+    found = SealedStore.open(tmp_path, PRINT, digest).null_text
+    assert found is not None
+    assert torch.equal(found.embedding_LD, null.embedding_LD.float())
+    assert torch.equal(found.pooled_D, null.pooled_D.float())
+    data = bytearray((tmp_path / NULL_TEXT).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / NULL_TEXT).write_bytes(data)
+    with pytest.raises(DamagedStore, match=r"null_text\.safetensors is not what was sealed"):
+        SealedStore.open(tmp_path, PRINT)
+    (tmp_path / NULL_TEXT).unlink()
+    with pytest.raises(DamagedStore, match="delete it and"):
+        SealedStore.open(tmp_path, PRINT)
+
+
+def _with_stills() -> StoreSchema:
+    schema = _schema()
+    video, image = schema.buckets
+    return replace(schema, buckets=(replace(video, given=(4, 2, 3, 5)), image))
+
+
+def _fill_with_stills(store: LatentStore) -> None:
+    for bucket, shard in store.missing():
+        samples = []
+        for number in store.planned((bucket, shard)):
+            sample = _sample(store.schema, bucket, number)
+            still = _still(number) if bucket == VIDEO else None
+            samples.append(sample._replace(given_CTHW=still))
+        store.write_shard(
+            bucket, shard, [Absent(102, "cut") if s[0] == 102 else s for s in samples]
+        )
+
+
+def _still(number: int) -> torch.Tensor:
+    made = torch.Generator().manual_seed(9000 + number)
+    return torch.randn((4, 2, 3, 5), generator=made).to(torch.bfloat16)
+
+
+def test_stills_of_given_frames_are_kept_where_the_plan_has_them(tmp_path: Path) -> None:
+    schema = _with_stills()
+    store = LatentStore.create(tmp_path, schema)
+    _fill_with_stills(store)
+    digest = store.seal()
+    assert LatentStore.open(tmp_path).schema == schema
+    sealed = SealedStore.open(tmp_path, PRINT, digest)
+    ids = [n for n in schema.bucket(VIDEO).sample_ids if n != 102]
+    order = random.Random(1).sample(range(10), 10)
+    batch = sealed.read_batch(VIDEO, order)
+    assert batch.given_BCTHW is not None
+    for place, index in enumerate(order):
+        assert torch.equal(batch.given_BCTHW[place], _still(ids[index]))
+        wanted = _sample(schema, VIDEO, ids[index])
+        assert torch.equal(batch.latents_BCTHW[place], wanted.latent_CTHW)
+    assert sealed.read_batch(IMAGE, [0]).given_BCTHW is None
+    group = zarr.open_group(tmp_path, mode="r")
+    array = group[VIDEO]["given"]
+    assert array.shape == (11, 4, 2, 3, 5)
+    assert group[VIDEO]["crc32c"].shape == (11, 4)
+    assert group[IMAGE]["crc32c"].shape == (3, 3)
+    assert torch.equal(torch.from_numpy(array[5]).view(torch.bfloat16), _still(105))
+    assert (array[2] == 0x7FC0).all()
+    assert "given" not in group[IMAGE]
+
+
+def test_damaged_stills_are_found_and_only_their_shard_is_redone(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, _with_stills())
+    _fill_with_stills(store)
+    digest = store.seal()
+    path = shard_file(tmp_path, VIDEO, "given", 1)
+    data = bytearray(path.read_bytes())
+    data[1] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(DamagedStore, match=r"given of sample 104 .*CRC"):
+        SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(10))
+    path.unlink()
+    assert store.missing() == [(VIDEO, 1)]
+    _fill_with_stills(store)
+    assert store.seal() == digest
+    SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(10))
+
+
+def test_a_sample_has_stills_exactly_where_the_plan_has_them(tmp_path: Path) -> None:
+    store = LatentStore.create(tmp_path, _with_stills())
+    bare = [_sample(store.schema, VIDEO, n) for n in store.planned((VIDEO, 0))]
+    with pytest.raises(ValueError, match=r"bucket '32px-5f' keeps .*'given'.*got"):
+        store.write_shard(VIDEO, 0, bare)
+    image = [
+        _sample(store.schema, IMAGE, n)._replace(given_CTHW=_still(n))
+        for n in store.planned((IMAGE, 0))
+    ]
+    with pytest.raises(ValueError, match=r"bucket '64px-1f' keeps"):
+        store.write_shard(IMAGE, 0, image)
+    with pytest.raises(InputError, match="buckets is"):
+        LatentStore.create(tmp_path, _schema())
+
+
+def test_a_plan_without_stills_is_written_as_ever() -> None:
+    """Stores that were started before stills were kept stay what they are."""
+    bucket = plan_json(_schema())["buckets"][VIDEO]
+    assert set(bucket) == {"shape", "num_samples", "sample_ids"}
+    assert _schema().arrays(VIDEO) == ("latent", "text", "pooled")
 
 
 def test_changed_rows_are_found_when_opened(tmp_path: Path) -> None:

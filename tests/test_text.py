@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.text import WordHash, pad
+from models.text import TextBatch, TextEmbedding, WordHash, pad, without_text
 
 ENCODER = WordHash()
 WORDS = st.lists(st.sampled_from(["a", "red", "blue", "circle", "moving", "left"]), max_size=9)
@@ -95,6 +95,36 @@ def test_padding_keeps_every_caption_and_marks_where_it_ends(captions: list[str]
         assert not text_BLD[row, length:].any()
         assert mask_BL[row].tolist() == [at < length for at in range(text_BLD.shape[1])]
         assert torch.equal(pooled_BD[row], embedding.pooled_D)
+
+
+@given(words=st.lists(WORDS, min_size=1, max_size=4))
+def test_the_longest_caption_is_found_without_encoding(words: list[list[str]]) -> None:
+    captions = [" ".join(each) for each in words]
+    encoded = ENCODER.encode(captions)
+    assert ENCODER.most_tokens(captions) == max(len(each.embedding_LD) for each in encoded)
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("num_null", [1, 2, 5])
+def test_dropping_replaces_either_half_of_either_row_by_the_null_text(
+    num_null: int, has_mask: bool
+) -> None:
+    captions = ENCODER.encode(["a red circle", "blue circle moving"])
+    null = TextEmbedding(torch.randn(num_null, 64), torch.randn(64))
+    whole = pad(captions)
+    text = whole if has_mask else TextBatch(whole.text_BLD, None, whole.pooled_BD)
+    for tokens in ([False, False], [True, False], [True, True]):
+        for pooled in ([False, False], [False, True], [True, True]):
+            text_BLD, mask_BL, pooled_BD = without_text(
+                text, null, torch.tensor(tokens), torch.tensor(pooled)
+            )
+            assert mask_BL is not None
+            assert text_BLD.shape[1] == mask_BL.shape[1] == max(3, num_null)
+            for row, caption in enumerate(captions):
+                wanted_LD = (null if tokens[row] else caption).embedding_LD
+                assert torch.equal(text_BLD[row, mask_BL[row]], wanted_LD)
+                assert not text_BLD[row, ~mask_BL[row]].any()
+                assert torch.equal(pooled_BD[row], (null if pooled[row] else caption).pooled_D)
 
 
 def test_an_empty_batch_is_refused() -> None:

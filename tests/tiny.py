@@ -79,7 +79,7 @@ class DrawnLatents:
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         ids, codec = self.sample_ids(bucket, indices), self._stage.codec
-        shape = (codec.channels, *codec.grid(bucket.frames, bucket.height, bucket.width))
+        shape = (codec.stored_channels, *codec.grid(bucket.frames, bucket.height, bucket.width))
         draws = [sample_generator(0, "drawn", "latent", "", 0, int(number)) for number in ids]
         # Near one pattern of four, so that there is something to learn.
         kinds = [sample_generator(0, "drawn", "kind", "", 0, int(number) % 4) for number in ids]
@@ -88,7 +88,11 @@ class DrawnLatents:
         # Captions of different lengths, so that padding matters.
         captions = ["a moving shape"[: 1 + int(number) % 14] for number in ids]
         text = pad(self._stage.text.encode(captions))
-        return Samples(x_BCTHW, text, ids, torch.ones(len(ids)))
+        ends_BCTHW = None
+        if self._stage.gives(bucket):
+            draws = [sample_generator(0, "drawn", "ends", "", 0, int(number)) for number in ids]
+            ends_BCTHW = normals(draws, (codec.channels, 2, *shape[2:]))
+        return Samples(x_BCTHW, text, ids, torch.ones(len(ids)), ends_BCTHW)
 
 
 def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching:
@@ -98,6 +102,7 @@ def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching
         stage,
         DrawnLatents(stage, counts, 100, poisoned),
         DrawnLatents(stage, dict.fromkeys(counts, 5), 5000),
+        stage.text.null(),
     )
 
 

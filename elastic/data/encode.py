@@ -22,6 +22,7 @@ from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.weights import file_digest, load_weights
 from models.codec import Codec, CodecModule
+from models.text import TextEncoder
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage
 
@@ -46,6 +47,10 @@ class Scale:
         mean, std = self._shaped(z_BCTHW)
         return (z_BCTHW - mean) / std
 
+    def spread(self, deviation_BCTHW: Tensor) -> Tensor:
+        """Deviations of the codec to deviations of the store."""
+        return deviation_BCTHW / self._shaped(deviation_BCTHW)[1]
+
     def restore(self, z_BCTHW: Tensor) -> Tensor:
         """Latents of the store to latents of the codec."""
         mean, std = self._shaped(z_BCTHW)
@@ -66,6 +71,8 @@ class EncodeJob:
     scale: Scale
     members: Members
     root: Path  # of the store
+    text: TextEncoder  # the stage's, to be used in any folder
+    text_fields: dict[str, str | int | float]
 
     @property
     def fingerprint(self) -> str:
@@ -81,18 +88,25 @@ def plan_job(
     captions = hashlib.blake2b(digest_size=16)
     for name, clips in sorted(members.clips.items()):
         captions.update(json.dumps([name, [(c.sample_id, c.text) for c in clips]]).encode())
+    try:
+        text_fields = stage.text.fingerprint_fields()
+    except ValueError as error:
+        raise InputError(f"stage {stage.name!r}: {error}") from None
     fields: dict[str, Any] = {  # Any: JSON
         "codec": stage.codec.fingerprint_fields(),
         "weights": digest,
         "scale": [scale.mean, scale.std],
-        "text": stage.text.fingerprint_fields(),
+        "text": text_fields,
         "rate": stage.rate,
         "decode": DECODE_VERSION,
         "clips": captions.hexdigest(),
     }
+    if stage.given is not None:
+        fields["given"] = {"frames": "first, last", "still": stage.codec.nearest_frames(0)}
     root = latents / fingerprint(fields)
     write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
-    return EncodeJob(stage, weights, digest, scale, members, root)
+    text = stage.text.located()
+    return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
 
 def open_store(job: EncodeJob) -> LatentStore:
@@ -100,19 +114,22 @@ def open_store(job: EncodeJob) -> LatentStore:
     stage, buckets, largest = job.stage, [], 1
     for bucket in stage.buckets:
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-        shape = (stage.codec.channels, *grid)
+        shape = (stage.codec.stored_channels, *grid)
         largest = max(largest, 2 * int(np.prod(shape)))
+        given = (stage.codec.channels, 2, *grid[1:]) if stage.gives(bucket) else None
         for name, clips in job.members.clips.items():
             if name.split(".")[0] == bucket.name:
                 ids = tuple(clip.sample_id for clip in clips)
-                buckets.append(BucketPlan(name=name, shape=shape, sample_ids=ids))
+                plan = BucketPlan(name=name, shape=shape, sample_ids=ids, given=given)
+                buckets.append(plan)
     texts = {clip.text for clips in job.members.clips.values() for clip in clips}
-    longest = max(len(stage.text.encode([text])[0].embedding_LD) for text in texts)
+    text_tokens = stage.text.most_tokens(texts)
+    largest = max(largest, 2 * text_tokens * stage.text.width)
     schema = StoreSchema(
         fingerprint=job.fingerprint,
         buckets=tuple(buckets),
         samples_per_shard=max(1, min(SHARD_BYTES // largest, SHARD_SAMPLES)),
-        text_tokens=longest,
+        text_tokens=text_tokens,
         text_width=stage.text.width,
         pooled_width=stage.text.pooled_width,
     )
@@ -120,7 +137,11 @@ def open_store(job: EncodeJob) -> LatentStore:
 
 
 def encode_shard(job: EncodeJob, shard: ShardId) -> int:
-    """Encode and commit one shard; returns how many of its clips could not be decoded."""
+    """Encode and commit one shard; returns how many of its clips could not be decoded.
+
+    Whoever comes first also publishes the text that stands for no text.
+    """
+    encode_null_text(job)
     store = LatentStore.open(job.root)
     bucket = next(b for b in job.stage.buckets if b.name == shard[0].split(".")[0])
     clips = {clip.sample_id: clip for clip in job.members.clips[shard[0]]}
@@ -135,6 +156,27 @@ def encode_shard(job: EncodeJob, shard: ShardId) -> int:
     return sum(isinstance(sample, Absent) for sample in samples)
 
 
+def encode_null_text(job: EncodeJob) -> None:
+    """Publish the text that stands for no text, unless it is there.
+
+    InputError if this machine's text encoder cannot be used, or is not the one that was planned.
+    """
+    store = LatentStore.open(job.root)
+    try:
+        found = job.text.fingerprint_fields()
+        differing = [name for name in found if found[name] != job.text_fields[name]]
+        if differing:
+            raise InputError(
+                f"stage {job.stage.name!r}: text: the encoder's files here are not those "
+                f"that the encoding was planned with ({', '.join(differing)} differ); give every "
+                "machine the same folder"
+            )
+        if not store.has_null_text():
+            store.publish_null_text(job.text.null())
+    except ValueError as error:
+        raise InputError(f"stage {job.stage.name!r}: {error}") from None
+
+
 def chunk_size(codec: Codec) -> int:
     """How many clips are encoded or decoded at once."""
     # Clips that need tiles are large themselves, and tiles go through one sample at a time.
@@ -147,20 +189,57 @@ def _encode(
     decoded = [_decode(clip, bucket, job.stage.rate) for clip in clips]
     good = [x for x in decoded if isinstance(x, Tensor)]
     latents: list[Tensor] = []
+    stills: list[Tensor] | list[None] = [None] * len(good)
     if good:
         device = next(codec.parameters()).device
-        with torch.no_grad():
-            z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu()
-        latents = list(job.scale.normalise(z_BCTHW).to(torch.bfloat16))
+        x_BCTHW = to_unit(torch.stack(good)).to(device)
+        latents = list(stored_latents(job.stage.codec, codec, job.scale, x_BCTHW))
+        if job.stage.gives(bucket):
+            ends = [
+                encode_still(job.stage.codec, codec, job.scale, x_BCTHW[:, :, [at]])
+                for at in (0, -1)
+            ]
+            stills = list(torch.cat(ends, dim=2).to(torch.bfloat16).cpu())
+    texts = job.text.encode([clip.text for clip in clips])
     samples: list[Sample | Absent] = []
-    for clip, x in zip(clips, decoded, strict=True):
+    for clip, x, text in zip(clips, decoded, texts, strict=True):
         if isinstance(x, str):
             samples.append(Absent(clip.sample_id, x))
             continue
-        text = job.stage.text.encode([clip.text])[0]
         text_LD, pooled_P = text.embedding_LD.bfloat16(), text.pooled_D.bfloat16()
-        samples.append(Sample(clip.sample_id, latents.pop(0).contiguous(), text_LD, pooled_P))
+        latent_CTHW = latents.pop(0).contiguous()
+        samples.append(Sample(clip.sample_id, latent_CTHW, text_LD, pooled_P, stills.pop(0)))
     return samples
+
+
+def stored_latents(codec: Codec, module: CodecModule, scale: Scale, x_BCTHW: Tensor) -> Tensor:
+    """What a store holds of clips in [-1, 1]: bf16 on the CPU, (B, stored channels, T, H, W)."""
+    mean_BCTHW, deviation_BCTHW = _posterior(codec, module, x_BCTHW)
+    z_BCTHW = scale.normalise(mean_BCTHW)
+    if deviation_BCTHW is not None:
+        z_BCTHW = torch.cat([z_BCTHW, scale.spread(deviation_BCTHW)], dim=1)
+    return z_BCTHW.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def encode_still(codec: Codec, module: CodecModule, scale: Scale, x_BC1HW: Tensor) -> Tensor:
+    """One picture as a store normalises it, (B, C, 1, H, W): the posterior's mean, always.
+
+    Encoded as the shortest clip that the codec takes, the picture in every frame of it.
+    """
+    num_frames = codec.nearest_frames(0)
+    z_BC1HW = module.encode(x_BC1HW.expand(-1, -1, num_frames, -1, -1))
+    assert z_BC1HW.shape[2] == 1, f"{codec.name}: {num_frames} frames gave {z_BC1HW.shape}"
+    return scale.normalise(z_BC1HW)
+
+
+@torch.no_grad()
+def _posterior(codec: Codec, module: CodecModule, x_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Latents on the CPU, not normalised; with their deviation if samples are asked for."""
+    if codec.mode == "mean":
+        return module.encode(x_BCTHW).cpu(), None
+    mean_BCTHW, deviation_BCTHW = module.moments(x_BCTHW).cpu().chunk(2, dim=1)
+    return mean_BCTHW, deviation_BCTHW
 
 
 def _decode(clip: Clip, bucket: Bucket, rate: float) -> Tensor | str:
@@ -179,7 +258,10 @@ def find_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
 
 
 def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
-    """Mean and deviation of each channel over the first clips of the stage's longest bucket."""
+    """Mean and deviation of each channel over the first clips of the stage's longest bucket.
+
+    Of what a DiT is trained on: the variance of the posterior counts where that is sampled.
+    """
     bucket = max(stage.buckets, key=lambda b: b.frames)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
@@ -191,12 +273,14 @@ def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Sca
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:
             continue
-        with torch.no_grad():
-            z_BCTHW = codec.encode(to_unit(torch.stack(good)).to(device)).cpu().double()
-        z_CN = z_BCTHW.transpose(0, 1).flatten(1)
+        x_BCTHW = to_unit(torch.stack(good)).to(device)
+        z_BCTHW, deviation_BCTHW = _posterior(stage.codec, codec, x_BCTHW)
+        z_CN = z_BCTHW.double().transpose(0, 1).flatten(1)
         sums += torch.stack(
             [torch.full_like(sums[0], z_CN.shape[1]), z_CN.sum(1), z_CN.square().sum(1)]
         )
+        if deviation_BCTHW is not None:
+            sums[2] += deviation_BCTHW.double().square().sum(dim=(0, 2, 3, 4))
     count, total, squares = sums
     if not count.any():
         raise InputError(

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from stages.stage import Stage
 class Samples:
     """Tensors of some samples: pixels (B 3 T H W in [-1, 1]) or latents (B C t h w), and text.
 
+    `given_BCTHW` are the stills (B C 2 h w) of their first and last frames, where those are given.
     A sample that could not be read has weight 0 and a reason.
     """
 
@@ -28,6 +29,7 @@ class Samples:
     text: TextBatch | None
     ids: Indices
     weight_B: Tensor
+    given_BCTHW: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ def rounds_of(plan: BatchPlan, source: Source, rank: int, world: int) -> Iterato
     for turn, (offsets, num_real) in enumerate(dealt):
         samples = source.fetch(plan.bucket, plan.indices[offsets])
         real_B = torch.arange(len(offsets)) < num_real
-        weighted = Samples(
-            samples.x_BCTHW, samples.text, samples.ids, samples.weight_B * real_B.float()
-        )
+        weighted = replace(samples, weight_B=samples.weight_B * real_B.float())
         yield Micro(
             position=plan.position,
             bucket=plan.bucket,

@@ -18,8 +18,9 @@ ShardId = tuple[str, int]
 class Commit:
     """What one shard holds, slot by slot; `absent` gives the reason for each slot without data.
 
-    `lengths` are text tokens, `crcs` CRC-32C of latent, text and pooled, `num_bytes` the sizes of
-    the three files. Absent slots have length 0 and CRCs 0.
+    `lengths` are text tokens; `crcs` are CRC-32C of a sample's part in each array of the bucket,
+    and `num_bytes` the sizes of the arrays' files, in the order of `StoreSchema.arrays`. Absent
+    slots have length 0 and CRCs 0.
     """
 
     bucket: str

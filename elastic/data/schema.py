@@ -16,8 +16,8 @@ from elastic.errors import InputError
 
 SCHEMA = 1
 TEXT_BLOCK = 8  # tokens; one by one the index would grow as large as short embeddings
-AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP"}
-ARRAYS = tuple(AXES)
+AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP", "given": "BCTHW"}
+NULL_TEXT = "null_text.safetensors"  # in the root: what dropped text is replaced by
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
 
@@ -29,11 +29,15 @@ def fingerprint(fields: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketPlan:
-    """The samples of a bucket in the order of the store, and the shape C,T,H,W of a latent."""
+    """The samples of a bucket in the order of the store, and the shape C,T,H,W of a latent.
+
+    `given` is the shape C,2,H,W of the stills of a clip's first and last frame, if they are kept.
+    """
 
     name: str
     shape: tuple[int, int, int, int]
     sample_ids: tuple[int, ...]
+    given: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.name):
@@ -75,24 +79,28 @@ class StoreSchema:
         """The bucket of that name."""
         return next(bucket for bucket in self.buckets if bucket.name == name)
 
+    def arrays(self, name: str) -> tuple[str, ...]:
+        """The arrays of the bucket that hold a part of every sample, in the order of its CRCs."""
+        return tuple(self.shapes(name))
+
     def shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """For each array of the bucket: shape of one sample as stored, and of one inner chunk."""
-        blocks = -(-self.text_tokens // TEXT_BLOCK)
-        return {
-            "latent": (self.bucket(name).shape, self.bucket(name).shape),
+        blocks, bucket = -(-self.text_tokens // TEXT_BLOCK), self.bucket(name)
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+            "latent": (bucket.shape, bucket.shape),
             "text": ((blocks * TEXT_BLOCK, self.text_width), (TEXT_BLOCK, self.text_width)),
             "pooled": ((self.pooled_width,), (self.pooled_width,)),
         }
+        if bucket.given is not None:
+            shapes["given"] = (bucket.given, bucket.given)
+        return shapes
 
     def sample_bytes(self, name: str, lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Bytes that each present sample takes in each array, given its number of text tokens."""
         fixed = {array: 2 * int(np.prod(s)) for array, (s, _) in self.shapes(name).items()}
         blocks = -(-lengths // TEXT_BLOCK)
-        return {
-            "latent": np.full_like(lengths, fixed["latent"]),
-            "text": blocks * (TEXT_BLOCK * self.text_width * 2),
-            "pooled": np.full_like(lengths, fixed["pooled"]),
-        }
+        ragged = {"text": blocks * (TEXT_BLOCK * self.text_width * 2)}
+        return {**{a: np.full_like(lengths, size) for a, size in fixed.items()}, **ragged}
 
 
 def shard_file(root: Path, bucket: str, array: str, shard: int) -> Path:
@@ -124,8 +132,11 @@ def load_schema(root: Path) -> StoreSchema:
                 f"{str(root)!r}: plan-{name}.i64 is damaged, its digest is not that of plan.json; "
                 f"delete the folder and encode again"
             )
+        given = tuple(known["given"]) if "given" in known else None
         shape = tuple(known["shape"])
-        buckets.append(BucketPlan(name=name, shape=shape, sample_ids=tuple(ids.tolist())))
+        buckets.append(
+            BucketPlan(name=name, shape=shape, sample_ids=tuple(ids.tolist()), given=given)
+        )
     sizes = {name: plan[name] for name in _SIZES}
     return StoreSchema(fingerprint=plan["fingerprint"], buckets=tuple(buckets), **sizes)
 
@@ -138,6 +149,7 @@ def plan_json(schema: StoreSchema) -> dict[str, Any]:  # Any: a JSON tree
             "shape": list(bucket.shape),
             "num_samples": len(bucket.sample_ids),
             "sample_ids": array_digest(np.asarray(bucket.sample_ids, "<i8")),
+            **({"given": list(bucket.given)} if bucket.given is not None else {}),
         }
         for bucket in schema.buckets
     }

@@ -13,11 +13,19 @@ from typing import NamedTuple, Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load
 from torch import Tensor
 
-from elastic.data.schema import ARRAYS, StoreSchema, array_digest, load_schema, shard_file
+from elastic.data.schema import (
+    NULL_TEXT,
+    StoreSchema,
+    array_digest,
+    load_schema,
+    shard_file,
+)
 from elastic.data.shards import Bytes, canonical_digest, chunk_name, crc32c
 from elastic.errors import InputError
+from models.text import TextEmbedding
 
 _OPEN_FILES = 192
 _Item = TypeVar("_Item", bound=np.generic)
@@ -28,12 +36,16 @@ class DamagedStore(Exception):
 
 
 class LatentBatch(NamedTuple):
-    """Latents B,C,T,H,W, texts L,D of their true lengths, pooled B,P, all bf16; ids int64 B."""
+    """Latents B,C,T,H,W, texts L,D of their true lengths, pooled B,P, all bf16; ids int64 B.
+
+    `given_BCTHW` are the stills B,C,2,H,W of the first and last frames, where the store has them.
+    """
 
     latents_BCTHW: Tensor
     texts_LD: list[Tensor]
     pooled_BP: Tensor
     sample_ids: NDArray[np.int64]
+    given_BCTHW: Tensor | None = None
 
 
 class _Rows(NamedTuple):
@@ -53,9 +65,18 @@ class SealedStore:
     by several threads.
     """
 
-    def __init__(self, root: Path, schema: StoreSchema, digest: str, rows: dict[str, _Rows]):
+    def __init__(
+        self,
+        root: Path,
+        schema: StoreSchema,
+        digest: str,
+        rows: dict[str, _Rows],
+        null_text: TextEmbedding | None,
+    ) -> None:
         self.digest = digest
         self.schema = schema
+        self.null_text = null_text
+        """What dropped text is replaced by, fp32; None in stores that were sealed without it."""
         self._root = root
         self._rows = rows
         self._files = _Files()
@@ -86,7 +107,8 @@ class SealedStore:
             bucket.name: _load_rows(root, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
         }
-        return cls(root, schema, found["digest"], rows)
+        null_text = read_null_text(root, sealed["null_text"]) if "null_text" in sealed else None
+        return cls(root, schema, found["digest"], rows, null_text)
 
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
@@ -116,12 +138,17 @@ class SealedStore:
         if len(out) != len(indices):
             raise ValueError(f"{len(indices)} samples do not fill a buffer of {len(out)}")
         pooled_BP = torch.empty((len(indices), self.schema.pooled_width), dtype=torch.bfloat16)
+        given = self.schema.bucket(bucket).given
+        given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
         texts = []
         for place, index in enumerate(indices):
             self.read(bucket, int(index), out[place])
             self._fill(bucket, "pooled", int(index), _bytes_of(pooled_BP[place]))
             texts.append(self._text(bucket, int(index)))
-        return LatentBatch(out, texts, pooled_BP, rows.sample_id[np.asarray(indices, np.int64)])
+            if given_BCTHW is not None:
+                self._fill(bucket, "given", int(index), _bytes_of(given_BCTHW[place]))
+        ids = rows.sample_id[np.asarray(indices, np.int64)]
+        return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
 
     def _text(self, bucket: str, index: int) -> Tensor:
         length = self._rows[bucket].length[index]
@@ -148,9 +175,22 @@ class SealedStore:
             if step == 0:
                 raise DamagedStore(f"{what} is cut off after {got} bytes; {remedy}")
             got += step
-        found, sealed = crc32c(out), int(rows.crcs[index, ARRAYS.index(array)])
+        column = self.schema.arrays(bucket).index(array)
+        found, sealed = crc32c(out), int(rows.crcs[index, column])
         if found != sealed:
             raise DamagedStore(f"{what} has CRC {found:08x}, sealed was {sealed:08x}; {remedy}")
+
+
+def read_null_text(root: Path, digest: str | None = None) -> TextEmbedding:
+    """The text that stands for no text of a store; DamagedStore if it is another than `digest`."""
+    path = root / NULL_TEXT
+    data = path.read_bytes() if path.exists() else b""
+    if not data or (digest and array_digest(np.frombuffer(data, np.uint8)) != digest):
+        raise DamagedStore(
+            f"{path} is not what was sealed; delete it and zarr.json there and encode again"
+        )
+    tensors = load(data)
+    return TextEmbedding(tensors["text"].float(), tensors["pooled"].float())
 
 
 class _File:
@@ -186,7 +226,8 @@ def _load_rows(root: Path, schema: StoreSchema, bucket: str, sealed: dict[str, s
     count = len(schema.bucket(bucket).sample_ids)
     ids = _load(root, bucket, "sample_id", np.zeros(count, "<i8"), sealed)
     lengths = _load(root, bucket, "text_length", np.zeros(count, "<i4"), sealed).astype(np.int64)
-    crcs = _load(root, bucket, "crc32c", np.zeros((count, len(ARRAYS)), "<u4"), sealed)
+    num_arrays = len(schema.arrays(bucket))
+    crcs = _load(root, bucket, "crc32c", np.zeros((count, num_arrays), "<u4"), sealed)
     here = ids >= 0
     shard = np.arange(count)[here] // schema.samples_per_shard
     # The first present sample of each shard: what lies before it lies in other files.

@@ -11,9 +11,10 @@ from elastic.data.load import Samples
 from elastic.data.order import Indices
 from elastic.data.sealed import SealedStore
 from elastic.data.table import Clip
-from models.text import TextEmbedding, pad
+from elastic.errors import InputError
+from models.text import TextEmbedding, WordHash, pad
 from stages.schedule import Bucket
-from stages.stage import Stage
+from stages.stage import DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,21 @@ class VideoSource:
 class LatentSource:
     """Reads latents and text from a sealed store; no video is opened."""
 
-    def __init__(self, stage: Stage, store: SealedStore, held_out: bool) -> None:
+    def __init__(self, stage: DiffusionStage, store: SealedStore, held_out: bool) -> None:
         self._store = store
+        self._stage = stage
         self._names = {b.name: held_out_name(b) if held_out else b.name for b in stage.buckets}
+
+    def null_text(self) -> TextEmbedding:
+        """What dropped text is replaced by."""
+        if self._store.null_text is not None:
+            return self._store.null_text
+        if isinstance(self._stage.text, WordHash):
+            return self._stage.text.null()  # a store of before it was kept there
+        raise InputError(
+            f"stage {self._stage.name!r}: its latents were sealed without the null text; "
+            "encode again"
+        )
 
     def counts(self) -> dict[str, int]:
         """Samples of each bucket, by its name."""
@@ -85,4 +98,5 @@ class LatentSource:
             text=pad(texts),
             ids=read.sample_ids,
             weight_B=torch.ones(len(indices)),
+            given_BCTHW=None if read.given_BCTHW is None else read.given_BCTHW.float(),
         )

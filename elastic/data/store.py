@@ -2,7 +2,8 @@
 
 A standard zarr v3 group for each bucket, with these arrays over its N planned samples:
 `latent` [N,C,T,H,W] and `text` [N,L,D] and `pooled` [N,P], bf16 kept as uint16, in shards of
-`samples_per_shard`; `sample_id` [N], -1 for an absent sample; `text_length` [N]; `crc32c` [N,3].
+`samples_per_shard`; `sample_id` [N], -1 for an absent sample; `text_length` [N]; `crc32c`, one for
+each of these arrays. Where frames are given in training, `given` [N,C,2,H,W] holds their stills.
 Text is ragged on the disk: chunks of 8 tokens, those beyond a sample's length are absent.
 """
 
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor
 
 from elastic.data import manifest
 from elastic.data.manifest import Commit, ShardId
 from elastic.data.schema import (
-    ARRAYS,
     AXES,
+    NULL_TEXT,
     BucketPlan,
     StoreSchema,
     array_digest,
@@ -47,6 +49,7 @@ from elastic.data.shards import (
     sharded_json,
 )
 from elastic.errors import InputError
+from models.text import TextEmbedding
 
 __all__ = [
     "Absent",
@@ -71,6 +74,7 @@ class Sample(NamedTuple):
     latent_CTHW: Tensor
     text_LD: Tensor
     pooled_P: Tensor
+    given_CTHW: Tensor | None = None  # stills of the first and last frame, where the plan has them
 
 
 class Absent(NamedTuple):
@@ -101,6 +105,16 @@ class LatentStore:
         if not (root / "plan.json").exists():
             raise InputError(f"{str(root)!r} holds no latent store: plan.json is missing; encode")
         return cls(root, load_schema(root))
+
+    def has_null_text(self) -> bool:
+        """Whether the text that stands for no text has been published."""
+        return (self.root / NULL_TEXT).is_file()
+
+    def publish_null_text(self, null: TextEmbedding) -> None:
+        """Keep the text that stands for no text, so that training needs no text encoder."""
+        text_LD, pooled_P = (tensor.bfloat16().contiguous() for tensor in null)
+        data = save({"text": text_LD, "pooled": pooled_P})
+        publish(self.root / NULL_TEXT, [np.frombuffer(data, np.uint8)])
 
     def shard_ids(self) -> list[ShardId]:
         """All shards of the plan, in order."""
@@ -137,8 +151,9 @@ class LatentStore:
             raise ValueError(f"shard {shard} of {bucket!r} is planned as {ids}, got {given}")
         parts = [self._parts(bucket, sample) for sample in samples]
         num_bytes = []
-        for place, array in enumerate(ARRAYS):
-            pieces = self._pieces(bucket, array, [p and p[place] for p in parts])
+        arrays = self.schema.arrays(bucket)
+        for place, array in enumerate(arrays):
+            pieces = self._pieces(bucket, array, [p[place] if p else None for p in parts])
             publish(self._file(bucket, array, shard), pieces)
             num_bytes.append(sum(piece.nbytes for piece in pieces))
         commit = Commit(
@@ -146,11 +161,11 @@ class LatentStore:
             shard=shard,
             sample_ids=list(ids),
             lengths=[s.text_LD.shape[0] if isinstance(s, Sample) else 0 for s in samples],
-            crcs=[[crc32c(data) for data in p] if p else [0, 0, 0] for p in parts],
+            crcs=[[crc32c(data) for data in p] if p else [0] * len(arrays) for p in parts],
             absent={s.sample_id: s.reason for s in samples if isinstance(s, Absent)},
             num_bytes=num_bytes,
         )
-        # Last: the line says that the three files are whole and on the disk.
+        # Last: the line says that the files are whole and on the disk.
         manifest.append(self._own_manifest, commit)
 
     def seal(self) -> str:
@@ -176,6 +191,8 @@ class LatentStore:
             self._describe(bucket, arrays)
         for commit in committed.values():
             content["absent"].update({str(n): why for n, why in commit.absent.items()})
+        if self.has_null_text():
+            content["null_text"] = array_digest(np.fromfile(self.root / NULL_TEXT, np.uint8))
         digest = canonical_digest(content)
         publish_json(self.root / f"manifest-{digest}.json", content)
         # Last: this file is what `SealedStore.open` looks for.
@@ -212,7 +229,8 @@ class LatentStore:
     def _fits(self, commit: Commit) -> bool:
         if tuple(commit.sample_ids) != self.planned((commit.bucket, commit.shard)):
             return False
-        for array, num_bytes in zip(ARRAYS, commit.num_bytes, strict=True):
+        arrays = self.schema.arrays(commit.bucket)
+        for array, num_bytes in zip(arrays, commit.num_bytes, strict=True):
             path = self._file(commit.bucket, array, commit.shard)
             if not path.is_file() or path.stat().st_size != num_bytes:
                 return False
@@ -223,7 +241,7 @@ class LatentStore:
         here = [number not in commit.absent for number in commit.sample_ids]
         lengths = np.asarray(commit.lengths, np.int64)[here]
         sizes = self.schema.sample_bytes(commit.bucket, lengths)
-        for place, array in enumerate(ARRAYS):
+        for place, array in enumerate(self.schema.arrays(commit.bucket)):
             data = np.fromfile(self._file(commit.bucket, array, commit.shard), np.uint8)
             expected = [c[place] for c, is_here in zip(commit.crcs, here, strict=True) if is_here]
             ends = np.cumsum(sizes[array])
@@ -235,15 +253,23 @@ class LatentStore:
     def _file(self, bucket: str, array: str, shard: int) -> Path:
         return shard_file(self.root, bucket, array, shard)
 
-    def _parts(self, bucket: str, sample: Sample | Absent) -> tuple[Bytes, Bytes, Bytes] | None:
+    def _parts(self, bucket: str, sample: Sample | Absent) -> list[Bytes] | None:
         """The bytes of a sample in each array; text is filled up to whole blocks with zeros."""
         if isinstance(sample, Absent):
             return None
         schema = self.schema
         length = sample.text_LD.shape[0]
-        wanted = (schema.bucket(bucket).shape, (length, schema.text_width), (schema.pooled_width,))
-        tensors = (sample.latent_CTHW, sample.text_LD, sample.pooled_P)
-        for array, tensor, shape in zip(ARRAYS, tensors, wanted, strict=True):
+        tensors = {"latent": sample.latent_CTHW, "text": sample.text_LD, "pooled": sample.pooled_P}
+        if sample.given_CTHW is not None:
+            tensors["given"] = sample.given_CTHW
+        if tuple(tensors) != schema.arrays(bucket):
+            raise ValueError(
+                f"sample {sample.sample_id}: bucket {bucket!r} keeps {schema.arrays(bucket)}, "
+                f"got {tuple(tensors)}"
+            )
+        shapes = {array: sample_shape for array, (sample_shape, _) in schema.shapes(bucket).items()}
+        for array, tensor in tensors.items():
+            shape = (length, schema.text_width) if array == "text" else shapes[array]
             if tensor.dtype != torch.bfloat16 or tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"sample {sample.sample_id}, {array}: must be bfloat16 {shape}, "
@@ -251,9 +277,10 @@ class LatentStore:
                 )
         if length > schema.text_tokens:
             raise ValueError(f"sample {sample.sample_id}: {length} > {schema.text_tokens} tokens")
-        latent, text, pooled = (_bytes_of(tensor) for tensor in tensors)
+        parts = {array: _bytes_of(tensor) for array, tensor in tensors.items()}
         size = int(schema.sample_bytes(bucket, np.asarray([length]))["text"][0])
-        return latent, np.pad(text, (0, size - text.nbytes)), pooled
+        parts["text"] = np.pad(parts["text"], (0, size - parts["text"].nbytes))
+        return list(parts.values())
 
     def _pieces(self, bucket: str, array: str, parts: Sequence[Bytes | None]) -> list[Bytes]:
         """The pieces of a shard file: the samples that are present, then the index."""

@@ -242,7 +242,11 @@ def train(stage: DiffusionStage, world: World, folder: Path, origin: Origin) -> 
         origin=origin,
     )
     train_stage(
-        stage, FlowMatching(stage, latents(stage.name, False), latents(stage.name, True)), run
+        stage,
+        FlowMatching(
+            stage, latents(stage.name, False), latents(stage.name, True), stage.text.null()
+        ),
+        run,
     )
     return lines
 

@@ -1,0 +1,217 @@
+"""Captions to text embeddings as FLUX and Open-Sora 2.0 take them: T5 tokens and CLIP's vector.
+
+Both encoders are read from local folders in the layout of Hugging Face: `config.json`, safetensors
+and the tokenizer's files. Nothing is fetched, nothing is unpickled, no code in a folder is run.
+"""
+
+# B sample, L text token, D text width
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from models.record import Record
+from models.text import TextEmbedding
+
+_BATCH = 16  # captions at once
+_INSTALL = 'T5Clip needs transformers: pip install "restage[text]"'
+# Of a folder, what decides an embedding; readme files and weights of other formats do not.
+_WEIGHTS = "*.safetensors"
+_TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")  # one of them is needed
+_SMALL = (
+    *("config.json", "model.safetensors.index.json", "merges.txt", *_TOKENIZERS),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+
+
+class T5Clip(Record):
+    """T5's encoder for the tokens, CLIP's text model for the pooled vector; published sizes.
+
+    A caption has as many tokens as T5's tokenizer makes of it, its end token included, and at most
+    `tokens`. Padding is not attended, so an embedding does not depend on what it is encoded with,
+    up to rounding; the published code pads to 512 tokens and attends the padding.
+    """
+
+    rule: ClassVar[int] = 1  # raised when the same caption would give other numbers
+
+    t5: str = Field(min_length=1)
+    """Folder of the T5 encoder and its tokenizer."""
+    clip: str = Field(min_length=1)
+    """Folder of the CLIP text model and its tokenizer."""
+    tokens: int = Field(default=512, ge=2)
+    clip_tokens: int = Field(default=77, ge=3)
+    t5_width: int = Field(default=4096, ge=1)
+    pooled: int = Field(default=768, ge=1)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the encoders compute in; the published code takes bfloat16."""
+
+    @property
+    def width(self) -> int:
+        """Width of a token's vector."""
+        return self.t5_width
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled vector."""
+        return self.pooled
+
+    def encode(self, captions: Sequence[str]) -> list[TextEmbedding]:
+        """Embed captions, on the GPU if there is one; fp32 on the CPU."""
+        found: list[TextEmbedding] = []
+        for first in range(0, len(captions), _BATCH):
+            found += _encode(_load(self), self, list(captions[first : first + _BATCH]))
+        return found
+
+    def null(self) -> TextEmbedding:
+        """The text that stands for no text: the empty caption, as T5 and CLIP embed it."""
+        return self.encode([""])[0]
+
+    def most_tokens(self, captions: Iterable[str]) -> int:
+        """No embedding of these captions is longer; the limit itself, as counting costs minutes."""
+        return self.tokens
+
+    def fingerprint_fields(self) -> dict[str, str | int | float]:
+        """What the numbers of an embedding depend on; reads every file once a process."""
+        self.check()
+        return {
+            "encoder": type(self).__name__,
+            "rule": self.rule,
+            "t5": _folder_digest(Path(self.t5)),
+            "clip": _folder_digest(Path(self.clip)),
+            "tokens": self.tokens,
+            "clip_tokens": self.clip_tokens,
+            "width": self.width,
+            "pooled": self.pooled,
+            "dtype": self.dtype,
+        }
+
+    def located(self) -> Self:
+        """The same encoder with absolute folders, for a process that runs elsewhere."""
+        return self.replace(t5=str(Path(self.t5).absolute()), clip=str(Path(self.clip).absolute()))
+
+    def check(self) -> None:
+        """ValueError unless transformers is installed and both folders hold what is needed."""
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError(_INSTALL)
+        for field, folder in (("t5", Path(self.t5)), ("clip", Path(self.clip))):
+            where = f"text.{field} {str(folder)!r}"
+            if not folder.is_dir():
+                raise ValueError(f"{where}: no such folder; give that of the downloaded encoder")
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"{where}: config.json is missing; copy it from the published one")
+            if not list(folder.glob(_WEIGHTS)):
+                raise ValueError(
+                    f"{where}: no {_WEIGHTS} file; other formats are not read, since loading them "
+                    "may run code: convert the weights to safetensors"
+                )
+            if not any((folder / name).is_file() for name in _TOKENIZERS):
+                raise ValueError(
+                    f"{where}: no tokenizer, which is one of {', '.join(_TOKENIZERS)}; copy the "
+                    "tokenizer's files into the same folder"
+                )
+
+
+class _Loaded(NamedTuple):
+    # Any: transformers is an optional dependency, and its classes are known only when it is there
+    t5: Any
+    t5_tokenizer: Any
+    clip: Any
+    clip_tokenizer: Any
+
+
+@functools.lru_cache(maxsize=1)
+def _load(encoder: T5Clip) -> _Loaded:
+    """Both encoders, once a process."""
+    encoder.check()
+    # Late: an optional dependency, and one that takes seconds to import.
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizers, models = [], []
+    for folder, kind in ((encoder.t5, T5EncoderModel), (encoder.clip, CLIPTextModel)):
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizers.append(AutoTokenizer.from_pretrained(folder, **local))
+        model, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=getattr(torch, encoder.dtype),
+            output_loading_info=True,
+        )
+        # transformers fills what the file lacks with random numbers, and only logs it.
+        lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        if lacking:
+            raise ValueError(
+                f"{folder!r}: the weights do not fill a {kind.__name__}: {lacking[:3]} "
+                f"({len(lacking)} in all) are missing or have another shape; is it the right file?"
+            )
+        models.append(model.to(device).eval().requires_grad_(False))
+    loaded = _Loaded(models[0], tokenizers[0], models[1], tokenizers[1])
+    _require_sizes(encoder, loaded)
+    return loaded
+
+
+def _require_sizes(encoder: T5Clip, loaded: _Loaded) -> None:
+    clip = loaded.clip.config
+    found = {"t5_width": loaded.t5.config.d_model, "pooled": clip.hidden_size}
+    for field, size in found.items():
+        asked = getattr(encoder, field)
+        if asked != size:
+            raise ValueError(
+                f"text.{field}={asked}: the model in the folder has {size}; write {field}={size}"
+            )
+    if encoder.clip_tokens > clip.max_position_embeddings:
+        raise ValueError(
+            f"text.clip_tokens={encoder.clip_tokens}: the model in {encoder.clip!r} knows "
+            f"{clip.max_position_embeddings} places; write that or less"
+        )
+
+
+@torch.no_grad()
+def _encode(loaded: _Loaded, encoder: T5Clip, captions: list[str]) -> list[TextEmbedding]:
+    token_BL, mask_BL = _tokens(loaded.t5_tokenizer, captions, encoder.tokens, loaded.t5.device)
+    text_BLD = loaded.t5(input_ids=token_BL, attention_mask=mask_BL).last_hidden_state
+    token_BL, clip_mask_BL = _tokens(
+        loaded.clip_tokenizer, captions, encoder.clip_tokens, loaded.clip.device
+    )
+    pooled_BD = loaded.clip(input_ids=token_BL, attention_mask=clip_mask_BL).pooler_output
+    return [
+        TextEmbedding(text_LD[mask_L.bool()].float().cpu(), pooled_D.float().cpu())
+        for text_LD, mask_L, pooled_D in zip(text_BLD, mask_BL, pooled_BD, strict=True)
+    ]
+
+
+def _tokens(
+    tokenizer: Any,  # Any: of transformers
+    captions: list[str],
+    most: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Token numbers and which of them are real, both (B, L)."""
+    found = tokenizer(captions, padding=True, truncation=True, max_length=most, return_tensors="pt")
+    return found["input_ids"].to(device), found["attention_mask"].to(device)
+
+
+def _folder_digest(folder: Path) -> str:
+    """32 hex digits of the names and contents of the files that decide an embedding."""
+    digest = hashlib.blake2b(digest_size=16)
+    weights = [path.name for path in folder.glob(_WEIGHTS)]
+    for name in sorted({*weights, *(n for n in _SMALL if (folder / n).is_file())}):
+        state = (folder / name).stat()
+        content = _file_digest(folder / name, state.st_size, state.st_mtime_ns)
+        digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _file_digest(path: Path, size: int, changed_ns: int) -> str:
+    """SHA-256 of a file; size and time of change make another content another entry."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""Sampling: a first frame, guidance as an input, the null text of the store."""
+
+# B sample, C channel, T frame, H, W latent grid
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elastic import sample
+from elastic.course import LATENTS, sample_request
+from elastic.data.decode import to_unit
+from elastic.data.encode import Scale
+from elastic.data.store import BucketPlan, LatentStore, StoreSchema
+from elastic.errors import InputError
+from elastic.files import write_atomic
+from elastic.folders import RunFolder
+from elastic.sample import SampleRequest, make_samples, read_image
+from elastic.weights import FINISHED, load_weights
+from models import DiT, HunyuanVAE, T5Clip, WordHash
+from models.fresh import named_generator
+from models.text import TextEmbedding
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
+
+CODEC = HunyuanVAE(channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2, weights="none")
+STAGE = DiffusionStage(
+    name="tiny",
+    data=Videos("none.csv"),
+    vae=CODEC,
+    model=DiT(depth=1, depth_single=0, width=24, heads=2, patch=2, image_condition=True),
+    text=WordHash(width=8),
+    given=Given(),
+    schedule=(Phase(until=40, buckets=(Bucket("32px", frames=5, batch=2),)),),
+    optimizer=AdamW(lr=1e-3),
+    ema=Ema(halflife=10),
+    rate=8.0,
+    save_every=8,
+    log_every=8,
+    evaluate_every=8,
+)
+SCALE = Scale((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 1.0, 0.5))
+CAPTIONS = ("a red circle", "blue")
+
+
+def _write(module: torch.nn.Module, path: Path) -> Path:
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    drawn = {
+        name: 0.2 * torch.randn(shape, generator=named_generator(0, name))
+        for name, shape in shapes.items()
+    }
+    save_file(drawn, path)
+    return path
+
+
+@pytest.fixture
+def request_for(tmp_path: Path) -> Callable[..., SampleRequest]:
+    def make(stage: DiffusionStage = STAGE, **more: Any) -> SampleRequest:
+        return SampleRequest(
+            stage=stage,
+            weights=_write(stage.build(), tmp_path / "dit.safetensors"),
+            codec_weights=_write(CODEC.build(), tmp_path / "vae.safetensors"),
+            scale=SCALE,
+            null=stage.text.null(),
+            captions=CAPTIONS,
+            folder=tmp_path / "out",
+            steps=2,
+            **more,
+        )
+
+    return make
+
+
+@pytest.fixture
+def conditions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, Tensor | None]]:
+    """What the model was conditioned on, call by call."""
+    seen = []
+    original = sample.conditioned
+
+    def recorded(model: Any, guidance: float | None, given: Tensor | None) -> Any:
+        seen.append((guidance, given))
+        return original(model, guidance, given)
+
+    monkeypatch.setattr(sample, "conditioned", recorded)
+    return seen
+
+
+def _picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["first.png", "first.jpg"])
+def test_a_picture_is_given_as_the_first_frame(
+    name: str,
+    request_for: Callable[..., SampleRequest],
+    conditions: list[tuple[float | None, Tensor | None]],
+    tmp_path: Path,
+) -> None:
+    path = _picture(tmp_path / name, (200, 40, 90), size=(64, 48))  # cropped at its sides
+    wanted = request_for(image=path)
+    assert len(make_samples(wanted)) == 2
+    ((guidance, given_BCTHW),) = conditions
+    assert guidance is None
+    assert given_BCTHW is not None
+    assert given_BCTHW.shape == (2, 5, 2, 4, 4)
+    assert given_BCTHW[:, 0].unique().tolist() == [0, 1]
+    assert (given_BCTHW[:, 0, 0] == 1).all()
+    assert not given_BCTHW[:, :, 1].any()
+    codec = load_weights(CODEC.build(), wanted.codec_weights)
+    colour = to_unit(torch.tensor([200, 40, 90]).view(1, 3, 1, 1, 1)).expand(-1, -1, 1, 32, 32)
+    still = SCALE.normalise(codec.encode(colour))
+    # A JPEG is a few levels off.
+    torch.testing.assert_close(given_BCTHW[:1, 1:, :1], still, rtol=0.05, atol=0.05)
+
+
+def test_the_picture_decides_what_is_made(
+    request_for: Callable[..., SampleRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[list[np.ndarray[Any, Any]]] = []
+    monkeypatch.setattr(sample, "_write", lambda folder, captions, films, rate: made.append(films))
+    red, blue = ((tmp_path / f"{name}.png") for name in ("red", "blue"))
+    for image in (
+        None,
+        _picture(red, (250, 0, 0)),
+        _picture(blue, (0, 0, 250)),
+        _picture(red, (250, 0, 0)),
+    ):
+        make_samples(request_for(image=image, guidance=2.0))
+    assert np.array_equal(made[1][0], made[3][0])
+    assert not np.array_equal(made[0][0], made[1][0])
+    assert not np.array_equal(made[1][0], made[2][0])
+
+
+def test_a_model_that_takes_guidance_runs_once_with_it(
+    request_for: Callable[..., SampleRequest],
+    conditions: list[tuple[float | None, Tensor | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    original = sample.euler_sample
+
+    def recorded(*arguments: Any, **more: Any) -> Tensor:
+        asked.append(more["guidance"])
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(sample, "euler_sample", recorded)
+    stage = STAGE.replace(model=STAGE.model.replace(guidance=True))
+    make_samples(request_for(stage, guidance=3.5))
+    make_samples(request_for(guidance=3.5))
+    assert [guidance for guidance, _ in conditions] == [3.5, None]
+    assert asked == [1.0, 3.5]
+
+
+def test_an_image_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    image = _picture(tmp_path / "a.png", (1, 2, 3))
+    plain = STAGE.replace(model=STAGE.model.replace(image_condition=False), given=None)
+    with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*image_condition=True"):
+        read_image(image, plain)
+    with pytest.raises(InputError, match="no such file"):
+        read_image(tmp_path / "b.png", STAGE)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"text\.png.*give a PNG or JPEG file"):
+        read_image(tmp_path / "text.png", STAGE)
+
+
+def test_a_picture_is_resized_to_cover_and_cropped_as_clips_are(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 256, 3), np.uint8)
+    pixels[:, 96:160] = (10, 200, 30)  # the middle 64 of 256
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    x_CTHW = read_image(tmp_path / "wide.png", STAGE)
+    assert x_CTHW.shape == (3, 1, 32, 32)
+    assert x_CTHW[:, 0, 16, 16].tolist() == [10, 200, 30]
+    assert x_CTHW[:, 0, :, 4:28].flatten(1).unique(dim=1).shape == (3, 1)
+
+
+def test_a_request_takes_the_null_text_from_the_latents_and_knows_where_the_encoder_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vae.safetensors").write_bytes(b"any")
+    text = T5Clip(t5="t5", clip="clip", t5_width=8, pooled=4)
+    stage = STAGE.replace(vae=CODEC.replace(weights=str(tmp_path / "vae.safetensors")), text=text)
+    folder = RunFolder(tmp_path / "run")
+    write_atomic(folder.stage("tiny") / FINISHED, b"{}")
+    scale = {"mean": SCALE.mean, "std": SCALE.std}
+    pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
+    write_atomic(folder.stage("tiny") / LATENTS, pinned)
+    null = TextEmbedding(torch.arange(24.0).view(3, 8), torch.arange(4.0))
+    bucket = BucketPlan(name="32px-5f", shape=(4, 2, 4, 4), sample_ids=(1,))
+    schema = StoreSchema(
+        fingerprint="f",
+        buckets=(bucket,),
+        samples_per_shard=1,
+        text_tokens=8,
+        text_width=8,
+        pooled_width=4,
+    )
+    LatentStore.create(folder.latents / "f", schema).publish_null_text(null)
+    monkeypatch.chdir(tmp_path)
+    found = sample_request(folder, stage, CAPTIONS, tmp_path / "out")
+    assert torch.equal(found.null.embedding_LD, null.embedding_LD)
+    assert torch.equal(found.null.pooled_D, null.pooled_D)
+    assert found.scale == SCALE
+    assert found.stage.text.t5 == str(tmp_path / "t5")

@@ -1,0 +1,171 @@
+"""T5 and CLIP from local folders: true lengths, no padding in the values, only safetensors."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_text import NUM_TOKENS, POOLED, WIDTH, WORDS, change_weights, tiny_t5_clip
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+from models import T5Clip
+
+CAPTIONS = ["a red circle", "", "blue square moving left a red circle", "left"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> T5Clip:
+    return tiny_t5_clip(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture
+def copied(encoder: T5Clip, tmp_path: Path) -> T5Clip:
+    """The same encoder in folders that a test may change."""
+    shutil.copytree(encoder.t5, tmp_path / "t5")
+    shutil.copytree(encoder.clip, tmp_path / "clip")
+    return encoder.replace(t5=str(tmp_path / "t5"), clip=str(tmp_path / "clip"))
+
+
+def test_an_embedding_is_that_of_its_caption_alone_and_as_long(encoder: T5Clip) -> None:
+    """Against transformers, one caption at a time, so that nothing can be padded."""
+    t5 = T5EncoderModel.from_pretrained(encoder.t5)
+    clip = CLIPTextModel.from_pretrained(encoder.clip)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (encoder.t5, encoder.clip)]
+    found = encoder.encode(CAPTIONS)
+    for caption, embedding in zip(CAPTIONS, found, strict=True):
+        tokens = [tokenizer(caption, return_tensors="pt").input_ids for tokenizer in tokenizers]
+        with torch.no_grad():
+            text_LD = t5(input_ids=tokens[0]).last_hidden_state[0]
+            pooled_D = clip(input_ids=tokens[1]).pooler_output[0]
+        assert len(embedding.embedding_LD) == len(caption.split()) + 1  # with the end token
+        torch.testing.assert_close(embedding.embedding_LD, text_LD, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(embedding.pooled_D, pooled_D, rtol=1e-5, atol=1e-6)
+    assert len({embedding.pooled_D.sum().item() for embedding in found}) == len(CAPTIONS)
+
+
+def test_what_a_caption_is_encoded_with_does_not_matter(encoder: T5Clip) -> None:
+    many = [" ".join(WORDS[: 1 + number % 7]) for number in range(40)]  # several batches
+    together, alone = encoder.encode(many), [encoder.encode([caption])[0] for caption in many]
+    for one, other in zip(together, alone, strict=True):
+        assert one.embedding_LD.shape == other.embedding_LD.shape
+        torch.testing.assert_close(one.embedding_LD, other.embedding_LD, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.pooled_D, other.pooled_D, rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_caption_is_cut_and_keeps_its_end_token(encoder: T5Clip) -> None:
+    cut, whole = encoder.encode(["red " * 30, "red " * (NUM_TOKENS - 1)])
+    assert len(cut.embedding_LD) == NUM_TOKENS == encoder.most_tokens(["red " * 30])
+    assert torch.equal(cut.embedding_LD, whole.embedding_LD)
+
+
+def test_the_null_text_is_the_empty_caption(encoder: T5Clip) -> None:
+    null = encoder.null()
+    assert null.embedding_LD.shape == (1, WIDTH)
+    assert null.pooled_D.shape == (POOLED,)
+    assert null.embedding_LD.any()
+    assert torch.equal(null.embedding_LD, encoder.encode([""])[0].embedding_LD)
+    assert encoder.encode([]) == []
+
+
+def test_bfloat16_is_near_and_is_another_encoder(encoder: T5Clip) -> None:
+    rounded = encoder.replace(dtype="bfloat16")
+    one, other = encoder.encode(CAPTIONS[:1])[0], rounded.encode(CAPTIONS[:1])[0]
+    assert other.embedding_LD.dtype == torch.float32
+    torch.testing.assert_close(one.embedding_LD, other.embedding_LD, rtol=0.05, atol=0.05)
+    assert encoder.fingerprint_fields() != rounded.fingerprint_fields()
+
+
+@pytest.mark.parametrize("part", ["t5", "clip"])
+def test_the_fingerprint_follows_the_weights_and_not_the_folder(
+    encoder: T5Clip, copied: T5Clip, part: str
+) -> None:
+    before = copied.fingerprint_fields()
+    assert before == encoder.fingerprint_fields()
+    folder = Path(getattr(copied, part))
+    (folder / "README.md").write_text("of no weight")
+    assert copied.fingerprint_fields() == before
+    change_weights(folder)
+    changed = copied.fingerprint_fields()
+    assert {name for name in before if before[name] != changed[name]} == {part}
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens": 5}, {"clip_tokens": 4}, {"dtype": "bfloat16"}], ids=str
+)
+def test_the_fingerprint_tells_settings_apart(encoder: T5Clip, change: dict[str, object]) -> None:
+    assert encoder.replace(**change).fingerprint_fields() != encoder.fingerprint_fields()
+
+
+def test_a_tokenizer_is_part_of_the_fingerprint(copied: T5Clip) -> None:
+    before = copied.fingerprint_fields()
+    path = Path(copied.t5) / "tokenizer.json"
+    path.write_text(path.read_text().replace("circle", "circus"))
+    assert copied.fingerprint_fields() != before
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("config.json", r"text\.t5 .*config\.json is missing"),
+        ("model.safetensors", r"text\.t5 .*no \*\.safetensors file.* convert"),
+        ("tokenizer.json", r"text\.t5 .*no tokenizer.*spiece\.model"),
+    ],
+)
+def test_a_missing_file_is_named(copied: T5Clip, gone: str, words: str) -> None:
+    (Path(copied.t5) / gone).unlink()
+    (Path(copied.t5) / "pytorch_model.bin").write_bytes(b"a pickle, never read")
+    for use in (copied.check, copied.fingerprint_fields, copied.null):
+        with pytest.raises(ValueError, match=words):
+            use()
+
+
+def test_a_missing_folder_is_named_and_nobody_is_asked(
+    encoder: T5Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(ValueError, match=r"text\.clip 'openai/clip': no such folder"):
+        encoder.replace(clip="openai/clip").null()
+
+
+def test_weights_that_lack_a_layer_are_refused(copied: T5Clip) -> None:
+    path = Path(copied.clip) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[max(name for name in tensors if "layers.1" in name)]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fill a CLIPTextModel.*layers\.1"):
+        copied.null()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"t5_width": 9}, "t5_width=9: .*has 8"),
+        ({"pooled": 13}, "pooled=13: .*has 12"),
+        ({"clip_tokens": 77}, "clip_tokens=77: .*knows 9 places"),
+    ],
+)
+def test_sizes_of_another_model_are_refused(
+    encoder: T5Clip, change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        encoder.replace(**change).null()
+
+
+def test_folders_are_made_absolute_for_other_processes(
+    encoder: T5Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(encoder.t5).parent)
+    assert encoder.replace(t5="t5", clip="clip").located() == encoder
+
+
+def test_without_the_library_the_message_says_what_to_install(
+    encoder: T5Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "restage\[text\]"'):
+        encoder.check()
