@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from elastic.data.load import Micro, Samples
+from elastic.ema import EmaWeights
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.loop import build_optimizer
+from elastic.objective import Reconstructing
 from elastic.record import check_unchanged, start_stage
+from elastic.state import Progress, TrainState
 from models import DCAE
 from models.perceptual import Lpips, Pyramid, check_lpips
 from models.reconstruction import ssim_B
@@ -34,7 +40,13 @@ POOLS = (4, 9, 16, 23)
 STAGE = AutoencoderStage(
     name="dc-ae",
     data=Videos("none.csv"),
-    vae=DCAE(),
+    vae=DCAE(
+        channels=16,
+        widths=(8, 8, 8, 16, 16, 16),
+        encoder_depths=(0, 1, 1, 1, 1, 1),
+        decoder_depths=(0, 1, 1, 1, 1, 1),
+        head_width=8,
+    ),
     schedule=[Phase(until=8, buckets=[Bucket("32px", frames=4, batch=4)])],
     optimizer=AdamW(lr=1e-3),
     ema=Ema(halflife=8),
@@ -158,6 +170,25 @@ def test_a_stage_with_either_perceptual_loss_reads_back_from_json() -> None:
         assert AutoencoderStage.model_validate_json(stage.model_dump_json()) == stage
         dumped = json.loads(json.dumps(stage.model_dump(mode="json")))
         assert AutoencoderStage.model_validate(dumped) == stage
+
+
+def test_lpips_is_a_part_of_the_loss_and_no_part_of_the_state(weights: Path) -> None:
+    stage = STAGE.replace(perceptual=Lpips(weights=str(weights), weight=0.4))
+    nothing: Any = None  # no sample is read
+    goal = Reconstructing(stage, nothing, nothing)
+    model = stage.codec.build()
+    bucket, x_BCTHW, ids = stage.buckets[0], clips(2, 3, 4, 32, 32), np.arange(2)
+    samples = Samples(x_BCTHW, None, ids, torch.ones(2))
+    losses = goal.losses(model, Micro(0, bucket, samples, np.zeros_like(ids), True, 2))
+    distance_B = Lpips(weights=str(weights)).build()(x_BCTHW, model(x_BCTHW).x_BCTHW)
+    torch.testing.assert_close(losses.parts_B["loss_perceptual"], 0.4 * distance_B)
+    torch.testing.assert_close(losses.model_B, sum(losses.parts_B.values()))
+    losses.both_B.sum().backward()
+    optimizer = build_optimizer(stage.optimizer, model)
+    ema = EmaWeights(model, stage.ema)
+    state = TrainState(stage, model, optimizer, ema, Progress(stage.name), goal.critic)
+    codec = {name for name, _ in goal.build().named_parameters()}
+    assert {name.partition("/")[2] for name in state.tensors()} == codec
 
 
 def slow_pyramid(x_HW: NDArray[np.float64], levels: int) -> float:
