@@ -84,8 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
             _cluster_flags(one)
             continue
         one.add_argument("--gpus", type=_at_least_one, help="for so many GPUs (default: fewest)")
-        one.add_argument("--gpu-memory", type=float, metavar="GIB",
-                         help="refuse what does not fit a GPU of this size (default: the one here)")  # fmt: skip
+        one.add_argument(
+            "--gpu-memory",
+            type=float,
+            metavar="GIB",
+            help="refuse what a GPU of this size cannot hold (default: the one here)",
+        )
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")

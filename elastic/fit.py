@@ -34,13 +34,15 @@ def memory_lines(stage: Stage, module: nn.Module, gpus: int | None) -> Iterator[
     workers = workers_on(stage, gpus)
     state = state_memory(stage, module, workers)
     parts = ", ".join(f"{part} {_gib(size)}" for part, size in vars(state).items() if size)
-    yield f"memory      on each of {workers} workers: {parts}; {_gib(state.total)} in all"
+    precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
+    yield f"memory      on each of {workers}, {precision}: {parts}; {_gib(state.total)} in all"
     for bucket in stage.buckets:
         kept = [
-            f"{_gib(kept_for(stage, module, bucket, policy))} kept with recompute={policy!r}"
+            f"{_gib(kept_for(stage, module, bucket, policy))} with recompute={policy!r}"
+            + (" (chosen)" if policy == chosen_policy(stage) else "")
             for policy in policies(stage)
         ]
-        yield f"  {bucket.name:<12}  micro {bucket.micro}: {', '.join(kept)}"
+        yield f"  {bucket.name:<12}  micro {bucket.micro} keeps {', '.join(kept)}"
 
 
 def workers_on(stage: Stage, gpus: int | None) -> int:
@@ -61,6 +63,11 @@ def policies(stage: Stage) -> tuple[Recompute, ...]:
     return RECOMPUTE if isinstance(stage, DiffusionStage) else ("none",)
 
 
+def chosen_policy(stage: Stage) -> Recompute:
+    """The recompute policy that the stage asks for."""
+    return stage.recompute if isinstance(stage, DiffusionStage) else "none"
+
+
 def kept_for(stage: Stage, module: nn.Module, bucket: Bucket, policy: Recompute) -> float:
     """Bytes that one micro-batch keeps for the backward pass."""
     if isinstance(stage, DiffusionStage):
@@ -73,9 +80,8 @@ def check_fit(stage: Stage, gpus: int | None, device_bytes: float) -> None:
     """InputError, with what would fit, if a bucket of the stage does not fit the device."""
     module, workers = stage.build(), workers_on(stage, gpus)
     state = state_memory(stage, module, workers)
-    chosen: Recompute = stage.recompute if isinstance(stage, DiffusionStage) else "none"
     for bucket in stage.buckets:
-        need = replace(state, activations=kept_for(stage, module, bucket, chosen))
+        need = replace(state, activations=kept_for(stage, module, bucket, chosen_policy(stage)))
         if need.total <= HEADROOM * device_bytes:
             continue
         remedies = list(_remedies(stage, module, bucket, workers, device_bytes))
@@ -102,8 +108,7 @@ def _remedies(
         state = state_memory(stage, module, workers).total
         micro = min(int((room - state) // each), bucket.micro) if room > state else 0
         if micro:
-            how = f"recompute={policy!r} and " if isinstance(stage, DiffusionStage) else ""
-            yield f"{how}micro={micro} fits ({_gib(state + micro * each)})"
+            yield f"{_how(stage, policy)}micro={micro} fits ({_gib(state + micro * each)})"
             if micro == bucket.micro:
                 return
     for more in range(workers + 1, stage.workers[1] + 1):
@@ -111,8 +116,12 @@ def _remedies(
         for policy in policies(stage):
             each = kept_for(stage, module, bucket, policy) / bucket.micro
             if state + each <= room:
-                yield f"{more} workers fit with recompute={policy!r} and micro=1"
+                yield f"{more} workers fit with {_how(stage, policy)}micro=1"
                 return
+
+
+def _how(stage: Stage, policy: Recompute) -> str:
+    return f"recompute={policy!r} and " if len(policies(stage)) > 1 else ""
 
 
 def _gib(size: float) -> str:

@@ -1,5 +1,6 @@
 """What a plan would do, from arithmetic alone: tokens, parameters, memory, FLOPs, disk."""
 
+import math
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
 from elastic.fit import memory_lines
 from elastic.folders import RunFolder
+from elastic.init_table import shapes_of
 from elastic.start import check_origin
 from elastic.weights import finished
 from models.flow import time_shift
@@ -40,7 +42,7 @@ def forecast(plan: Plan, storage: Path, gpus: int | None = None) -> str:
 
 def _disk(plan: Plan) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
-    counts = [_count(stage.build()) for stage in plan.stages]
+    counts = [_count(stage) for stage in plan.stages]
     saved = [_saved_bytes(stage) for stage in plan.stages]
     parts = [
         f"weights {_bytes(sum(counts) * _BYTES_A_WEIGHT)}",
@@ -82,7 +84,7 @@ def text_bytes(stage: DiffusionStage, captions: list[str]) -> int:
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
     codec, (low, high) = stage.codec, stage.workers
     module = stage.build()
-    count = _count(module)
+    count = _count(stage)
     t, h, w = codec.stride
     return [
         f"codec       {codec.name} {t}x{h}x{w}, {codec.channels} channels"
@@ -129,7 +131,7 @@ def _losses(stage: AutoencoderStage) -> list[str]:
     if critic is not None:
         lines.append(
             f"  from {critic.start:,} samples on + {critic.weight:g} hinge loss of a video "
-            f"discriminator: {_count(critic.build('meta')):,} parameters, whole on every worker"
+            f"discriminator: {_size(critic.build('meta')):,} parameters, whole on every worker"
         )
     return lines
 
@@ -137,11 +139,15 @@ def _losses(stage: AutoencoderStage) -> list[str]:
 def _saved_bytes(stage: Stage) -> int:
     """A checkpoint: the model's state and the critic's, which has no average."""
     critic = stage.adversarial if isinstance(stage, AutoencoderStage) else None
-    extra = 0 if critic is None else _count(critic.build("meta")) * _BYTES_SAVED_OF_CRITIC
-    return _count(stage.build()) * _BYTES_SAVED + extra
+    extra = 0 if critic is None else _size(critic.build("meta")) * _BYTES_SAVED_OF_CRITIC
+    return _count(stage) * _BYTES_SAVED + extra
 
 
-def _count(module: nn.Module) -> int:
+def _count(stage: Stage) -> int:
+    return sum(math.prod(shape) for shape in shapes_of(stage).values())
+
+
+def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -1,6 +1,7 @@
 """What an init policy does with each parameter, worked out from names and shapes alone."""
 
 import difflib
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,7 @@ def init_table(stage: Stage, available: Available | None = None) -> InitTable:
     uses and a pattern that matches nothing.
     """
     init = stage.init
-    model = {name: tuple(parameter.shape) for name, parameter in stage.build().named_parameters()}
+    model = shapes_of(stage)
     if available is None:
         available = parent_shapes(stage)
     where = f"stage {stage.name!r}: init: {type(init).__name__}"
@@ -96,13 +97,18 @@ def init_table(stage: Stage, available: Available | None = None) -> InitTable:
     return InitTable(type(init).__name__, tuple(rows))
 
 
+@functools.lru_cache(maxsize=64)
+def shapes_of(stage: Stage) -> Mapping[str, Shape]:
+    """Every parameter of the stage's model."""
+    return {name: tuple(parameter.shape) for name, parameter in stage.build().named_parameters()}
+
+
 def parent_shapes(stage: Stage) -> Available:
     """What the stage's parent will hold; nothing for a stage without one."""
     parent = parent_of(stage.init)
     if parent is None:
         return NOTHING
-    shapes = {name: tuple(parameter.shape) for name, parameter in parent.build().named_parameters()}
-    return Available(shapes, frozenset(), {}, f"stage {parent.name!r}")
+    return Available(shapes_of(parent), frozenset(), {}, f"stage {parent.name!r}")
 
 
 def _action(stage: Stage, name: str, shape: Shape, available: Available, where: str) -> Action:

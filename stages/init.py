@@ -101,6 +101,9 @@ class Align(KeepTrunk):
     ridge: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Weight of the penalty, as a share of the latents' mean square."""
 
+    def __init__(self, stage: object = None, **fields: object) -> None:
+        super().__init__(stage, **fields)
+
 
 class FromFile(Switch):
     """Parameters from safetensors: Open-Sora v2, BFL FLUX or diffusers FLUX, or a codec's own file.
