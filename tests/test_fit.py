@@ -1,0 +1,165 @@
+"""What `plan` says of memory: right against autograd, and refused with what would fit."""
+
+import re
+
+import pytest
+import torch
+from tiny import STAGE
+from torch import Tensor
+from worlds import run_world
+
+from elastic.errors import InputError
+from elastic.fit import GIB, check_fit, workers_on
+from elastic.memory import HEADROOM, activations, kept_by_autograd, kept_per_token, state_memory
+from elastic.shard import shard
+from elastic.world import World
+from models import DCAE, DiT
+from models.dit import MMDiT
+from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Ema, Phase, Videos
+
+TEXT, WIDTH = 32, 64
+
+
+def kept(model: MMDiT, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps in one forward pass, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    side = 8 * model.shape.patch
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(
+            torch.randn(1, 16, 2, side, side),
+            torch.rand(1),
+            torch.randn(1, TEXT, WIDTH).to(dtype),
+            None,
+            torch.randn(1, WIDTH).to(dtype),
+        )
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("ratio", [4.0, 2.5])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_blocks_keep_is_what_autograd_keeps(
+    dtype: torch.dtype, recompute: str, ratio: float
+) -> None:
+    def of(depth: int, single: int) -> tuple[int, float]:
+        shape = DiT(depth=depth, depth_single=single, width=256, heads=4, mlp_ratio=ratio)
+        model = shape.build(16, WIDTH, WIDTH).to(dtype).recompute(recompute == "full")
+        expected = kept_per_token(shape, dtype.itemsize, recompute)  # type: ignore[arg-type]
+        return kept(model, dtype), expected
+
+    (few, _), (many, _) = of(1, 1), of(3, 4)
+    tokens = 2 * 8 * 8 + TEXT
+    one, expected = of(1, 1)[1], of(3, 4)[1]
+    assert (many - few) / tokens == pytest.approx(expected - one, rel=0.03)
+
+
+def test_what_a_codec_keeps_is_what_autograd_keeps() -> None:
+    codec = DCAE(
+        channels=8,
+        widths=(8, 8, 8, 16, 16, 16),
+        encoder_depths=(1, 1, 1, 1, 1, 1),
+        decoder_depths=(1, 1, 1, 1, 1, 1),
+        head_width=8,
+    )
+    storages: dict[int, Tensor] = {}
+    module, x = codec.build(), torch.randn(1, 3, 4, 32, 32)
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    on_meta = kept_by_autograd(codec.build("meta"), torch.empty(x.shape, device="meta"))
+    assert on_meta == pytest.approx(real, rel=0.02)
+
+
+def _held(world: World, stage: DiffusionStage) -> int:
+    model = shard(stage.build(), world)
+    return sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
+
+
+def test_shards_are_as_large_as_said() -> None:
+    said = state_memory(STAGE, STAGE.build(), 2)
+    held = run_world(_held, 2, STAGE)
+    assert sum(held) == 2 * said.parameters
+    assert (said.gradients, said.optimizer, said.average) == (
+        said.parameters,
+        2 * said.parameters,
+        said.parameters,
+    )
+    assert state_memory(STAGE, STAGE.build(), 1).gathered == 0
+
+
+LARGE = STAGE.replace(
+    model=DiT(depth=4, depth_single=8, width=1024, heads=8, patch=2),
+    schedule=[Phase(until=64, buckets=[Bucket("256px", frames=33, batch=64, micro=16)])],
+    optimizer=AdamW(lr=1e-3),
+    workers=(2, 8),
+    precision="bf16",
+)
+
+
+def test_a_stage_that_does_not_fit_is_refused_with_what_would() -> None:
+    module, bucket = LARGE.build(), LARGE.buckets[0]
+    state = state_memory(LARGE, module, 2).total
+    whole = state + activations(LARGE, bucket, 1, "none")
+    check_fit(LARGE, None, whole / HEADROOM * 1.001)
+    with pytest.raises(InputError) as refused:
+        check_fit(LARGE, None, whole / HEADROOM * 0.5)
+    said = str(refused.value)
+    assert re.search(r"stage 'tiny': bucket '256px-33f' with micro=16 needs [\d.]+ GiB", said)
+    assert "recompute='full' and micro=16 fits" in said
+    smaller = re.search(r"recompute='none' and micro=(\d+) fits", said)
+    assert smaller is not None
+    micro = int(smaller[1])
+    half = LARGE.replace(schedule=[Phase(until=64, buckets=[bucket.replace(micro=micro)])])
+    check_fit(half, None, whole / HEADROOM * 0.5)
+    more = LARGE.replace(schedule=[Phase(until=64, buckets=[bucket.replace(micro=micro + 1)])])
+    with pytest.raises(InputError):
+        check_fit(more, None, whole / HEADROOM * 0.5)
+    check_fit(LARGE.replace(recompute="full"), None, whole / HEADROOM * 0.5)
+
+
+def test_more_workers_are_named_where_no_micro_batch_fits() -> None:
+    state = state_memory(LARGE, LARGE.build(), 4).total
+    room = (state + activations(LARGE, LARGE.buckets[0], 1, "full") / 16) / HEADROOM
+    with pytest.raises(InputError, match=r"; 4 workers fit with recompute='full' and micro=1$"):
+        check_fit(LARGE, 2, room * 1.001)
+    with pytest.raises(InputError, match="no micro-batch fits on any number of workers"):
+        check_fit(LARGE, 2, 1e6)
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:
+    stage = AutoencoderStage(
+        name="ae",
+        data=Videos("none.csv"),
+        vae=DCAE(channels=128),
+        schedule=[Phase(until=8, buckets=[Bucket("256px", frames=32, batch=8, micro=1)])],
+        optimizer=AdamW(lr=1e-3),
+        ema=Ema(halflife=4),
+        save_every=4,
+        log_every=2,
+        evaluate_every=4,
+    )
+    check_fit(stage, 8, 141 * GIB)
+    with pytest.raises(InputError, match="'256px-32f' with micro=1 needs"):
+        check_fit(stage, 8, 40 * GIB)
+
+
+def test_fewer_gpus_than_the_stage_asks_for_are_refused() -> None:
+    assert workers_on(LARGE, None) == 2
+    assert workers_on(LARGE, 5) == 5
+    assert workers_on(LARGE, 100) == 8
+    with pytest.raises(InputError, match="it needs 2 and there are 1 GPUs"):
+        workers_on(LARGE, 1)
