@@ -89,7 +89,7 @@ def _seen(
 
 
 def _rows(trained: FlowMatching, model: Watching, micro: Micro) -> list[tuple[int, Seen, bool]]:
-    loss_B = trained.loss_B(model, micro)
+    loss_B = trained.losses(model, micro).model_B
     x = model.inputs
     return [
         (
@@ -394,7 +394,7 @@ def test_the_transformer_learns_from_given_frames() -> None:
         trained = _objective(stage, None)
         plan = BatchPlan(0, VIDEO.replace(micro=4), np.arange(4), np.zeros(4))
         (micro,) = rounds_of(plan, trained.source, 0, 1)
-        trained.loss_B(model, micro).sum().backward()
+        trained.losses(model, micro).model_B.sum().backward()
         gradient = model.cond_in.weight.grad
         assert gradient is not None
         assert bool(gradient.any()) is learns

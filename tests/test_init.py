@@ -53,6 +53,7 @@ from stages import (
     Ema,
     Fresh,
     FromFile,
+    Given,
     KeepTrunk,
     Muon,
     Phase,
@@ -307,7 +308,7 @@ def test_a_stage_may_gain_an_image_condition_that_changes_nothing_at_first(
     parent_folder: Path,
 ) -> None:
     shape = PARENT.model.replace(image_condition=True)
-    more = PARENT.replace(name="more", init=Continue(PARENT), model=shape)
+    more = PARENT.replace(name="more", init=Continue(PARENT), model=shape, given=Given())
     assert set(init_table(more).names("new")) == {"cond_in.weight", "cond_in.bias"}
     with world_of_one() as world:
         state = started(world, more, parent_folder)
