@@ -186,7 +186,7 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
     plan = read_plan_file(flags)
     if flags.videos is not None:
-        check_inputs(plan)
+        check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     print(forecast(plan, settings.storage_path, flags.gpus))
     device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
     if device_bytes:
@@ -198,7 +198,7 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Encode what is missing."""
     plan = read_plan_file(flags)
-    check_inputs(plan)
+    check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import encode_plan
     from elastic.drive import run_course
 
@@ -210,7 +210,7 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Do whatever is missing."""
     plan = read_plan_file(flags)
-    check_inputs(plan)
+    check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan
     from elastic.drive import run_course
     from elastic.report import print_table, summarise, write_report
@@ -221,10 +221,10 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def check_inputs(plan: Plan) -> None:
+def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
     from elastic.data.table import read_table
-    from elastic.start import check_origin
+    from elastic.start import INIT, check_origin
 
     for videos in dict.fromkeys(stage.data for stage in plan.stages):
         clips = read_table(videos)
@@ -235,7 +235,8 @@ def check_inputs(plan: Plan) -> None:
                 f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
             )
     for stage in plan.stages:
-        check_origin(stage)
+        if not (folder.stage(stage.name) / INIT).exists():  # what has begun needs it no more
+            check_origin(stage)
         weights = stage.codec.weights
         if weights is not None and not os.path.isfile(weights):
             raise InputError(

@@ -30,7 +30,7 @@ from elastic.record import difference, start_stage
 from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
-from stages.init import Align, Continue, Init, parent_of
+from stages.init import Align, Continue, FromFile, Init, parent_of
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -99,11 +99,14 @@ def train_one(course: Course, stage: Stage) -> None:
 
 
 def with_absolute_weights(stage: Stage) -> Stage:
-    """The stage as workers can use it, who run in another folder: LPIPS by its whole path."""
-    if not isinstance(stage, AutoencoderStage) or not isinstance(stage.perceptual, Lpips):
-        return stage
-    path = os.path.abspath(stage.perceptual.weights)
-    return stage.replace(perceptual=stage.perceptual.replace(weights=path))
+    """The stage for workers, who run in another folder: its files by their whole paths."""
+    if isinstance(stage.init, FromFile):
+        path = os.path.abspath(stage.init.path)
+        stage = stage.replace(init=stage.init.replace(path=path))
+    if isinstance(stage, AutoencoderStage) and isinstance(stage.perceptual, Lpips):
+        path = os.path.abspath(stage.perceptual.weights)
+        stage = stage.replace(perceptual=stage.perceptual.replace(weights=path))
+    return stage
 
 
 def pin_members(course: Course, stage: Stage) -> Members:

@@ -10,6 +10,7 @@ import torch
 from elastic.align import Pairs, solve_patch_embedding
 from elastic.checkpoint import load_subset
 from elastic.ema import local
+from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.init_table import SOLVED, Available, InitTable, init_table
 from elastic.shard import generators, initialise, own_part
@@ -42,8 +43,12 @@ def begin(state: TrainState, origin: Origin, world: World) -> InitTable:
     before any value is set.
     """
     stage, init = state.stage, state.stage.init
-    source = open_origin(stage, origin.parent)
-    table = init_table(stage, available(source, stage) if source is not None else None)
+    source, table, fault = _prepared(stage, origin)
+    faults = [fault for fault in world.gather(fault) if fault is not None]
+    if (
+        faults or table is None
+    ):  # on every rank: one that raised alone would leave the others waiting
+        raise InputError(faults[0])
     initialise(state.model, seed_of(init), stage.name, only=frozenset(table.names("new")))
     if isinstance(init, Continue):
         _continue(state, table, origin, world)
@@ -56,6 +61,17 @@ def begin(state: TrainState, origin: Origin, world: World) -> InitTable:
             _align(state, source, origin, world)
     state.ema.reset()
     return table
+
+
+def _prepared(
+    stage: Stage, origin: Origin
+) -> tuple[WeightSource | None, InitTable | None, str | None]:
+    """What the stage starts from and its table, or what is wrong with them on this machine."""
+    try:
+        source = open_origin(stage, origin.parent)
+        return source, init_table(stage, available(source, stage) if source else None), None
+    except InputError as error:
+        return None, None, str(error)
 
 
 def open_origin(stage: Stage, parent: Path | None) -> WeightSource | None:

@@ -10,8 +10,10 @@ from models import DCAE, DiT, HunyuanVAE, Pyramid, WordHash
 from stages import (
     AdamW,
     Adversarial,
+    Align,
     AutoencoderStage,
     Bucket,
+    Continue,
     DiffusionStage,
     Ema,
     Fresh,
@@ -90,9 +92,14 @@ dc_ae = AutoencoderStage(
 dc_ae_dit = hunyuan_dit.replace(
     name="dc-ae-dit",
     vae=dc_ae,
-    model=hunyuan_dit.model.replace(patch=1),
-    init=Fresh(seed=3),
+    model=hunyuan_dit.model.replace(patch=1, rope_unit="pixel"),
+    init=Align(hunyuan_dit, clips=8),
     schedule=[Phase(until=200 * times, buckets=[Bucket("32px", frames=4, batch=5, micro=2)])],
 )
+longer = dc_ae_dit.replace(
+    name="longer",
+    init=Continue(dc_ae_dit),
+    schedule=[Phase(until=20, buckets=[Bucket("32px", frames=4, batch=5, micro=2)])],
+)
 
-plan = Plan("tiny", [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit])
+plan = Plan("tiny", [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit, longer])
