@@ -1,0 +1,91 @@
+"""The README's tables and picture of the benchmarks, from their kept results.
+
+`.venv/bin/python tests/show_bench.py` prints the tables and writes docs/init-policies.svg.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "bench" / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "init-policies.svg"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 56, 130, 20, 44
+# Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
+COLOURS = {"fresh": "#000000", "keep": "#0072B2", "keep-frozen": "#56B4E9", "align": "#D55E00",
+           "align-token": "#E69F00", "align-half": "#CC79A7"}  # fmt: skip
+
+
+def policy_table(policies: dict[str, Any]) -> str:
+    """One row a policy: final loss, samples to the final loss of `fresh`, what is seen."""
+    lines = [
+        "| policy | final held-out loss, median (range) | samples to the end of `fresh` "
+        "| colour named | shape named |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in policies.items():
+        ends = row["final_loss"]["all"]
+        shares = [share for share in row["share_of_samples_to_fresh"] if share is not None]
+        reached = f"{statistics.median(shares):.2f}" if len(shares) == len(ends) else "not by all"
+        named = row["named"]
+        lines.append(
+            f"| `{name}` | {row['final_loss']['median']:.3f} ({min(ends):.3f} to {max(ends):.3f}) "
+            f"| {reached} | {named['colour']:.0%} | {named['shape']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def policy_picture(policies: dict[str, Any]) -> str:
+    """Mean held-out loss over samples as an SVG, every curve named at its end."""
+    points = [point for row in policies.values() for point in row["curve"]]
+    most = max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        along = LEFT + x / most * (WIDTH - LEFT - RIGHT)
+        return along, TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+    ]
+    for step in range(5):
+        loss, samples = low + step / 4 * (high - low), most * step / 4
+        (_, y), (x, bottom) = at(0, loss), at(samples, low)
+        parts += [
+            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#ddd"/>',
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.2f}</text>',
+            f'<text x="{x:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{samples:,.0f}</text>',
+        ]
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        "samples after the switch; held-out flow loss, mean of three seeds</text>"
+    )
+    taken: list[float] = []
+    for name, row in sorted(policies.items(), key=lambda item: item[1]["curve"][-1][1]):
+        colour = COLOURS[name]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in row["curve"]))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        x, y = at(*row["curve"][-1])
+        while any(abs(y - other) < 13 for other in taken) and row["curve"][-1][0] == most:
+            y -= 1  # names of curves that end together stand above one another
+        if row["curve"][-1][0] == most:
+            taken.append(y)
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    """Print the tables, write the picture."""
+    policies = json.loads((RESULTS / "init_policies.json").read_text())["figures"]["policies"]
+    print(policy_table(policies))
+    PICTURE.write_text(policy_picture(policies))
+    print(f"\n{PICTURE.relative_to(PICTURE.parents[1])}")
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        print(f"{result['name']}: {result['goal']}: {'holds' if result['holds'] else 'fails'}")
+
+
+if __name__ == "__main__":
+    main()
