@@ -8,6 +8,7 @@ from torch import Tensor
 
 from elastic.data.load import Source
 from elastic.data.order import Indices, Permutation
+from elastic.data.sealed import DamagedStore
 from elastic.errors import InputError
 from elastic.world import World
 from models.align import PairSums, complete, overlap, paired_cells, solve_embedding
@@ -51,12 +52,13 @@ def solve_patch_embedding(
     sums: PairSums | None = None
     for first in range(0, len(chunks), world.size):
         own = first + world.rank
-        part = (
-            _sums(stage, pairs, new_bucket, old_bucket, chunks[own]) if own < len(chunks) else None
-        )
-        for each in world.gather(part):  # in the order of the chunks, whoever read them
-            if each is not None:
-                sums = each if sums is None else sums + each
+        chunk = chunks[own] if own < len(chunks) else None
+        told = world.gather(_told(stage, pairs, new_bucket, old_bucket, chunk))
+        for part, fault in told:  # in the order of the chunks, whoever read them
+            if fault is not None:
+                raise InputError(f"stage {stage.name!r}: init: Align: {fault}")
+            if part is not None:
+                sums = part if sums is None else sums + part
     assert sums is not None, "at least one chunk"
     if not sums.count:
         raise InputError(
@@ -71,6 +73,16 @@ def solve_patch_embedding(
         weight, bias = solve_embedding(sums, *old, alpha, init.ridge)
         solved = complete(weight, fresh_DC), bias
     return world.from_first(solved)  # type: ignore[no-any-return]  # whatever was sent
+
+
+def _told(
+    stage: DiffusionStage, pairs: Pairs, new: Bucket, old: Bucket, ids: Indices | None
+) -> tuple[PairSums | None, str | None]:
+    """This rank's sums, or what is wrong with its data: raised by all ranks, or by none."""
+    try:
+        return (None if ids is None else _sums(stage, pairs, new, old, ids)), None
+    except (DamagedStore, OSError) as error:
+        return None, str(error)
 
 
 def _sums(

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--gpus", type=_at_least_one, help="for so many GPUs (default: fewest)")
         one.add_argument(
             "--gpu-memory",
-            type=float,
+            type=_gib,
             metavar="GIB",
             help="refuse what a GPU of this size cannot hold (default: the one here)",
         )
@@ -153,6 +154,16 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _gib(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be GiB, a number greater than 0")
+    return size
+
+
 def read_plan_file(flags: argparse.Namespace) -> Plan:
     """The plan of a stage file, on the videos of the flags if they are given."""
     plan = load_plan(flags.file)
@@ -191,7 +202,7 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
     if device_bytes:
         for stage in plan.stages:
-            check_fit(stage, flags.gpus, device_bytes)
+            check_fit(stage, device_bytes)
     return DONE
 
 
@@ -225,6 +236,7 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
     from elastic.data.table import read_table
     from elastic.start import INIT, check_origin
+    from elastic.weights import finished
 
     for videos in dict.fromkeys(stage.data for stage in plan.stages):
         clips = read_table(videos)
@@ -235,6 +247,8 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
                 f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
             )
     for stage in plan.stages:
+        if finished(folder.stage(stage.name)) is not None:
+            continue  # its latents may go on being encoded; what it was trained with may be gone
         if not (folder.stage(stage.name) / INIT).exists():  # what has begun needs it no more
             check_origin(stage)
         weights = stage.codec.weights

@@ -28,6 +28,7 @@ from elastic.ray_train import fit_stage
 from elastic.ray_worker import MEMBERS, Latents, WorkerJob
 from elastic.record import difference, start_stage
 from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
+from elastic.start import INIT, check_origin
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
 from stages.init import Align, Continue, FromFile, Init, parent_of
@@ -89,6 +90,9 @@ def train_one(course: Course, stage: Stage) -> None:
     start_stage(course.folder, stage)
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else None
     parent = parent_of(stage.init)
+    if not (folder / INIT).exists():
+        for line in check_origin(stage).lines():
+            print(f"{stage.name}  start: {line}", flush=True)
     job = WorkerJob(
         with_absolute_weights(stage), folder, course.tracker.name, latents,
         parent=course.folder.stage(parent.name) if parent else None,
@@ -193,11 +197,14 @@ def check_pinned(job: EncodeJob, pinned: Path) -> None:
     before = json.loads(pinned.read_text())["fingerprint"]
     if before == job.fingerprint:
         return
-    roots = (job.root.with_name(before), job.root)
-    old, new = (json.loads((root / FIELDS).read_text()) for root in roots)
+    new = json.loads((job.root / FIELDS).read_text())
+    fields = job.root.with_name(before) / FIELDS
+    changes = ["those are gone, so what differs is not known"]
+    if fields.exists():
+        changes = difference(json.loads(fields.read_text()), new)
     raise InputError(
         f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
-        f"{'; '.join(difference(old, new))}. Put back what was there, or give the stage another "
+        f"{'; '.join(changes)}. Put back what was there, or give the stage another "
         f"name; while it has not been trained, {pinned} may be deleted instead"
     )
 

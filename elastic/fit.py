@@ -12,9 +12,11 @@ from elastic.memory import (
     RECOMPUTE,
     Recompute,
     activations,
-    kept_by_autograd,
+    kept_by_codec,
+    kept_by_judges,
     state_memory,
 )
+from models.codec import CodecModule
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
@@ -33,13 +35,13 @@ def memory_lines(stage: Stage, module: nn.Module, gpus: int | None) -> Iterator[
     """Memory of one worker, part by part, then what each bucket adds under each policy."""
     workers = workers_on(stage, gpus)
     state = state_memory(stage, module, workers)
-    parts = ", ".join(f"{part} {_gib(size)}" for part, size in vars(state).items() if size)
+    parts = ", ".join(f"{part} {shown(size)}" for part, size in vars(state).items() if size)
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
-    yield f"memory      on each of {workers}, {precision}: {parts}; {_gib(state.total)} in all"
+    yield f"memory      on each of {workers}, {precision}: {parts}; {shown(state.total)} in all"
     for bucket in stage.buckets:
         kept = [
-            f"{_gib(kept_for(stage, module, bucket, policy))} with recompute={policy!r}"
-            + (" (chosen)" if policy == chosen_policy(stage) else "")
+            f"{shown(kept_for(stage, module, bucket, policy))} with recompute={policy!r}"
+            + (" (chosen)" if policy == stage.recompute else "")
             for policy in policies(stage)
         ]
         yield f"  {bucket.name:<12}  micro {bucket.micro} keeps {', '.join(kept)}"
@@ -60,69 +62,76 @@ def workers_on(stage: Stage, gpus: int | None) -> int:
 
 def policies(stage: Stage) -> tuple[Recompute, ...]:
     """The recompute policies that the stage can choose from."""
-    return RECOMPUTE if isinstance(stage, DiffusionStage) else ("none",)
-
-
-def chosen_policy(stage: Stage) -> Recompute:
-    """The recompute policy that the stage asks for."""
-    return stage.recompute if isinstance(stage, DiffusionStage) else "none"
+    able = isinstance(stage, DiffusionStage) or stage.vae.can_recompute
+    return RECOMPUTE if able else ("none",)
 
 
 def kept_for(stage: Stage, module: nn.Module, bucket: Bucket, policy: Recompute) -> float:
     """Bytes that one micro-batch keeps for the backward pass."""
     if isinstance(stage, DiffusionStage):
         return activations(stage, bucket, stage.text.most_tokens(()), policy)
-    shape = (1, 3, bucket.frames, bucket.height, bucket.width)
-    return bucket.micro * kept_by_autograd(module, torch.empty(shape, device="meta"))
+    assert isinstance(module, CodecModule), type(module)
+    x_BCTHW = torch.empty((1, 3, bucket.frames, bucket.height, bucket.width), device="meta")
+    return bucket.micro * (kept_by_codec(module, x_BCTHW, policy) + kept_by_judges(stage, x_BCTHW))
 
 
-def check_fit(stage: Stage, gpus: int | None, device_bytes: float) -> None:
-    """InputError, with what would fit, if a bucket of the stage does not fit the device."""
-    module, workers = stage.build(), workers_on(stage, gpus)
+def check_fit(stage: Stage, device_bytes: float) -> None:
+    """InputError, with what would fit, for the first bucket that does not fit the device.
+
+    On the fewest workers of the stage: after losses it goes on with so few.
+    """
+    module, workers = stage.build(), stage.workers[0]
     state = state_memory(stage, module, workers)
     for bucket in stage.buckets:
-        need = replace(state, activations=kept_for(stage, module, bucket, chosen_policy(stage)))
+        need = replace(state, activations=kept_for(stage, module, bucket, stage.recompute))
         if need.total <= HEADROOM * device_bytes:
             continue
-        remedies = list(_remedies(stage, module, bucket, workers, device_bytes))
+        remedies = list(_remedies(stage, module, bucket, device_bytes))
         raise InputError(
             f"stage {stage.name!r}: bucket {bucket.name!r} with micro={bucket.micro} needs "
-            f"{_gib(need.total)} on each of {workers} workers ({_gib(state.total)} of it for the "
-            f"model), and {_gib(HEADROOM * device_bytes)} of a device of {_gib(device_bytes)} can "
-            f"be planned for; {'; or '.join(remedies) or _NOTHING}"
+            f"{shown(need.total)} on each of {workers} workers ({shown(state.total)} of it for "
+            f"the model), and {shown(HEADROOM * device_bytes)} of a device of "
+            f"{shown(device_bytes)} can be planned for; {'; or '.join(remedies) or _NOTHING}"
         )
 
 
 _NOTHING = (
-    "no micro-batch fits on any number of workers that the stage allows: raise workers, choose a "
-    "smaller bucket, or a codec of deeper compression"
+    "nothing fits, whatever micro, recompute and the number of workers: choose a smaller bucket, a "
+    "smaller model, or a codec of deeper compression"
 )
 
 
 def _remedies(
-    stage: Stage, module: nn.Module, bucket: Bucket, workers: int, device_bytes: float
+    stage: Stage, module: nn.Module, bucket: Bucket, device_bytes: float
 ) -> Iterator[str]:
-    room = HEADROOM * device_bytes
-    for policy in policies(stage):
-        each = kept_for(stage, module, bucket, policy) / bucket.micro
-        state = state_memory(stage, module, workers).total
-        micro = min(int((room - state) // each), bucket.micro) if room > state else 0
+    """The largest micro-batch on the fewest workers; then the fewest workers for the one asked."""
+    room, (low, high) = HEADROOM * device_bytes, stage.workers
+    each = {
+        policy: kept_for(stage, module, bucket, policy) / bucket.micro for policy in policies(stage)
+    }
+    for policy in sorted(each, key=lambda policy: (policy != stage.recompute, each[policy])):
+        state = state_memory(stage, module, low).total
+        micro = min(int((room - state) // each[policy]), bucket.micro) if room > state else 0
         if micro:
-            yield f"{_how(stage, policy)}micro={micro} fits ({_gib(state + micro * each)})"
-            if micro == bucket.micro:
-                return
-    for more in range(workers + 1, stage.workers[1] + 1):
-        state = state_memory(stage, module, more).total
-        for policy in policies(stage):
-            each = kept_for(stage, module, bucket, policy) / bucket.micro
-            if state + each <= room:
-                yield f"{more} workers fit with {_how(stage, policy)}micro=1"
-                return
+            fits = shown(state + micro * each[policy])
+            yield f"{_how(stage, policy)}micro={micro} fits ({fits})"
+    for workers in range(low + 1, high + 1):
+        state = state_memory(stage, module, workers).total
+        fitting = [p for p in each if state + bucket.micro * each[p] <= room]
+        if fitting:
+            policy = min(fitting, key=lambda p: p != stage.recompute)
+            yield f"{_how(stage, policy)}workers=({workers}, {high}) fits as it is"
+            return
 
 
 def _how(stage: Stage, policy: Recompute) -> str:
     return f"recompute={policy!r} and " if len(policies(stage)) > 1 else ""
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3g} GiB"
+def shown(size: float) -> str:
+    """Bytes in the unit that people would choose."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 from elastic.checkpoint import KEEP_LAST
 from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
-from elastic.fit import memory_lines
+from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.start import check_origin
 from elastic.weights import finished
 from models.flow import time_shift
+from models.t5_clip import T5Clip
 from stages.init import Fresh, FromFile, KeepTrunk
 from stages.plan import Plan
 from stages.schedule import Bucket
@@ -45,9 +47,9 @@ def _disk(plan: Plan) -> str:
     counts = [_count(stage) for stage in plan.stages]
     saved = [_saved_bytes(stage) for stage in plan.stages]
     parts = [
-        f"weights {_bytes(sum(counts) * _BYTES_A_WEIGHT)}",
-        f"checkpoints {_bytes(KEEP_LAST * sum(saved))} ({KEEP_LAST} kept a stage), "
-        f"{_bytes(max(saved))} more while one is written",
+        f"weights {shown(sum(counts) * _BYTES_A_WEIGHT)}",
+        f"checkpoints {shown(KEEP_LAST * sum(saved))} ({KEEP_LAST} kept a stage), "
+        f"{shown(max(saved))} more while one is written",
     ]
     stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
     if not stages:
@@ -60,9 +62,7 @@ def _disk(plan: Plan) -> str:
         a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
         a_clip += len(stage.buckets) * text_bytes(stage, captions)
         latents += len(captions) * a_clip
-    return "; ".join(
-        [*parts, f"latents at most {_bytes(latents)}, if every clip fills each bucket"]
-    )
+    return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
 
 
 def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
@@ -82,20 +82,19 @@ def text_bytes(stage: DiffusionStage, captions: list[str]) -> int:
 
 
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
-    codec, (low, high) = stage.codec, stage.workers
+    low, high = stage.workers
     module = stage.build()
     count = _count(stage)
-    t, h, w = codec.stride
     return [
-        f"codec       {codec.name} {t}x{h}x{w}, {codec.channels} channels"
-        + (f", trained by {stage.vae.name}" if _has_parent(stage) else ""),
+        f"codec       {_codec(stage)}",
+        *(_conditions(stage) if isinstance(stage, DiffusionStage) else []),
         f"parameters  {count:,}",
         *_start(stage),
         f"workers     {low} to {high}",
         *memory_lines(stage, module, gpus),
-        f"checkpoint  {_bytes(_saved_bytes(stage))} every {stage.save_every:,} samples",
+        f"checkpoint  {shown(_saved_bytes(stage))} every {stage.save_every:,} samples",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
-        *_phases(stage),
+        *_phases(stage, gpus),
     ]
 
 
@@ -151,45 +150,79 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _has_parent(stage: Stage) -> bool:
-    return isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage)
-
-
-def _phases(stage: Stage) -> list[str]:
+def _phases(stage: Stage, gpus: int | None) -> list[str]:
     lines, start = [], 0
     for phase in stage.schedule:
         cycles = (phase.until - start) // phase.cycle
         lines.append(f"samples     {start:,} to {phase.until:,}: {cycles:,} rounds of")
         for bucket in phase.buckets:
-            lines.append(f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, bucket)}")
+            lines.append(
+                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, bucket, gpus)}"
+            )
         start = phase.until
     return lines
 
 
-def _shape(stage: Stage, bucket: Bucket) -> str:
+def _shape(stage: Stage, bucket: Bucket, gpus: int | None) -> str:
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     shape = f"latent {stage.codec.channels}x{'x'.join(map(str, grid))}"
     if not isinstance(stage, DiffusionStage):
         return shape
     frames, height, width = stage.model.token_grid(grid)
-    text = stage.text
+    text, workers = stage.text, workers_on(stage, gpus)
     flops = 3 * stage.model.forward_flops(
-        frames * height * width, 0, stage.codec.channels, text.width, text.pooled_width
+        frames * height * width,
+        text.most_tokens(()),
+        stage.codec.channels,
+        text.width,
+        text.pooled_width,
     )
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
-        f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample without its text, "
-        f"{_flops(flops * bucket.batch / stage.workers[0])} an update on each of the fewest "
-        f"workers, {_bytes(_latent_bytes(stage, bucket))} stored a clip"
+        f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
+        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, "
+        f"{shown(_latent_bytes(stage, bucket))} stored a clip"
     )
+
+
+def _codec(stage: Stage) -> str:
+    """The codec, and what decides its latents."""
+    codec = stage.codec
+    t, h, w = codec.stride
+    said = [f"{codec.name} {t}x{h}x{w}, {codec.channels} channels"]
+    if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
+        said.append(f"trained by {stage.vae.name}")
+    if codec.weights is not None:
+        said.append(_file(codec.weights))
+    if isinstance(stage, DiffusionStage):
+        said.append(f"{codec.normalisation} statistics")
+        said += [f"tiles of {codec.tiling.pixels} px"] if codec.tiling else []
+        said += ["a sample of the posterior"] if codec.mode == "sample" else []
+    return ", ".join(said)
+
+
+def _conditions(stage: DiffusionStage) -> Iterator[str]:
+    """Text and given frames, as the DiT gets them."""
+    text = stage.text
+    named = type(text).__name__
+    if isinstance(text, T5Clip):
+        named += f" ({_file(text.t5)}, {_file(text.clip)}), at most {text.tokens} tokens"
+    dropout = stage.text_dropout
+    shares = (
+        f"{dropout:g}" if isinstance(dropout, float) else " and ".join(f"{d:g}" for d in dropout)
+    )
+    yield f"text        {named}; dropped {shares}"
+    if stage.given is not None:
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.given)
+        yield f"given       {weights}"
+
+
+def _file(path: str) -> str:
+    return path if os.path.exists(path) else f"{path} (not there yet)"
 
 
 def _flops(count: float) -> str:
     return _scaled(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
-
-
-def _bytes(count: float) -> str:
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:

@@ -138,6 +138,11 @@ def _check_patterns(
     if not isinstance(stage.init, Switch):
         return
     for pattern in stage.init.fresh:
+        if isinstance(stage.init, Align) and any(matches((pattern,), name) for name in SOLVED):
+            raise InputError(
+                f"{where}: fresh pattern {pattern!r} names {SOLVED[0]}, which Align solves for; "
+                "leave it out, or use KeepTrunk"
+            )
         if not any(matches((pattern,), name) for name in model):
             raise InputError(
                 f"{where}: fresh pattern {pattern!r} matches no parameter{_closest(pattern, model)}"

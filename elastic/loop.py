@@ -86,7 +86,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
                 run.meter.evaluated(progress, objective.evaluate(model, world))
             evaluated_at = progress.samples
         if finished or stopping or is_due(stage.save_every, progress.samples, saved_at):
-            run.meter.flush(progress)
+            watch(stage, progress, run.meter.flush(progress), run.event)
             run.checkpoints.save(state, "stop" if stopping else "finished" if finished else "due")
             saved_at = progress.samples
         if finished or stopping:
@@ -108,8 +108,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
             ((losses.both_B * weight_B).sum() * (world.size / micro.batch)).backward()
             run.meter.add_losses(micro, losses, weight_B)  # stays on the device
 
-        moving = None if held_rate else held_by(stage)
-        norm = clip_gradients(model, stage.optimizer.max_norm, world, without=moving)
+        held = None if held_rate else held_by(stage)
+        norm = clip_gradients(model, stage.optimizer.max_norm, world, without=held)
         norms = {"grad_norm": norm}
         if critic is not None:
             norms |= critic.clip_gradients(progress.samples, world)

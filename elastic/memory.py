@@ -4,16 +4,22 @@ Shards follow from the count of parameters. What blocks keep for the backward pa
 bytes for each token and channel; a test compares that with what autograd keeps.
 """
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from elastic.muon import is_matrix
 from models.blocks import Block
+from models.codec import CodecModule
 from models.dit import DiT
+from models.perceptual import Lpips, LpipsModule
+from stages.optimizer import Muon
 from stages.schedule import Bucket
-from stages.stage import DiffusionStage, Stage
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 FP32 = 4
 Recompute = Literal["none", "full"]
@@ -22,6 +28,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 # and in fp32 whatever the precision is.
 _KEPT_DOUBLE, _KEPT_SINGLE = 23, 15
 _FP32_DOUBLE, _FP32_SINGLE = 3, 6  # as rotary turns and norms keep theirs
+_MUON_COPIES = 6  # measured on 2 ranks: 5.6
 _INPUTS = 1  # of a block whose inner values are computed again
 HEADROOM = 0.9  # share of a device's memory that can be planned for: the rest is the allocator's
 
@@ -34,7 +41,9 @@ class Memory:
     gradients: float
     optimizer: float
     average: float
+    critic: float
     gathered: float
+    muon: float
     activations: float
 
     @property
@@ -53,9 +62,26 @@ def state_memory(stage: Stage, module: nn.Module, workers: int) -> Memory:
         gradients=shard,
         optimizer=moments * shard,
         average=shard,
-        gathered=_gathered(stage, module) if workers > 1 else 0.0,
+        critic=_critic(stage),
+        # One worker gathers nothing, but computes with copies in bf16.
+        gathered=_gathered(stage, module) if workers > 1 or precision_bytes(stage) < FP32 else 0.0,
+        muon=_muon(stage, module),
         activations=0.0,
     )
+
+
+def _critic(stage: Stage) -> float:
+    """The discriminator, whole on every worker: value, gradient and two moments."""
+    if not isinstance(stage, AutoencoderStage) or stage.adversarial is None:
+        return 0.0
+    return float(4 * FP32 * sum(p.numel() for p in stage.adversarial.build("meta").parameters()))
+
+
+def _muon(stage: Stage, module: nn.Module) -> float:
+    """Copies of every matrix, whole, while Muon makes them orthogonal."""
+    if not isinstance(stage.optimizer, Muon):
+        return 0.0
+    return float(_MUON_COPIES * FP32 * sum(p.numel() for p in module.parameters() if is_matrix(p)))
 
 
 def _gathered(stage: Stage, module: nn.Module) -> float:
@@ -96,9 +122,11 @@ def kept_per_token(model: DiT, width_bytes: int, recompute: Recompute) -> float:
     return model.width * (inputs + max(double if model.depth else 0, single))
 
 
-def kept_by_autograd(module: nn.Module, x_BCTHW: Tensor) -> float:
-    """Bytes that a module keeps for the backward pass of this input; both may be on meta."""
-    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+def kept_by_autograd(
+    compute: Callable[..., object], *inputs: Tensor, parameters: Iterable[Tensor] = ()
+) -> float:
+    """Bytes that a computation keeps for the backward pass, its parameters left out; on meta."""
+    own = {parameter.untyped_storage()._cdata for parameter in parameters}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -108,5 +136,46 @@ def kept_by_autograd(module: nn.Module, x_BCTHW: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(x_BCTHW)
+        compute(*inputs)
     return float(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+
+
+def kept_by_codec(module: CodecModule, x_BCTHW: Tensor, recompute: Recompute) -> float:
+    """Bytes that training keeps of a codec for these clips; module and clips are on meta."""
+    if recompute == "none":
+        module.recompute(False)
+        return kept_by_autograd(module, x_BCTHW, parameters=module.parameters())
+    layers, inputs = module.recomputed(), []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0].shape)))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        module(x_BCTHW)
+    for hook in hooks:
+        hook.remove()
+    one_by_one = [
+        kept_by_autograd(
+            layer,
+            torch.empty(shape, device="meta", requires_grad=True),
+            parameters=layer.parameters(),
+        )
+        for layer, shape in inputs
+    ]
+    return float(FP32 * sum(math.prod(shape) for _, shape in inputs)) + max(one_by_one)
+
+
+def kept_by_judges(stage: AutoencoderStage, x_BCTHW: Tensor) -> float:
+    """Bytes that the perceptual loss and the discriminator keep for these clips, on meta."""
+    decoded_BCTHW = torch.empty_like(x_BCTHW, requires_grad=True)
+    kept = 0.0
+    if stage.perceptual is not None:
+        with torch.device("meta"):  # the values in the file do not matter
+            asked = stage.perceptual
+            loss = LpipsModule() if isinstance(asked, Lpips) else asked.build()
+        kept += kept_by_autograd(loss, x_BCTHW, decoded_BCTHW, parameters=loss.parameters())
+    if stage.adversarial is not None:
+        critic = stage.adversarial.build("meta")
+        # It sees the decoded clip for the codec's sake, then both clips for its own.
+        kept += 3 * kept_by_autograd(critic, decoded_BCTHW, parameters=critic.parameters())
+    return kept

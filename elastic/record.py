@@ -17,7 +17,7 @@ from models.perceptual import Lpips
 from stages.plan import Plan, explain
 from stages.stage import AutoencoderStage, Stage, description
 
-SCHEMA = 1
+SCHEMA = 2
 _VERSIONS = ("restage", "torch", "ray", "zarr", "av", "diffusers")
 
 
@@ -50,7 +50,12 @@ def check_unchanged(folder: RunFolder, plan: Plan) -> None:
         if stage.name not in started:
             continue
         # Through JSON, so that both sides have lists where records have tuples.
-        changes = difference(started[stage.name], json.loads(json.dumps(_described(stage))))
+        now = json.loads(json.dumps(_described(stage)))
+        perceptual = now.get("perceptual")
+        if perceptual and perceptual.get("weights_sha256", "") is None:
+            # The file is gone; a stage that is under way misses it elsewhere, a finished one never.
+            perceptual["weights_sha256"] = started[stage.name]["perceptual"]["weights_sha256"]
+        changes = difference(started[stage.name], now)
         if changes:
             raise InputError(
                 f"stage {stage.name!r} of run {str(folder.root)!r} has already started and may "

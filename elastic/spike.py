@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from elastic.errors import StageBlocked
 from elastic.state import Progress
 from stages.init import Switch
-from stages.stage import Stage
+from stages.stage import AutoencoderStage, Stage
 
 PATIENCE = 3  # log lines in a row: one may be a batch of odd clips
 
@@ -33,9 +33,11 @@ def watch(
     init = stage.init
     if not isinstance(init, Switch) or progress.samples > init.guard_samples:
         return
+    if isinstance(stage, AutoencoderStage) and stage.adversarial is not None:
+        return  # a loss that a discriminator moves has no lowest value to compare with
     for bucket, loss in losses.items():
         lowest, above = progress.guard.get(bucket, [loss, 0])
-        above = above + 1 if loss > init.guard_factor * lowest else 0
+        above = above + 1 if loss > init.guard_factor * lowest > 0 else 0
         progress.guard[bucket] = [min(lowest, loss), above]
         if not above:
             continue

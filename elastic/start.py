@@ -1,6 +1,7 @@
 """Giving a stage its first parameters, as its init policy says."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,19 @@ def begin(state: TrainState, origin: Origin, world: World) -> InitTable:
     """
     stage, init = state.stage, state.stage.init
     source, table, fault = _prepared(stage, origin)
-    faults = [fault for fault in world.gather(fault) if fault is not None]
-    if (
-        faults or table is None
-    ):  # on every rank: one that raised alone would leave the others waiting
-        raise InputError(faults[0])
+    # Together: a rank that raised alone would leave the others waiting.
+    told = world.gather((os.uname().nodename, fault, source and source.identity()))
+    faults = {fault: host for host, fault, _ in told if fault is not None}
+    if faults:
+        fault, host = next(iter(faults.items()))
+        on = "" if all(other == fault for _, other, _ in told) else f" (on {host})"
+        raise InputError(f"{fault}{on}")
+    if len({identity for _, _, identity in told}) > 1:
+        raise InputError(
+            f"stage {stage.name!r}: init: {type(init).__name__}: the workers see different files "
+            f"under {source.path if source else 'its path'}; give every machine the same"
+        )
+    assert table is not None, "without a fault there is a table"
     initialise(state.model, seed_of(init), stage.name, only=frozenset(table.names("new")))
     if isinstance(init, Continue):
         _continue(state, table, origin, world)
@@ -70,7 +79,7 @@ def _prepared(
     try:
         source = open_origin(stage, origin.parent)
         return source, init_table(stage, available(source, stage) if source else None), None
-    except InputError as error:
+    except (InputError, OSError) as error:
         return None, None, str(error)
 
 

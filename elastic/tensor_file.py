@@ -55,12 +55,16 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); correct the path") from None
     if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and not text):
         raise InputError(_pickle_message(path))
+    if not size:
+        raise InputError(f"{path}: empty; get it again")
+    if start == b"version ":
+        raise InputError(f"{path}: a Git LFS pointer, not the file; fetch it: git lfs pull")
     try:
         header = json.loads(text, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         entries = {key: _entry(path, key, fields, 8 + length) for key, fields in header.items()}
         end = 8 + length + _data_bytes(fields["data_offsets"] for fields in header.values())
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: its header is damaged or it is no safetensors file ({error}); get it again"
         ) from None
@@ -73,7 +77,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _pickle_message(path: Path) -> str:
-    target = path.with_suffix(".safetensors").name
+    target = f"{path.stem}-converted.safetensors"
     return (
         f"{path}: a pickle, which can run any program when it is read, so it is not read; convert "
         f'it: python -c "import torch, safetensors.torch as s; s.save_file(torch.load('

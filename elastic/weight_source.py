@@ -3,7 +3,9 @@
 Nothing but headers is read when a source is opened; every rank then reads its own rows.
 """
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,6 +50,11 @@ class WeightSource:
             name: (sum(p.rows for p in own), *own[0].entry.shape[1:]) for name, own in parts.items()
         }
         self._parts = dict(parts)
+
+    def identity(self) -> str:
+        """A digest of what lies where in the files, without their values."""
+        parts = [(name, [vars(p) for p in own]) for name, own in sorted(self._parts.items())]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first:last of a parameter, fp32 on the CPU."""
@@ -120,7 +127,8 @@ def open_weights(
     """
     entries = _entries(path)
     if layout == "own":
-        named = {key: (Piece(key),) for key in entries}
+        # What is no parameter is left over, for whoever asks to say whether that may be.
+        named = {key: (Piece(key),) for key, e in entries.items() if e.dtype in DTYPES and e.shape}
         return _source(path, entries, named)
     prefix = layouts.shared_prefix(entries)
     entries = {key.removeprefix(prefix): entry for key, entry in entries.items()}
@@ -198,7 +206,10 @@ def _part(path: Path, entry: Entry, piece: Piece) -> Part:
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Every tensor of the file or the folder."""
+    if path.name.endswith(".safetensors.index.json"):
+        path = path.parent
     if path.is_file():
+        _check_alone([path])
         return read_header(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such file; correct the path")
@@ -222,6 +233,8 @@ def _entries(path: Path) -> dict[str, Entry]:
     gone = [shard.name for shard in shards if not shard.is_file()]
     if gone:
         raise InputError(f"{path}: {indices[0].name} names {gone[0]}, which is not there; get it")
+    if not indices:
+        _check_alone(shards)
     found: dict[str, Entry] = {}
     for shard in shards:
         held = read_header(shard)
@@ -238,6 +251,23 @@ def _entries(path: Path) -> dict[str, Entry]:
                 "index and the file again"
             )
     return found
+
+
+def _check_alone(shards: list[Path]) -> None:
+    """InputError if the names of shards without an index say that others belong to them."""
+    for shard in shards:
+        match = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", shard.name)
+        if match is None:
+            continue
+        head, number, of, count, tail = match.groups()
+        there = {other.name for other in shards}
+        for wanted in range(1, int(count) + 1):
+            name = f"{head}{wanted:0{len(number)}d}{of}{count}{tail}"
+            if name not in there:
+                raise InputError(
+                    f"{shard}: one of {int(count)} shards, and {name} is not given with it; name "
+                    "the folder that holds them all"
+                )
 
 
 def _index(path: Path) -> dict[str, str]:

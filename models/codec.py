@@ -69,6 +69,15 @@ class CodecModule(nn.Module):
             return self.decode_whole(z_BCTHW)
         return decode_tiled(self.decode_whole, z_BCTHW, codec.tiling, codec.stride, codec.lead)
 
+    def recompute(self, whether: bool) -> Self:
+        """Keep only the inputs of each layer for the backward pass, or everything."""
+        assert not whether, f"{self.codec.name} cannot; the stage has checked that"
+        return self
+
+    def recomputed(self) -> list[nn.Module]:
+        """The layers that are computed again one by one, if the codec can."""
+        return []
+
     def encode_whole(self, x_BCTHW: Tensor) -> Tensor:
         """Latents of clips in one piece."""
         raise NotImplementedError
@@ -108,6 +117,9 @@ class Codec(Record):
     """What latents of the published weights are normalised with, if it does not lie in the file."""
     is_trainable: ClassVar[bool] = True
     """Whether there is a rule for the start of every layer; without one it needs weights."""
+
+    can_recompute: ClassVar[bool] = False
+    """Whether training may compute layers again instead of keeping their inner values."""
 
     weights: str | None = None
     channels: int = Field(ge=1)

@@ -7,6 +7,7 @@ from einops import rearrange, reduce, repeat
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from models.codec import Codec, CodecModule, Reconstruction, Statistics
 
@@ -31,6 +32,7 @@ class DCAE(Codec):
 
     stride: ClassVar[tuple[int, int, int]] = (4, 32, 32)
     lead: ClassVar[int] = 0
+    can_recompute: ClassVar[bool] = True
     # The published scale is a divisor, the deviation itself: z / 0.493.
     published: ClassVar[Statistics] = Statistics((0.0,) * 128, (0.493,) * 128)
 
@@ -89,6 +91,17 @@ class DCAEModule(CodecModule):
         self.pixel_centre = codec.pixel_centre
         self.encoder = _Encoder(codec)
         self.decoder = _Decoder(codec)
+
+    def recompute(self, whether: bool) -> Self:
+        """Keep only the inputs of each layer for the backward pass, or everything."""
+        for module in self.modules():
+            if isinstance(module, _Ops):
+                module.recompute = whether
+        return self
+
+    def recomputed(self) -> list[nn.Module]:
+        """The layers that are computed again one by one."""
+        return [op for ops in self.modules() if isinstance(ops, _Ops) for op in ops.op_list]
 
     def encode_whole(self, x_BCTHW: Tensor) -> Tensor:
         """The latent itself: there is no posterior."""
@@ -183,10 +196,12 @@ class _Ops(nn.Module):
     def __init__(self, ops: list[nn.Module]) -> None:
         super().__init__()
         self.op_list = nn.ModuleList(ops)
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
+        again = self.recompute and torch.is_grad_enabled()
         for op in self.op_list:
-            x = op(x)
+            x = checkpoint(op, x, use_reentrant=False) if again else op(x)
         return x
 
 

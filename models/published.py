@@ -283,11 +283,11 @@ class GaussianModule(PublishedModule):
 
 
 class LTXModule(GaussianModule):
-    """LTX-Video, with the statistics of its weight file; trained from scratch it has none."""
+    """LTX-Video; where published statistics are asked for, with those of its weight file."""
 
     def __init__(self, codec: Codec, published: nn.Module) -> None:
         super().__init__(codec, published)
-        if codec.weights is not None:
+        if codec.normalisation == "published":
             for name, buffer in published.named_buffers(recurse=False):
                 self.register_buffer(name, buffer)
 

@@ -21,9 +21,12 @@ class Given(Record):
     tail: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _something_has_weight(self) -> Self:
-        if not sum(self._weights().values()) > 0:
-            raise ValueError("every weight is 0: give one of none, head, loop and tail more")
+    def _something_is_given(self) -> Self:
+        if not self.head + self.loop + self.tail > 0:
+            raise ValueError(
+                "head, loop and tail are 0, so nothing is ever given: give one of them more, or "
+                "leave `given` and the model's image_condition out"
+            )
         return self
 
     def choose(self, draw: float) -> Choice:

@@ -33,11 +33,19 @@ class Continue(Record):
 
     Optimizer: carried with its count of updates, or reset. Position, learning rate and its warm-up
     start at 0; the average's half-life goes on growing from where the parent left it. Latents are
-    normalised as the parent's were. A DiT may gain `image_condition`: its layer starts at zero.
+    normalised as the parent's were. A DiT may gain `image_condition`: its layer starts at zero. A
+    discriminator starts anew.
     """
 
     stage: "AutoencoderStage | DiffusionStage"
     optimizer: Literal["carry", "reset"] = "carry"
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _is_a_stage(cls, stage: object) -> object:
+        if isinstance(stage, dict) or "schedule" in getattr(type(stage), "model_fields", {}):
+            return stage  # a dict: read back from JSON
+        raise ValueError(f"{stage!r} is no stage; give the stage itself (its variable, not a name)")
 
     def __init__(self, stage: object = None, **fields: object) -> None:
         super().__init__(**({} if stage is None else {"stage": stage}), **fields)
@@ -53,7 +61,7 @@ class Switch(Record):
     warmup_samples: int = Field(default=0, ge=0)
     """Samples for which only the new parameters move."""
     guard_samples: int = Field(default=1_000_000, ge=0)
-    """Samples for which the loss is watched; it changes no result."""
+    """Samples for which the loss is watched, unless a discriminator moves it; no result changes."""
     guard_factor: float = Field(default=2.0, gt=1, allow_inf_nan=False)
     """A loss this many times the lowest one, over several lines of the log, ends the stage."""
 
@@ -62,8 +70,9 @@ class KeepTrunk(Switch):
     """The parent's averaged parameters; only layers whose shape depends on the codec are new.
 
     Open-Sora 2.0's paper (arXiv 2503.09642, 4.3.3) and PixArt-Sigma. For `warmup_samples` the trunk
-    is held (its gradients count neither for the norm nor for an update), then its learning rate
-    warms up from 0 as the optimizer's `warmup` says. Optimizer, average and position start at 0.
+    is held (its gradients count neither for the norm nor for an update, only for its moments), then
+    its learning rate warms up from 0 as the optimizer's `warmup` says. Optimizer, average and
+    position start at 0.
     Rotary positions count tokens of another size now: give the model rope_unit="pixel" to keep the
     distances that the trunk knows.
     """
@@ -113,7 +122,7 @@ class FromFile(Switch):
     pairs are converted to ours, positions are what `rope_unit` says ("token" in published files).
     """
 
-    path: str
+    path: str = Field(min_length=1)
     layout: Literal["auto"] | LayoutName = "auto"
     rotary: Literal["auto"] | RotaryName = "auto"
     """Which channels of a head are turned together; "half-split" for fused files made so."""

@@ -23,11 +23,14 @@ def parents(stage: Stage) -> list[tuple[str, Stage]]:
 def check_init(stage: Stage) -> None:
     """Raise ValueError where the policy does not fit the stage or its parent."""
     init, where = stage.init, f"stage {stage.name!r}: init: {type(stage.init).__name__}"
-    if isinstance(init, Switch) and init.warmup_samples > stage.budget:
-        raise ValueError(
-            f"{where}.warmup_samples {init.warmup_samples}: longer than the stage "
-            f"({stage.budget} samples)"
-        )
+    if isinstance(init, Switch) and init.warmup_samples:
+        room = stage.budget - stage.optimizer.warmup
+        if init.warmup_samples >= room:
+            raise ValueError(
+                f"{where}.warmup_samples {init.warmup_samples}: with the optimizer's warmup of "
+                f"{stage.optimizer.warmup} after it, what is held would not get its full rate in "
+                f"the stage's {stage.budget} samples; write less than {max(room, 0)}"
+            )
     if isinstance(init, Continue):
         _check_same(stage, init.stage, init.optimizer, where)
     elif isinstance(init, KeepTrunk):
@@ -64,9 +67,13 @@ def _check_same(stage: Stage, parent: Stage, optimizer: str, where: str) -> None
             f"{where}: its latents are not those of the parent {parent.name!r} (another vae); "
             "a switch of the autoencoder is KeepTrunk(stage), Align(stage) or Fresh()"
         )
-    lost = parent.model.image_condition and not stage.model.image_condition
     _check_models(stage, parent, where, _GAINED)
-    if lost:
+    if stage.model.image_condition and not parent.model.image_condition and optimizer == "carry":
+        raise ValueError(
+            f"{where}: the stage gains image_condition, whose layer has no optimizer state to "
+            "carry; write optimizer='reset'"
+        )
+    if parent.model.image_condition and not stage.model.image_condition:
         raise ValueError(f"{where}: the parent has image_condition=True, so this stage has it too")
 
 
@@ -88,8 +95,8 @@ def _check_models(stage: DiffusionStage, parent: DiffusionStage, where: str, may
         if here != there and field not in may:
             raise ValueError(
                 f"{where}: model.{field} is {here!r}, that of the parent {parent.name!r} "
-                f"{there!r}; write model={parent.name.replace('-', '_')}.model.replace(...) "
-                f"with no other field than {', '.join(sorted(may))}"
+                f"{there!r}; take the parent's model, and replace no other field than "
+                f"{', '.join(sorted(may))}"
             )
     if stage.text != parent.text:
         raise ValueError(

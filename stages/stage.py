@@ -53,6 +53,8 @@ class _Stage(Record):
     """Samples between measurements on the held-out clips."""
     held_out: int = Field(default=64, ge=1)
     """Most held-out clips to measure on."""
+    recompute: Literal["none", "full"] = "none"
+    """Whether layers compute again in the backward pass what they would keep; same result."""
 
     @property
     def budget(self) -> int:
@@ -113,6 +115,11 @@ class AutoencoderStage(_Stage):
                 "says how its layers start; give its weights to a DiffusionStage, or train "
                 "HunyuanVAE, DCAE or LTXVAE"
             )
+        if self.recompute == "full" and not self.vae.can_recompute:
+            raise ValueError(
+                f"stage {self.name!r}: recompute 'full': {self.vae.name} keeps what it computes; "
+                "write 'none', or train a DCAE"
+            )
         if self.vae.normalisation == "published":
             raise ValueError(
                 f"stage {self.name!r}: vae.normalisation 'published': the constants are those of "
@@ -137,7 +144,7 @@ class AutoencoderStage(_Stage):
 
     def build(self, device: torch.device | str = "meta") -> CodecModule:
         """The codec's module."""
-        return self.vae.build(device)
+        return self.vae.build(device).recompute(self.recompute == "full")
 
 
 class DiffusionStage(_Stage):
@@ -148,8 +155,6 @@ class DiffusionStage(_Stage):
     text: WordHash | T5Clip = WordHash()
     precision: Literal["fp32", "bf16"] = "fp32"
     """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
-    recompute: Literal["none", "full"] = "none"
-    """Whether blocks compute again in the backward pass what they would keep; same result."""
     text_dropout: float | tuple[float, float] = 0.1
     """Share of samples trained with the null text, for classifier-free guidance.
 
@@ -241,8 +246,15 @@ for _record in (Continue, KeepTrunk, Align, AutoencoderStage, DiffusionStage):
 
 
 def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
-    """What identifies the stage: every field that can change its result, a parent by its name."""
+    """What identifies the stage: every field that can change its result, a parent by its name.
+
+    How an autoencoder cuts and normalises latents is no part of its training: the stores that are
+    encoded with it have that in their fingerprint.
+    """
     fields = stage.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
+    if isinstance(stage, AutoencoderStage):
+        for later in ("tiling", "normalisation", "posterior"):
+            fields["vae"].pop(later, None)
     if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
         fields["vae"] = {"stage": stage.vae.name}
     parent = parent_of(stage.init)

@@ -125,6 +125,7 @@ dc_ae = AutoencoderStage(
         Phase(until=3_600_000, buckets=[Bucket("256px", frames=32, batch=8, micro=1)]),
     ],
     optimizer=AdamW(lr=5e-5, betas=(0.9, 0.98)),
+    recompute="full",
     ema=Ema(halflife=550),  # the published average keeps 0.99 of itself in every update of 8
     workers=(8, 8),
     save_every=M // 20,
