@@ -91,6 +91,8 @@ def init_table(stage: Stage, available: Available | None = None) -> InitTable:
     rows = [Row(name, _action(stage, name, model[name], available, where), math.prod(model[name]))
             for name in model]  # fmt: skip
     used = {row.name for row in rows if row.action in ("loaded", "converted")}
+    if isinstance(init, Switch) and not used:
+        raise InputError(f"{where}: nothing would be loaded from {available.where}; use Fresh")
     rows += [Row(n, "dropped", math.prod(s)) for n, s in available.shapes.items() if n not in used]
     rows += [Row(n, "dropped", math.prod(s)) for n, s in available.leftover.items()]
     _check_unused(stage, set(model), available, where)

@@ -15,6 +15,7 @@ from elastic.files import write_atomic
 from elastic.state import Progress
 from elastic.tensor_file import DTYPES, TensorWriter, read_header, read_rows
 from elastic.world import World
+from models.codec import CodecModule
 
 WEIGHTS = "weights.safetensors"
 FINISHED = "finished.json"
@@ -89,6 +90,8 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     the model's.
     """
     wanted, entries = model.state_dict(), read_header(path)
+    optional = model.optional_keys if isinstance(model, CodecModule) else frozenset()
+    wanted = {k: value for k, value in wanted.items() if k in entries or k not in optional}
     shapes = {name: entry.shape for name, entry in entries.items()}
     _check_same(path, type(model).__name__, shapes, wanted)
     for entry in entries.values():

@@ -44,6 +44,9 @@ class CodecModule(nn.Module):
     `encode` and `decode`, never to `forward`.
     """
 
+    optional_keys: frozenset[str] = frozenset()
+    """Of the state, what a weight file may lack."""
+
     def __init__(self, codec: "Codec") -> None:
         super().__init__()
         self.codec = codec

@@ -283,13 +283,17 @@ class GaussianModule(PublishedModule):
 
 
 class LTXModule(GaussianModule):
-    """LTX-Video; where published statistics are asked for, with those of its weight file."""
+    """LTX-Video, with the statistics of its weight file; trained from scratch it has none."""
 
     def __init__(self, codec: Codec, published: nn.Module) -> None:
         super().__init__(codec, published)
-        if codec.normalisation == "published":
+        if codec.weights is not None:
             for name, buffer in published.named_buffers(recurse=False):
                 self.register_buffer(name, buffer)
+            if codec.normalisation == "measured":  # not asked for, and missing where we trained it
+                self.optional_keys = frozenset(
+                    name for name, _ in self.named_buffers(recurse=False)
+                )
 
     def published_statistics(self) -> Statistics:
         """Those of the weight file."""

@@ -345,7 +345,7 @@ def test_stills_are_given_nothing_and_change_nothing_in_the_stage() -> None:
     assert GIVING.model_dump_json() == before
 
 
-@pytest.mark.parametrize("choice", ["none", "head", "loop", "tail"])
+@pytest.mark.parametrize("choice", ["head", "loop", "tail"])
 def test_a_weight_alone_is_always_chosen(choice: str) -> None:
     weights = {"none": 0.0, "head": 0.0, "loop": 0.0, "tail": 0.0, choice: 0.3}
     assert {Given(**weights).choose(draw) for draw in (0.0, 0.5, 1 - 2**-24)} == {choice}
@@ -385,7 +385,7 @@ def test_a_model_that_takes_guidance_is_trained_at_strength_one() -> None:
 
 def test_the_transformer_learns_from_given_frames() -> None:
     """Through the real model: without frames the layer that takes them gets no gradient."""
-    for given, learns in ((Given(none=0), True), (Given(head=0, loop=0, tail=0), False)):
+    for given, learns in ((Given(none=0), True), (Given(head=1e-9, loop=0, tail=0), False)):
         stage = GIVING.replace(given=given)
         model = stage.build("cpu")
         with torch.no_grad():

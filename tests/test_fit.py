@@ -1,6 +1,7 @@
 """What `plan` says of memory: right against autograd, and refused with what would fit."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,28 @@ from torch import Tensor
 from worlds import run_world
 
 from elastic.errors import InputError
-from elastic.fit import GIB, check_fit, workers_on
+from elastic.fit import GIB, check_fit, kept_for, workers_on
 from elastic.memory import HEADROOM, activations, kept_by_codec, kept_per_token, state_memory
+from elastic.muon import is_matrix
 from elastic.shard import shard
 from elastic.world import World
-from models import DCAE, DiT
+from models import DCAE, DiT, Lpips
 from models.dit import MMDiT
-from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Ema, Phase, Videos
+from stages import (
+    AdamW,
+    Adversarial,
+    AutoencoderStage,
+    Bucket,
+    DiffusionStage,
+    Ema,
+    Muon,
+    Phase,
+    Videos,
+    load_plan,
+)
 
 TEXT, WIDTH = 32, 64
+RECIPES = Path(__file__).parents[1] / "stages" / "recipes"
 
 
 def kept(model: MMDiT, dtype: torch.dtype) -> int:
@@ -114,9 +128,9 @@ def test_a_stage_that_does_not_fit_is_refused_with_what_would() -> None:
     module, bucket = LARGE.build(), LARGE.buckets[0]
     state = state_memory(LARGE, module, 2).total
     whole = state + activations(LARGE, bucket, 1, "none")
-    check_fit(LARGE, None, whole / HEADROOM * 1.001)
+    check_fit(LARGE, whole / HEADROOM * 1.001)
     with pytest.raises(InputError) as refused:
-        check_fit(LARGE, None, whole / HEADROOM * 0.5)
+        check_fit(LARGE, whole / HEADROOM * 0.5)
     said = str(refused.value)
     assert re.search(r"stage 'tiny': bucket '256px-33f' with micro=16 needs [\d.]+ GiB", said)
     assert "recompute='full' and micro=16 fits" in said
@@ -124,20 +138,21 @@ def test_a_stage_that_does_not_fit_is_refused_with_what_would() -> None:
     assert smaller is not None
     micro = int(smaller[1])
     half = LARGE.replace(schedule=[Phase(until=64, buckets=[bucket.replace(micro=micro)])])
-    check_fit(half, None, whole / HEADROOM * 0.5)
+    check_fit(half, whole / HEADROOM * 0.5)
     more = LARGE.replace(schedule=[Phase(until=64, buckets=[bucket.replace(micro=micro + 1)])])
     with pytest.raises(InputError):
-        check_fit(more, None, whole / HEADROOM * 0.5)
-    check_fit(LARGE.replace(recompute="full"), None, whole / HEADROOM * 0.5)
+        check_fit(more, whole / HEADROOM * 0.5)
+    check_fit(LARGE.replace(recompute="full"), whole / HEADROOM * 0.5)
 
 
 def test_more_workers_are_named_where_no_micro_batch_fits() -> None:
     state = state_memory(LARGE, LARGE.build(), 4).total
-    room = (state + activations(LARGE, LARGE.buckets[0], 1, "full") / 16) / HEADROOM
-    with pytest.raises(InputError, match=r"; 4 workers fit with recompute='full' and micro=1$"):
-        check_fit(LARGE, 2, room * 1.001)
+    room = (state + activations(LARGE, LARGE.buckets[0], 1, "full")) / HEADROOM
+    with pytest.raises(InputError, match=r"recompute='full' and workers=\(4, 8\) fits as it is$"):
+        check_fit(LARGE, room * 1.001)
+    check_fit(LARGE.replace(workers=(4, 8), recompute="full"), room * 1.001)
     with pytest.raises(InputError, match="nothing fits, whatever micro"):
-        check_fit(LARGE, 2, 1e6)
+        check_fit(LARGE, 1e6)
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:
@@ -152,9 +167,49 @@ def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:
         log_every=2,
         evaluate_every=4,
     )
-    check_fit(stage, 8, 141 * GIB)
-    with pytest.raises(InputError, match="'256px-32f' with micro=1 needs"):
-        check_fit(stage, 8, 40 * GIB)
+    check_fit(stage, 141 * GIB)
+    with pytest.raises(InputError, match="micro=1 needs 8.* GiB .*; recompute='full' and micro=1"):
+        check_fit(stage, 80 * GIB)
+    check_fit(stage.replace(recompute="full"), 80 * GIB)
+
+
+def test_what_judges_an_autoencoder_is_counted() -> None:
+    stage = AutoencoderStage(
+        name="ae",
+        data=Videos("none.csv"),
+        vae=DCAE(channels=128),
+        schedule=[Phase(until=8, buckets=[Bucket("64px", frames=4, batch=8, micro=2)])],
+        optimizer=AdamW(lr=1e-3),
+        ema=Ema(halflife=4),
+        save_every=4,
+        log_every=2,
+        evaluate_every=4,
+    )
+    judged = stage.replace(
+        perceptual=Lpips(weights="none.safetensors"), adversarial=Adversarial(start=0)
+    )
+    module, bucket = stage.build(), stage.buckets[0]
+    assert isinstance(judged.adversarial, Adversarial)
+    critic = sum(p.numel() for p in judged.adversarial.build("meta").parameters())
+    more = state_memory(judged, module, 4).total - state_memory(stage, module, 4).total
+    assert more == 16 * critic
+    kept = [kept_for(each, module, bucket, "none") for each in (stage, judged)]
+    # VGG16's first level alone keeps 64 channels of every pixel twice, in fp32.
+    assert kept[1] - kept[0] > 2 * 4 * 64 * 64 * 64 * 4 * 2
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_every_recipe_fits_gpus_of_80_gib(recipe: Path) -> None:
+    for stage in load_plan(recipe).stages:
+        check_fit(stage, 80 * GIB)
+
+
+def test_muon_is_planned_with_its_whole_matrices() -> None:
+    stage = STAGE.replace(optimizer=Muon(lr=1e-3, matrix_lr=1e-2))
+    module = stage.build()
+    matrices = sum(p.numel() for p in module.parameters() if is_matrix(p))
+    more = state_memory(stage, module, 64).total - state_memory(STAGE, module, 64).total
+    assert more >= 4 * 4 * matrices
 
 
 def test_fewer_gpus_than_the_stage_asks_for_are_refused() -> None:

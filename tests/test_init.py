@@ -45,6 +45,7 @@ from models.align import PairSums, complete, overlap, paired_cells, signal_momen
 from models.dit import codec_shaped
 from stages import (
     AdamW,
+    Adversarial,
     Align,
     AutoencoderStage,
     Bucket,
@@ -61,7 +62,7 @@ from stages import (
     Videos,
 )
 from stages.init import Init
-from stages.stage import description
+from stages.stage import Stage, description
 
 PARENT = STAGE
 NEW_CLIP = "32px-4f"
@@ -125,7 +126,7 @@ def values(data: bytes) -> Tensor:
 
 WRONG: list[tuple[str, Init, str]] = [
     ("codec", Continue(PARENT), "another vae.*KeepTrunk"),
-    ("long", KeepTrunk(PARENT, warmup_samples=61), "warmup_samples 61: longer"),
+    ("long", KeepTrunk(PARENT, warmup_samples=48), "warmup_samples 48: .* write less than 48"),
     ("width", KeepTrunk(PARENT.replace(model=PARENT.model.replace(width=48))), "model.width is 24"),
     ("text", Align(PARENT.replace(text=PARENT.text.replace(width=10))), "text .* not the parent's"),
 ]
@@ -205,6 +206,26 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_closest_name() -> No
         init_table(CHILD.replace(init=KeepTrunk(PARENT, fresh=("text_in.*",))))
     table = init_table(CHILD.replace(init=KeepTrunk(PARENT, fresh=("txt_in.*",))))
     assert {"txt_in.weight", "txt_in.bias"} <= set(table.names("new"))
+
+
+def test_a_policy_that_would_load_nothing_or_names_what_is_solved_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing would be loaded from stage 'tiny'"):
+        init_table(CHILD.replace(init=KeepTrunk(PARENT, fresh=("*",))))
+    with pytest.raises(InputError, match="which Align solves for"):
+        init_table(CHILD.replace(init=Align(PARENT, fresh=("img_in.*",))))
+
+
+def test_a_layer_that_is_gained_has_no_optimizer_state_to_carry() -> None:
+    model = PARENT.model.replace(image_condition=True)
+    more = PARENT.replace(name="more", init=Continue(PARENT), model=model, given=Given())
+    with pytest.raises(ValidationError, match=r"gains image_condition.*optimizer='reset'"):
+        Plan("p", [PARENT, more])
+    Plan("p", [PARENT, more.replace(init=Continue(PARENT, optimizer="reset"))])
+
+
+def test_a_name_in_place_of_a_stage_is_told_what_to_give() -> None:
+    with pytest.raises(ValidationError, match="'tiny' is no stage; give the stage itself"):
+        Continue("tiny")
 
 
 SHAPES = {name: tuple(p.shape) for name, p in CHILD.build().named_parameters()}
@@ -310,6 +331,7 @@ def test_a_stage_may_gain_an_image_condition_that_changes_nothing_at_first(
     shape = PARENT.model.replace(image_condition=True)
     more = PARENT.replace(name="more", init=Continue(PARENT), model=shape, given=Given())
     assert set(init_table(more).names("new")) == {"cond_in.weight", "cond_in.bias"}
+    more = more.replace(init=Continue(PARENT, optimizer="reset"))
     with world_of_one() as world:
         state = started(world, more, parent_folder)
     assert not values(state["model/cond_in.weight"]).any()
@@ -340,6 +362,32 @@ def test_a_file_that_does_not_fit_leaves_every_value_as_it_was(
         with pytest.raises(InputError, match=r"final_layer.linear.bias is not in"):
             begin(state, origin(parent_folder), world)
         assert all(t.isnan().all() for t in state.tensors().values())
+
+
+def _other_files(world: World, stage: DiffusionStage, folders: list[Path]) -> str:
+    """What a rank is told that sees other files than the rest."""
+    init = stage.init
+    assert isinstance(init, FromFile)
+    own = stage.replace(init=init.replace(path=str(folders[world.rank] / WEIGHTS)))
+    state = blank_state(world, own)
+    with pytest.raises(InputError) as told:
+        begin(state, Origin(), world)
+    assert all(tensor.to_local().isnan().all() for tensor in state.tensors().values())  # type: ignore[attr-defined]  # DTensors
+    return str(told.value)
+
+
+def test_workers_that_see_other_files_are_all_told_and_nothing_is_loaded(
+    parent_folder: Path, tmp_path: Path
+) -> None:
+    other, without = tmp_path / "other", tmp_path / "without"
+    for folder in (other, without):
+        folder.mkdir()
+    weights = load_file(parent_folder / WEIGHTS)
+    save_file({n: weights[n].bfloat16() for n in weights}, other / WEIGHTS)
+    stage = PARENT.replace(init=FromFile("w"))
+    for folder, said in ((other, "see different files"), (without, "no such file")):
+        for told in run_world(_other_files, 2, stage, [parent_folder, folder]):
+            assert said in told
 
 
 # What is held
@@ -477,7 +525,7 @@ def test_stages_without_a_common_clip_cannot_be_aligned(parent_folder: Path) -> 
 # The guard
 
 
-def guarded(losses: list[float], stage: DiffusionStage = CHILD) -> Iterator[tuple[int, str]]:
+def guarded(losses: list[float], stage: Stage = CHILD) -> Iterator[tuple[int, str]]:
     """Events, and the final error, of a course of losses in one bucket."""
     progress, events = Progress("child"), []
     for line, loss in enumerate(losses, 1):
@@ -494,6 +542,15 @@ def test_a_loss_that_stays_far_above_its_lowest_ends_the_stage_with_the_reason()
     assert [at for at, _ in spikes] == [18, 24, 36]
     with pytest.raises(LossSpike, match=r"2.2 times the lowest.*guard_factor"):
         list(guarded([2.0, 0.6, *[1.3] * PATIENCE]))
+
+
+def test_the_guard_keeps_out_where_there_is_no_lowest_loss_to_compare_with() -> None:
+    assert list(guarded([-0.10, -0.12, -0.14, 0.0, 0.1, 0.2])) == []
+    judged = AUTOENCODER.replace(
+        init=FromFile("w.safetensors"), adversarial=Adversarial(start=0, width=8)
+    )
+    assert list(guarded([0.04, 0.09, 0.09, 0.09, 0.09], judged)) == []
+    assert len(list(guarded([0.04, 0.09, 0.09], judged.replace(adversarial=None)))) == 2
 
 
 def test_the_guard_leaves_fresh_starts_and_later_samples_alone() -> None:

@@ -370,7 +370,7 @@ def test_given_frames_and_a_model_that_takes_them_come_together(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ({"none": 0, "head": 0, "loop": 0, "tail": 0}, "every weight is 0"),
+        ({"none": 1, "head": 0, "loop": 0, "tail": 0}, "nothing is ever given"),
         ({"head": -1}, "head"),
         ({"haed": 1}, "haed"),
         ({"tail": float("inf")}, "tail"),

@@ -34,11 +34,13 @@ CODECS: dict[str, tuple[Codec, int]] = {
 }
 
 
-def _trained(world: World, name: str, smallest_group: int) -> tuple[int, list[float]]:
+def _trained(
+    world: World, name: str, smallest_group: int, recompute: bool = False
+) -> tuple[int, list[float]]:
     """Groups of a codec, and its losses over three updates; every rank sees the same clips."""
     sharding.SMALLEST_GROUP = smallest_group
     codec, frames = CODECS[name]
-    model = shard(codec.build(device="meta"), world)
+    model = shard(codec.build(device="meta").recompute(recompute), world)
     initialise(model, 0, "nested")
     optimizer = build_optimizer(AdamW(lr=1e-3), model)
     x_BCTHW = torch.randn(1, 3, frames, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -60,6 +62,10 @@ def test_a_codec_with_groups_inside_groups_trains_like_one_without(name: str) ->
     for num_groups, losses in run_world(_trained, 2, name, 1):
         assert num_groups > 10
         assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_codec_that_computes_again_trains_to_the_same_bits() -> None:
+    assert run_world(_trained, 2, "DCAE", 1, True) == run_world(_trained, 2, "DCAE", 1, False)
 
 
 class _Narrow(nn.Module):

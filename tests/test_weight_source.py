@@ -174,6 +174,20 @@ def _empty(folder: Path, tensors: Tensors) -> Path:
     return folder / "a.safetensors"
 
 
+def _lfs_pointer(folder: Path, tensors: Tensors) -> Path:
+    (folder / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+    return folder / "a.safetensors"
+
+
+def _nested_header(folder: Path, tensors: Tensors) -> Path:
+    return _with_header(folder, "[" * 100_000)
+
+
+def _one_of_many(folder: Path, tensors: Tensors) -> Path:
+    save_file(tensors, folder / "m-00001-of-00002.safetensors")
+    return folder
+
+
 def _longer(folder: Path, tensors: Tensors) -> Path:
     (folder / "a.safetensors").write_bytes(save(tensors) + b"more")
     return folder / "a.safetensors"
@@ -295,7 +309,10 @@ WRONG: list[tuple[Callable[[Path, Tensors], Path], str]] = [
     (_truncated_data, r"a.safetensors: cut off: it has [\d,]+ bytes, its header says [\d,]+"),
     (_longer, r"a.safetensors: too long"),
     (_truncated_header, r"a.safetensors: its header is damaged"),
-    (_empty, r"a.safetensors: its header is damaged"),
+    (_empty, r"a.safetensors: empty"),
+    (_lfs_pointer, r"a.safetensors: a Git LFS pointer"),
+    (_nested_header, r"a.safetensors: its header is damaged"),
+    (_one_of_many, r"m-00001-of-00002.safetensors: one of 2 shards, and m-00002-of-00002"),
     (_corrupt_header, r"a.safetensors: its header is damaged"),
     (_key_twice_in_a_header, r"'a' is there twice"),
     (_wrong_size, r"'a' is F32 \(3,\) in 8 bytes"),
@@ -349,3 +366,26 @@ def test_a_model_of_other_heads_is_refused_rather_than_permuted_wrongly(
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=r"norm.\w+_norm.scale has 8 rows, a model .* 12"):
         open_weights(tmp_path / "a.safetensors", SHAPE.replace(heads=2))
+
+
+def test_what_is_no_parameter_is_left_over_in_a_codecs_own_file(tmp_path: Path) -> None:
+    tensors = {"conv.weight": torch.ones(2, 3), "ids": torch.arange(4), "step": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "codec.safetensors")
+    source = own_weights(tmp_path / "codec.safetensors")
+    assert list(source.shapes) == ["conv.weight"]
+    assert list(source.leftover) == ["ids", "step"]
+
+
+def test_an_index_may_be_named_instead_of_its_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "m-00001-of-00001.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-00001-of-00001.safetensors"}}))
+    assert open_weights(index, None, "own").shapes == {"a": (2, 3)}
+
+
+def test_files_that_differ_have_another_identity(tmp_path: Path) -> None:
+    for name, rows in (("a", 2), ("b", 3)):
+        save_file({"x": torch.ones(rows, 3)}, tmp_path / f"{name}.safetensors")
+    a, b = (own_weights(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert a.identity() == own_weights(tmp_path / "a.safetensors").identity()
+    assert a.identity() != b.identity()
