@@ -168,7 +168,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:
         evaluate_every=4,
     )
     check_fit(stage, 141 * GIB)
-    with pytest.raises(InputError, match="micro=1 needs 8.* GiB .*; recompute='full' and micro=1"):
+    with pytest.raises(InputError, match=r"micro=1 needs 8.* GiB .*; recompute='full' and micro=1"):
         check_fit(stage, 80 * GIB)
     check_fit(stage.replace(recompute="full"), 80 * GIB)
 

@@ -40,7 +40,7 @@ from elastic.start import Origin, begin, check_origin
 from elastic.state import Progress
 from elastic.weights import WEIGHTS
 from elastic.world import World
-from models import DCAE, DiT
+from models import DCAE, DiT, Tiling
 from models.align import PairSums, complete, overlap, paired_cells, signal_moments, solve_embedding
 from models.dit import codec_shaped
 from stages import (
@@ -182,6 +182,12 @@ def test_the_guard_may_be_changed_while_a_stage_is_under_way() -> None:
     loose = CHILD.replace(init=KeepTrunk(PARENT, guard_factor=9.0, guard_samples=1))
     assert description(loose) == description(CHILD)
     assert description(CHILD.replace(init=KeepTrunk(PARENT, seed=1))) != description(CHILD)
+
+
+def test_how_latents_are_cut_may_be_changed_when_an_autoencoder_is_trained() -> None:
+    tiled = AUTOENCODER.replace(vae=DCAE(channels=16, tiling=Tiling(frames=4, pixels=32)))
+    assert description(tiled) == description(AUTOENCODER)
+    assert description(AUTOENCODER.replace(vae=DCAE(channels=8))) != description(AUTOENCODER)
 
 
 # What the table says
