@@ -194,6 +194,16 @@ def test_a_stage_with_either_perceptual_loss_reads_back_from_json() -> None:
         assert AutoencoderStage.model_validate(dumped) == stage
 
 
+def test_a_worker_without_the_file_ends_the_stage_and_is_not_tried_again(tmp_path: Path) -> None:
+    """Ray Train tries again whatever is no InputError."""
+    path = tmp_path / "gone.safetensors"
+    nothing: Any = None  # no sample is read
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"'dc-ae': perceptual: .*'{path}'.*every machine"):
+            Reconstructing(STAGE.replace(perceptual=Lpips(weights=str(path))), nothing, nothing)
+        path.write_bytes(b"not a file of tensors")
+
+
 def test_lpips_is_a_part_of_the_loss_and_no_part_of_the_state(weights: Path) -> None:
     stage = STAGE.replace(perceptual=Lpips(weights=str(weights), weight=0.4))
     nothing: Any = None  # no sample is read
