@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
-    one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
+    one.add_argument("--guidance", type=_finite, default=3.0, help="default 3.0; 1 is none")
     one.add_argument("--seed", type=int, default=0)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
     one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
@@ -151,6 +152,16 @@ def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number, 0 or more")
+    return value
 
 
 def read_plan_file(flags: argparse.Namespace) -> Plan:

@@ -18,7 +18,7 @@ from elastic.data.encode import (
     find_scale,
     open_store,
 )
-from elastic.errors import InputError
+from elastic.errors import InputError, StageBlocked
 from stages.stage import DiffusionStage
 
 _RETRIES = 8
@@ -38,7 +38,8 @@ def result_of(reference: Any) -> Any:  # Any: Ray has no types
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, InputError) else error) from None
+        is_ours = isinstance(error.cause, InputError | StageBlocked)
+        raise (error.cause if is_ours else error) from None
 
 
 def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str, dict[int, str]]:
