@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
     one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
-    one.add_argument("--guidance", type=float, default=3.0, help="default 3.0; 1 is none")
+    one.add_argument("--guidance", type=_finite, default=3.0, help="default 3.0; 1 is none")
     one.add_argument("--seed", type=int, default=0)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
     one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
@@ -162,6 +162,16 @@ def _gib(text: str) -> float:
     if not 0 < size < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: must be GiB, a number greater than 0")
     return size
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number, 0 or more")
+    return value
 
 
 def read_plan_file(flags: argparse.Namespace) -> Plan:

@@ -27,7 +27,13 @@ from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import fit_stage
 from elastic.ray_worker import MEMBERS, Latents, WorkerJob
 from elastic.record import difference, start_stage
-from elastic.sample import SampleRequest, longest_bucket, make_reconstructions, make_samples
+from elastic.sample import (
+    SampleRequest,
+    longest_bucket,
+    make_reconstructions,
+    make_samples,
+    text_error,
+)
 from elastic.start import INIT, check_origin
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
@@ -263,7 +269,14 @@ def sample_request(
         )
     store = folder.latents / json.loads((own / LATENTS).read_text())["fingerprint"]
     # Latents may be deleted once they are learnt, and older ones came without the null text.
-    null = read_null_text(store) if (store / NULL_TEXT).exists() else stage.text.null()
+    if (store / NULL_TEXT).exists():
+        null = read_null_text(store)
+    else:
+        try:
+            null = stage.text.null()
+        except ValueError as error:
+            raise text_error(stage, error) from None
+    fields = store / FIELDS
     return SampleRequest(
         stage=stage.replace(text=stage.text.located()),
         weights=own / WEIGHTS,
@@ -272,4 +285,5 @@ def sample_request(
         null=null,
         captions=captions,
         folder=target,
+        text_fields=json.loads(fields.read_text())["text"] if fields.exists() else None,
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from elastic.critic import Critic
 from elastic.data.load import Micro, Source, held_out_rounds
+from elastic.errors import InputError
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.world import World
 from models.codec import Reconstruction
@@ -199,13 +200,23 @@ class Reconstructing:
         held_out: Source,
         device: torch.device = _CPU,
     ) -> None:
-        """`device` is the model's; the frozen perceptual network and the critic lie on it too."""
+        """`device` is the model's; the frozen perceptual network and the critic lie on it too.
+
+        InputError if this machine's file of the perceptual network cannot be used.
+        """
         self.source = source
         self._held_out = held_out
         self._stage = stage
         perceptual, adversarial = stage.perceptual, stage.adversarial
         # Frozen, and no part of the model: not sharded, not saved, not exported.
-        self._perceptual = None if perceptual is None else perceptual.build().to(device)
+        try:
+            self._perceptual = None if perceptual is None else perceptual.build().to(device)
+        except ValueError as error:
+            # Another try on this machine would only repeat it.
+            raise InputError(
+                f"stage {stage.name!r}: perceptual: {error}; every machine needs the same file at "
+                "this path"
+            ) from None
         self.critic = None if adversarial is None else Critic(stage, adversarial, device)
 
     def build(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """Encoding as Ray tasks, one a shard: nodes come and go, a lost shard is simply done again."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from elastic.data.assign import Members
 from elastic.data.encode import (
     EncodeJob,
     Scale,
+    ShardId,
     encode_null_text,
     encode_shard,
     find_scale,
     open_store,
 )
-from elastic.errors import InputError
+from elastic.errors import InputError, StageBlocked
 from stages.stage import DiffusionStage
 
 _RETRIES = 8
@@ -36,17 +38,19 @@ def result_of(reference: Any) -> Any:  # Any: Ray has no types
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, InputError) else error) from None
+        is_ours = isinstance(error.cause, InputError | StageBlocked)
+        raise (error.cause if is_ours else error) from None
 
 
 def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str, dict[int, str]]:
     """Encode what the store lacks and seal it; returns its digest and the quarantined clips.
 
     A task that fails for a reason of its own, such as a full disk, is raised after the others.
+    InputError, which every other shard would only repeat, cancels what has not begun.
     """
     store = open_store(job)
     missing = store.missing()
-    task = ray.remote(encode_shard).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+    task = ray.remote(_encode_whole).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     shared = ray.put(job)
     if not missing and not store.has_null_text():  # otherwise the first shard brings it along
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
@@ -59,9 +63,29 @@ def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str,
         (done,), running = ray.wait(running, num_returns=1)
         try:
             result_of(done)
+        except InputError as error:
+            _drain(running)
+            raise error from failure
         except Exception as error:  # raised when the other shards are committed
             failure = failure or error
         progress(total - len(running), total)
     if failure is not None:
         raise failure
     return store.seal(), store.quarantined()
+
+
+def _encode_whole(job: EncodeJob, shard: ShardId) -> int:
+    """`encode_shard`, undisturbed: Ray cancels a task that runs by an interrupt."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return encode_shard(job, shard)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _drain(running: list[Any]) -> None:  # Any: Ray has no types
+    """Cancel the tasks that have not begun, and wait for those that have to commit."""
+    for reference in running:
+        ray.cancel(reference)
+    if running:
+        ray.wait(running, num_returns=len(running))

@@ -1,8 +1,10 @@
 """Videos from a finished stage: samples of a DiT for captions, or reconstructions of a codec."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.encode import Scale, chunk_size, encode_still, load_codec
 from elastic.data.table import Clip
-from elastic.errors import InputError
+from elastic.errors import InputError, StageBlocked
 from elastic.film import contact_sheet, write_mp4
+from elastic.record import difference
 from elastic.weights import file_digest, load_weights
 from models.flow import conditioned, euler_sample, time_shift
 from models.fresh import named_seed
@@ -43,6 +46,8 @@ class SampleRequest:
     guidance: float = 3.0
     seed: int = 0
     image: Path | None = None  # the first frame of every sample; for stages with image_condition
+    text_fields: dict[str, Any] | None = None
+    """The text encoder's fingerprint in the stage's latents (JSON); None if they are gone."""
 
 
 def longest_bucket(stage: AutoencoderStage | DiffusionStage) -> Bucket:
@@ -55,13 +60,15 @@ def make_samples(request: SampleRequest) -> list[Path]:
 
     Averaged weights, Euler steps, classifier-free guidance, which is an input of the DiTs that take
     it; the noise of a caption is a function of (seed, its place in the list). InputError for an
-    image that cannot be used.
+    image or a text encoder that cannot be used; StageBlocked, and nothing is written, for latents
+    that are not finite.
     """
     stage, bucket = request.stage, longest_bucket(request.stage)
+    _check_text(request)
     image_CTHW = None if request.image is None else read_image(request.image, stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = load_codec(stage.codec, request.codec_weights, file_digest(request.codec_weights))
-    text, channels = stage.text, stage.codec.channels
+    channels = stage.codec.channels
     model = load_weights(stage.build("cpu"), request.weights).to(device)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     frames, height, width = stage.model.token_grid(grid)
@@ -78,7 +85,7 @@ def make_samples(request: SampleRequest) -> list[Path]:
         noise_BCTHW = torch.stack(
             [_noise((channels, *grid), request.seed, first + i) for i in range(len(captions))]
         )
-        batch = pad(text.encode(captions))
+        batch = pad(_encode(stage, captions))
         z_BCTHW = euler_sample(
             conditioned(
                 model,
@@ -92,10 +99,58 @@ def make_samples(request: SampleRequest) -> list[Path]:
             guidance=1.0 if stage.model.guidance else request.guidance,
             alpha=time_shift(height * width, frames),
         )
+        _require_finite(request, captions, z_BCTHW)
         with torch.no_grad():
             for part_BCTHW in request.scale.restore(z_BCTHW).split(chunk_size(stage.codec)):
                 films += to_frames(codec.decode(part_BCTHW))
     return _write(request.folder, list(request.captions), films, stage.rate)
+
+
+def _check_text(request: SampleRequest) -> None:
+    """InputError unless the text encoder can be used here and is that of the stage's latents."""
+    stage = request.stage
+    try:
+        stage.text.check()
+        if request.text_fields is None:
+            return
+        changes = difference(request.text_fields, stage.text.fingerprint_fields(), "text")
+    except ValueError as error:
+        raise text_error(stage, error) from None
+    if changes:
+        raise InputError(
+            f"stage {stage.name!r}: {stage.text!r} is not the text encoder that the stage was "
+            f"trained with: {'; '.join(changes)}; put back the files that were there"
+        )
+
+
+def _encode(stage: DiffusionStage, captions: Sequence[str]) -> list[TextEmbedding]:
+    try:
+        return stage.text.encode(captions)
+    except ValueError as error:
+        raise text_error(stage, error) from None
+
+
+def text_error(stage: DiffusionStage, error: ValueError) -> InputError:
+    """What to say of a text encoder that cannot be used for sampling."""
+    return InputError(
+        f"stage {stage.name!r}: {error}. Sampling embeds captions by the encoder that the run "
+        "names: put it back there"
+    )
+
+
+def _require_finite(request: SampleRequest, captions: Sequence[str], z_BCTHW: Tensor) -> None:
+    wrong = [
+        caption
+        for caption, z_CTHW in zip(captions, z_BCTHW, strict=True)
+        if not z_CTHW.isfinite().all()  # waits for the device
+    ]
+    if wrong:
+        raise StageBlocked(
+            f"stage {request.stage.name!r}: the latents sampled for {wrong[0]!r} are not finite "
+            f"({len(wrong)} of {len(captions)} captions, guidance {request.guidance:g}, "
+            f"{request.steps} steps), and nothing was written; lower the guidance, and if that "
+            "does not help look at the stage's loss in the report"
+        )
 
 
 def read_image(path: Path, stage: DiffusionStage) -> Tensor:

@@ -52,7 +52,7 @@ class CodecModule(nn.Module):
         self.codec = codec
 
     def encode(self, x_BCTHW: Tensor) -> Tensor:
-        """Latents of clips in [-1, 1]: deterministic, not normalised; ValueError for a wrong size.
+        """Latents of clips in [-1, 1]: deterministic, not normalised; ValueError for a wrong shape.
 
         Tiled as the codec says.
         """
@@ -95,6 +95,11 @@ class CodecModule(nn.Module):
 
     def _tiled(self, encode: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
         codec = self.codec
+        if x_BCTHW.ndim != 5:
+            raise ValueError(
+                f"{codec.name}: a tensor of shape {tuple(x_BCTHW.shape)} holds no clips; the rule "
+                "is (clips, 3, frames, height, width): give a single clip as x[None]"
+            )
         codec.check(*x_BCTHW.shape[2:])
         if codec.tiling is None:
             return encode(x_BCTHW)

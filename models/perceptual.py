@@ -16,6 +16,8 @@ from models.record import Record
 # VGG16, one tuple for each LPIPS level: the width of each of its convolutions. All but the first
 # level begin by halving the grid.
 _LEVELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+SMALLEST_SIDE = 2 ** (len(_LEVELS) - 1)
+"""The fewest rows or columns of pixels that LPIPS takes."""
 # LPIPS's own normalisation of pixels in [-1, 1] to what VGG16 was trained on.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -117,7 +119,7 @@ class LpipsModule(nn.Module):
             self.add_module(f"lin{number}", _Head(width))
 
     def forward(self, x_BCTHW: Tensor, x_hat_BCTHW: Tensor) -> Tensor:
-        """Per sample, for clips in [-1, 1] with sides of 16 px or more; fp32."""
+        """Per sample, for clips in [-1, 1] with sides of `SMALLEST_SIDE` or more; fp32."""
         # Two passes: no graph is kept for the real clip, whose pixels take no gradient.
         pairs = zip(self._features(x_BCTHW), self._features(x_hat_BCTHW), strict=True)
         total_N: Tensor | float = 0.0

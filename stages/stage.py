@@ -9,7 +9,7 @@ from models.codec import Codec, CodecModule
 from models.dc_ae import DCAE
 from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
-from models.perceptual import Lpips, Pyramid
+from models.perceptual import SMALLEST_SIDE, Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
 from models.record import Record
 from models.t5_clip import T5Clip
@@ -106,6 +106,17 @@ class AutoencoderStage(_Stage):
     adversarial: Adversarial | None = None
     """The discriminator, and the phase from which on it judges."""
 
+    @field_validator("perceptual", mode="before")
+    @classmethod
+    def _check_perceptual(cls, perceptual: object) -> object:
+        """One message instead of one for each branch of the union."""
+        if perceptual is None or isinstance(perceptual, Lpips | Pyramid | dict):  # a dict: of JSON
+            return perceptual
+        raise ValueError(
+            f"{perceptual!r} is no perceptual loss; give Lpips(weights='path.safetensors'), "
+            "Pyramid(), or None"
+        )
+
     @model_validator(mode="after")
     def _check_stage(self) -> "AutoencoderStage":
         self._check(self.vae, patch=1)
@@ -135,7 +146,23 @@ class AutoencoderStage(_Stage):
                 self.adversarial.check(self.schedule)
             except ValueError as error:
                 raise ValueError(f"stage {self.name!r}: adversarial.{error}") from None
+        if isinstance(self.perceptual, Lpips):
+            self._check_lpips_sides()
         return self
+
+    def _check_lpips_sides(self) -> None:
+        for index, phase in enumerate(self.schedule):
+            for number, bucket in enumerate(phase.buckets):
+                if min(bucket.height, bucket.width) >= SMALLEST_SIDE:
+                    continue
+                sides = zip((bucket.height, bucket.width), self.vae.stride[1:], strict=True)
+                # Whole strides, rounded up.
+                high, wide = (max(p, -(-SMALLEST_SIDE // down) * down) for p, down in sides)
+                raise ValueError(
+                    f"stage {self.name!r}: schedule[{index}].buckets[{number}]: {bucket.size!r} is "
+                    f"too small for perceptual=Lpips, which halves frames four times and needs "
+                    f"sides of {SMALLEST_SIDE} px; the nearest is '{high}x{wide}', or take Pyramid"
+                )
 
     @property
     def codec(self) -> Codec:
@@ -179,12 +206,24 @@ class DiffusionStage(_Stage):
             "name), or a codec with weights"
         )
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _check_text(cls, text: object) -> object:
+        """One message instead of one for each branch of the union."""
+        if isinstance(text, WordHash | T5Clip | dict):  # a dict: read back from JSON
+            return text
+        raise ValueError(
+            f"{text!r} is no text encoder; give WordHash(), or T5Clip(t5='FOLDER', clip='FOLDER')"
+        )
+
     @field_validator("text_dropout", mode="before")
     @classmethod
     def _check_dropout(cls, dropout: object) -> object:
         """One message instead of one for each branch of the union."""
         shares = dropout if isinstance(dropout, tuple | list) else (dropout, dropout)
-        if len(shares) != 2 or not all(isinstance(s, float | int) and 0 <= s < 1 for s in shares):
+        # A bool is an int in Python, and False would be a share of 0.
+        numbers = [s for s in shares if isinstance(s, float | int) and not isinstance(s, bool)]
+        if len(shares) != 2 or len(numbers) != 2 or not all(0 <= s < 1 for s in numbers):
             raise ValueError(
                 f"{dropout!r}: write a share of 0 or more and less than 1, or a pair of them: "
                 "(of the tokens, of the pooled vector)"

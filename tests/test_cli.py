@@ -186,6 +186,16 @@ def test_a_text_encoder_that_is_not_there_is_named_before_anything_starts(
     assert not storage.exists()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "-0.5", "three"])
+def test_a_guidance_that_is_no_finite_strength_is_refused(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["sample", "run", "--caption", "a circle", "--guidance", value])
+    assert leaving.value.code == 2
+    assert f"--guidance: '{value}': must be a finite number, 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 1, "started": {}}'])
 def test_a_damaged_record_is_named(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -315,6 +315,14 @@ def test_sizes_are_multiples_of_stride_and_patch() -> None:
         SMALL_DCAE.check(8, 8, 64)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 16, 16), (3, 16, 16), ()])
+def test_a_tensor_that_is_no_batch_of_clips_is_told_the_shape(shape: tuple[int, ...]) -> None:
+    module = SMALL_HUNYUAN.build()
+    for use in (module.encode, module.moments):
+        with pytest.raises(ValueError, match=r"HunyuanVAE: .*\(clips, 3, frames, height, width\)"):
+            use(torch.zeros(shape))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -255,7 +255,9 @@ def test_nothing_is_dropped_when_held_out_clips_are_measured() -> None:
     assert not any((each["pooled"] == 9).any() or (each["text"] == 7).any() for each in texts)
 
 
-@pytest.mark.parametrize("share", [1.0, -0.1, "0.1", (0.1,), (0.1, 0.2, 0.3), (0.1, 1.0), None])
+@pytest.mark.parametrize(
+    "share", [1.0, -0.1, "0.1", False, (0.1, True), (0.1,), (0.1, 0.2, 0.3), (0.1, 1.0), None]
+)
 def test_an_impossible_share_is_refused_in_one_sentence(share: object) -> None:
     with pytest.raises(ValidationError, match="write a share of 0 or more") as caught:
         STAGE.replace(text_dropout=share)

@@ -4,6 +4,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -464,6 +465,94 @@ def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     assert told[9:] == [(8, 8)]
     assert again == first
     assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
+
+
+class _RayOfTwo:
+    """As much of Ray as encoding uses, with two workers: what is waited for runs in order."""
+
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+        self.queued: list[Any] = []
+
+    def remote(self, function: Callable[..., Any]) -> SimpleNamespace:
+        def submit(*arguments: Any) -> SimpleNamespace:
+            task = SimpleNamespace(run=lambda: function(*arguments), result=None, error=None)
+            self.queued.append(task)
+            return task
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=submit))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def get(self, task: Any) -> Any:
+        if task.error is not None:
+            raise task.error
+        return task.result
+
+    def cancel(self, task: Any) -> None:
+        if task in self.queued:
+            self.queued.remove(task)
+            task.error = RuntimeError("cancelled")
+
+    def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        while True:
+            while self.queued and len(self.begun) < 2:
+                self.begun.append(self.queued.pop(0))
+            unfinished = [id(task) for task in (*self.begun, *self.queued)]
+            done = [task for task in running if id(task) not in unfinished][:num_returns]
+            if len(done) == num_returns:
+                return done, [task for task in running if task not in done]
+            task = self.begun.pop(0)
+            try:
+                task.result = task.run()
+            except Exception as error:
+                task.error = error
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
+    interrupted: bool, job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
+    tried: list[tuple[str, int]] = []
+
+    def failing(job: EncodeJob, shard: tuple[str, int]) -> int:
+        tried.append(shard)
+        if interrupted:
+            signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
+        if len(tried) == 2:
+            raise InputError("no such folder")
+        if len(tried) == 1:
+            raise OSError("disk full")
+        return encode_shard(job, shard)
+
+    monkeypatch.setattr(ray_encode, "encode_shard", failing)
+    told: list[tuple[int, int]] = []
+    with pytest.raises(InputError, match="no such folder"):
+        ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+    store = open_store(job)
+    assert len(store.shard_ids()) == 8
+    assert len(tried) == 4  # both workers had begun another one, which is committed
+    assert set(store.shard_ids()) - set(store.missing()) == set(tried[2:])
+    assert told == [(0, 8), (1, 8)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
+
+    def failing(job: EncodeJob, shard: tuple[str, int]) -> int:
+        if shard == open_store(job).shard_ids()[0]:
+            raise OSError("disk full")
+        return encode_shard(job, shard)
+
+    monkeypatch.setattr(ray_encode, "encode_shard", failing)
+    with pytest.raises(OSError, match="disk full"):
+        ray_encode.encode_on_ray(job, 0, lambda *_: None)
+    assert len(open_store(job).missing()) == 1
 
 
 def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(

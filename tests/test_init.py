@@ -185,7 +185,7 @@ def test_the_guard_may_be_changed_while_a_stage_is_under_way() -> None:
 
 
 def test_how_latents_are_cut_may_be_changed_when_an_autoencoder_is_trained() -> None:
-    tiled = AUTOENCODER.replace(vae=DCAE(channels=16, tiling=Tiling(frames=4, pixels=32)))
+    tiled = AUTOENCODER.replace(vae=DCAE(channels=16, tiling=Tiling(frames=16, pixels=128)))
     assert description(tiled) == description(AUTOENCODER)
     assert description(AUTOENCODER.replace(vae=DCAE(channels=8))) != description(AUTOENCODER)
 

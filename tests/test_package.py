@@ -2,6 +2,7 @@
 
 import configparser
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -78,6 +82,26 @@ def test_every_dependency_has_a_bound_and_none_is_the_name_that_exists_nowhere()
     assert not [line for line in PROJECT["dependencies"] if line.startswith("fsdp")]
     for line in PROJECT["dependencies"]:
         assert any(sign in line for sign in (">=", "==")), line
+
+
+def test_what_users_install_has_a_ceiling_and_the_pinned_versions_lie_within() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pin = Requirement(line)
+        (pins[canonicalize_name(pin.name)],) = [one.version for one in pin.specifier]
+    for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["text"]):
+        needed = Requirement(line)
+        assert {"<", "=="} & {one.operator for one in needed.specifier}, line
+        assert pins[canonicalize_name(needed.name)] in needed.specifier, line
+
+
+def test_the_lowest_diffusers_has_every_class_that_the_published_codecs_build() -> None:
+    (line,) = [one for one in PROJECT["dependencies"] if one.startswith("diffusers")]
+    source = (ROOT / "models/published.py").read_text()
+    needed = re.findall(r'_diffusers\(self, "([\d.]+)"\)', source)
+    assert len(needed) == 5
+    lowest = [one.version for one in Requirement(line).specifier if one.operator == ">="]
+    assert lowest == [max(needed, key=Version)]
 
 
 def test_the_command_is_a_function_of_the_package() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -21,8 +22,8 @@ from elastic.loop import build_optimizer
 from elastic.objective import Reconstructing
 from elastic.record import check_unchanged, start_stage
 from elastic.state import Progress, TrainState
-from models import DCAE
-from models.perceptual import Lpips, Pyramid, check_lpips
+from models import DCAE, HunyuanVAE
+from models.perceptual import Lpips, LpipsModule, Pyramid, check_lpips
 from models.reconstruction import ssim_B
 from stages import AdamW, AutoencoderStage, Bucket, Ema, Phase, Plan, Videos
 
@@ -149,6 +150,27 @@ def test_a_file_that_is_not_lpips_says_what_is_wrong(tmp_path: Path) -> None:
         Lpips(weights=str(path)).build()
 
 
+@pytest.mark.parametrize(
+    ("size", "nearest"), [("8px", "16x16"), ("8x64", "16x64"), ("64x8", "64x16"), ("16px", None)]
+)
+def test_clips_too_small_for_lpips_are_refused_with_the_nearest_size(
+    size: str, nearest: str | None
+) -> None:
+    """Those that are taken do go through it."""
+    vae = HunyuanVAE(channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2)
+    schedule = [Phase(until=8, buckets=[Bucket(size, frames=5, batch=4)])]
+    small = STAGE.replace(vae=vae, schedule=schedule, perceptual=Pyramid())
+    lpips = Lpips(weights="none.safetensors")
+    if nearest is None:
+        x_BCTHW = clips(1, 3, 1, 16, 16)
+        assert small.replace(perceptual=lpips).perceptual == lpips
+        assert LpipsModule()(x_BCTHW, -x_BCTHW).isfinite().all()
+        return
+    words = rf"'dc-ae': schedule\[0\]\.buckets\[0\]: '{size}' is too small .*nearest is '{nearest}'"
+    with pytest.raises(ValidationError, match=words):
+        small.replace(perceptual=lpips)
+
+
 def test_lpips_counts_by_its_content_wherever_it_lies(weights: Path, tmp_path: Path) -> None:
     def plan(path: Path) -> Plan:
         return Plan("plan", [STAGE.replace(perceptual=Lpips(weights=str(path)))])
@@ -170,6 +192,16 @@ def test_a_stage_with_either_perceptual_loss_reads_back_from_json() -> None:
         assert AutoencoderStage.model_validate_json(stage.model_dump_json()) == stage
         dumped = json.loads(json.dumps(stage.model_dump(mode="json")))
         assert AutoencoderStage.model_validate(dumped) == stage
+
+
+def test_a_worker_without_the_file_ends_the_stage_and_is_not_tried_again(tmp_path: Path) -> None:
+    """Ray Train tries again whatever is no InputError."""
+    path = tmp_path / "gone.safetensors"
+    nothing: Any = None  # no sample is read
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"'dc-ae': perceptual: .*'{path}'.*every machine"):
+            Reconstructing(STAGE.replace(perceptual=Lpips(weights=str(path))), nothing, nothing)
+        path.write_bytes(b"not a file of tensors")
 
 
 def test_lpips_is_a_part_of_the_loss_and_no_part_of_the_state(weights: Path) -> None:

@@ -135,6 +135,21 @@ MISTAKES = {
         "vae='parent',",
         "vae: 'parent' is no autoencoder; give .* itself",
     ),
+    "a text encoder as a word": (
+        "vae=parent,",
+        "vae=parent, text='t5',",
+        r"DiffusionStage text: 't5' is no text encoder; give WordHash\(\), or T5Clip\(t5=[^;]*$",
+    ),
+    "a dropout that is a switch": (
+        "vae=parent,",
+        "vae=parent, text_dropout=False,",
+        r"DiffusionStage text_dropout: False: write a share [^;]*$",
+    ),
+    "a perceptual loss as a word": (
+        "vae=HunyuanVAE()",
+        "vae=HunyuanVAE(), perceptual='lpips'",
+        r"AutoencoderStage perceptual: 'lpips' is no perceptual loss; give Lpips\([^;]*$",
+    ),
     "two stages of one name": (
         'name="child"',
         'name="parent"',

@@ -3,7 +3,9 @@
 # B sample, C channel, T frame, H, W latent grid
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_text import change_weights, tiny_t5_clip
 from torch import Tensor
 
 from elastic import sample
 from elastic.course import LATENTS, sample_request
 from elastic.data.decode import to_unit
-from elastic.data.encode import Scale
+from elastic.data.encode import FIELDS, Scale
 from elastic.data.store import BucketPlan, LatentStore, StoreSchema
-from elastic.errors import InputError
+from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
 from elastic.sample import SampleRequest, make_samples, read_image
-from elastic.weights import FINISHED, load_weights
+from elastic.weights import FINISHED, WEIGHTS, load_weights
 from models import DiT, HunyuanVAE, T5Clip, WordHash
+from models import t5_clip as text_module
 from models.fresh import named_generator
 from models.text import TextEmbedding
 from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
@@ -180,17 +184,22 @@ def test_a_picture_is_resized_to_cover_and_cropped_as_clips_are(tmp_path: Path) 
     assert x_CTHW[:, 0, :, 4:28].flatten(1).unique(dim=1).shape == (3, 1)
 
 
+def _finished_run(stage: DiffusionStage, root: Path) -> RunFolder:
+    folder = RunFolder(root)
+    write_atomic(folder.stage(stage.name) / FINISHED, b"{}")
+    scale = {"mean": SCALE.mean, "std": SCALE.std}
+    pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
+    write_atomic(folder.stage(stage.name) / LATENTS, pinned)
+    return folder
+
+
 def test_a_request_takes_the_null_text_from_the_latents_and_knows_where_the_encoder_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "vae.safetensors").write_bytes(b"any")
     text = T5Clip(t5="t5", clip="clip", t5_width=8, pooled=4)
     stage = STAGE.replace(vae=CODEC.replace(weights=str(tmp_path / "vae.safetensors")), text=text)
-    folder = RunFolder(tmp_path / "run")
-    write_atomic(folder.stage("tiny") / FINISHED, b"{}")
-    scale = {"mean": SCALE.mean, "std": SCALE.std}
-    pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
-    write_atomic(folder.stage("tiny") / LATENTS, pinned)
+    folder = _finished_run(stage, tmp_path / "run")
     null = TextEmbedding(torch.arange(24.0).view(3, 8), torch.arange(4.0))
     bucket = BucketPlan(name="32px-5f", shape=(4, 2, 4, 4), sample_ids=(1,))
     schema = StoreSchema(
@@ -208,3 +217,57 @@ def test_a_request_takes_the_null_text_from_the_latents_and_knows_where_the_enco
     assert torch.equal(found.null.pooled_D, null.pooled_D)
     assert found.scale == SCALE
     assert found.stage.text.t5 == str(tmp_path / "t5")
+    assert found.text_fields is None
+
+
+def test_the_text_encoder_must_be_that_of_the_latents_while_they_are_there(
+    request_for: Callable[..., SampleRequest], tmp_path: Path
+) -> None:
+    encoder = tiny_t5_clip(tmp_path / "text")
+    made = request_for(STAGE.replace(text=encoder))
+    stage = made.stage.replace(vae=CODEC.replace(weights=str(made.codec_weights)))
+    folder = _finished_run(stage, tmp_path / "run")
+    made.weights.rename(folder.stage("tiny") / WEIGHTS)
+    fields = folder.latents / "f" / FIELDS
+    write_atomic(fields, json.dumps({"text": encoder.fingerprint_fields()}).encode())
+    asked = sample_request(folder, stage, CAPTIONS, tmp_path / "out")
+    make_samples(replace(asked, steps=1))
+    change_weights(Path(encoder.clip))
+    words = (
+        r"'tiny': T5Clip\(.*text/clip.* is not the text encoder .*text\.clip: '\w+' -> '\w+'; put"
+    )
+    with pytest.raises(InputError, match=words):
+        make_samples(replace(asked, folder=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    fields.unlink()  # the latents are gone, and with them what could be compared
+    make_samples(replace(sample_request(folder, stage, CAPTIONS, tmp_path / "out"), steps=1))
+
+
+def test_a_text_encoder_that_is_gone_is_bad_input_in_the_request_and_when_sampling(
+    request_for: Callable[..., SampleRequest], tmp_path: Path
+) -> None:
+    encoder = tiny_t5_clip(tmp_path / "text")
+    made = request_for(STAGE.replace(text=encoder))
+    # Another process than the one that embedded the null text has nothing in its memory.
+    text_module._load.cache_clear()
+    stage = made.stage.replace(vae=CODEC.replace(weights=str(made.codec_weights)))
+    folder = _finished_run(stage, tmp_path / "run")
+    shutil.rmtree(encoder.t5)
+    words = rf"'tiny': text\.t5 '{encoder.t5}': no such folder.*put it back there"
+    with pytest.raises(InputError, match=words):
+        sample_request(folder, stage, CAPTIONS, tmp_path / "out")
+    with pytest.raises(InputError, match=words):
+        make_samples(made)
+    assert not made.folder.exists()
+
+
+def test_latents_that_are_not_finite_are_named_and_nothing_is_written(
+    request_for: Callable[..., SampleRequest],
+) -> None:
+    for guidance in (float("inf"), 1e38):
+        asked = request_for(guidance=guidance)
+        with pytest.raises(
+            StageBlocked, match=r"'tiny': .*'a red circle' are not finite.*guidance"
+        ):
+            make_samples(asked)
+        assert not asked.folder.exists()
