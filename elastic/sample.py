@@ -158,13 +158,14 @@ def read_image(path: Path, stage: DiffusionStage) -> Tensor:
 
     Resized and cropped as clips are. InputError if it cannot be read, or the stage cannot use it.
     """
-    bucket = longest_bucket(stage)
-    if not stage.gives(bucket):
-        reason = (
-            f"its clips of {bucket.frames} frames have a single latent frame"
-            if stage.model.image_condition
-            else "its model was built without image_condition=True"
-        )
+    bucket, reason = longest_bucket(stage), None
+    if not stage.model.image_condition:
+        reason = "its model was built without image_condition=True"
+    elif not stage.gives(bucket):
+        reason = f"its clips of {bucket.frames} frames have a single latent frame"
+    elif stage.given is not None and not stage.given.head:
+        reason = "it was trained with Given(head=0), so it never saw a first frame alone"
+    if reason is not None:
         raise InputError(
             f"image {str(path)!r}: stage {stage.name!r} takes no first frame: {reason}; leave the "
             "image out, or sample from another stage"

@@ -167,6 +167,8 @@ def test_an_image_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     plain = STAGE.replace(model=STAGE.model.replace(image_condition=False), given=None)
     with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*image_condition=True"):
         read_image(image, plain)
+    with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*Given\(head=0\)"):
+        read_image(image, STAGE.replace(given=Given(head=0)))
     with pytest.raises(InputError, match="no such file"):
         read_image(tmp_path / "b.png", STAGE)
     (tmp_path / "text.png").write_text("no picture")
