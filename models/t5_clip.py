@@ -19,16 +19,10 @@ from torch import Tensor
 
 from models.record import Record
 from models.text import TextEmbedding
+from models.text_folder import CLIP, SMALL, T5, WEIGHTS, check_folder
 
 _BATCH = 16  # captions at once
 _INSTALL = 'T5Clip needs transformers: pip install "restage[text]"'
-# Of a folder, what decides an embedding; readme files and weights of other formats do not.
-_WEIGHTS = "*.safetensors"
-_TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")  # one of them is needed
-_SMALL = (
-    *("config.json", "model.safetensors.index.json", "merges.txt", *_TOKENIZERS),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-)
 
 
 class T5Clip(Record):
@@ -97,25 +91,29 @@ class T5Clip(Record):
         return self.replace(t5=str(Path(self.t5).absolute()), clip=str(Path(self.clip).absolute()))
 
     def check(self) -> None:
-        """ValueError unless transformers is installed and both folders hold what is needed."""
+        """ValueError unless transformers is installed and both folders hold what is needed.
+
+        Reads headers and small files; no model is loaded.
+        """
         if importlib.util.find_spec("transformers") is None:
             raise ValueError(_INSTALL)
-        for field, folder in (("t5", Path(self.t5)), ("clip", Path(self.clip))):
-            where = f"text.{field} {str(folder)!r}"
-            if not folder.is_dir():
-                raise ValueError(f"{where}: no such folder; give that of the downloaded encoder")
-            if not (folder / "config.json").is_file():
-                raise ValueError(f"{where}: config.json is missing; copy it from the published one")
-            if not list(folder.glob(_WEIGHTS)):
-                raise ValueError(
-                    f"{where}: no {_WEIGHTS} file; other formats are not read, since loading them "
-                    "may run code: convert the weights to safetensors"
-                )
-            if not any((folder / name).is_file() for name in _TOKENIZERS):
-                raise ValueError(
-                    f"{where}: no tokenizer, which is one of {', '.join(_TOKENIZERS)}; copy the "
-                    "tokenizer's files into the same folder"
-                )
+        t5 = check_folder(f"text.t5 {self.t5!r}", Path(self.t5), T5)
+        clip = check_folder(f"text.clip {self.clip!r}", Path(self.clip), CLIP)
+        self._check_size("t5_width", self.t5, t5["d_model"])
+        self._check_size("pooled", self.clip, clip["hidden_size"])
+        places = clip["max_position_embeddings"]
+        if self.clip_tokens > places:
+            raise ValueError(
+                f"text.clip_tokens={self.clip_tokens}: the model in {self.clip!r} knows {places} "
+                "places; write that or less"
+            )
+
+    def _check_size(self, field: str, folder: str, size: int) -> None:
+        if getattr(self, field) != size:
+            raise ValueError(
+                f"text.{field}={getattr(self, field)}: the model in {folder!r} has {size}; write "
+                f"{field}={size}, or give the folder of another model"
+            )
 
 
 class _Loaded(NamedTuple):
@@ -134,44 +132,41 @@ def _load(encoder: T5Clip) -> _Loaded:
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    places = (
+        ("t5", encoder.t5, T5EncoderModel),
+        ("clip", encoder.clip, CLIPTextModel),
+    )
     tokenizers, models = [], []
-    for folder, kind in ((encoder.t5, T5EncoderModel), (encoder.clip, CLIPTextModel)):
+    for field, folder, kind in places:
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizers.append(AutoTokenizer.from_pretrained(folder, **local))
-        model, info = kind.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=getattr(torch, encoder.dtype),
-            output_loading_info=True,
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            model, info = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=getattr(torch, encoder.dtype),
+                output_loading_info=True,
+            )
+        except MemoryError:
+            raise  # nothing that a folder could do for
+        # transformers raises many kinds; what passed the checks and is broken still is bad input.
+        except Exception as error:
+            raise ValueError(
+                f"text.{field} {folder!r}: transformers cannot load it as a {kind.__name__} "
+                f"({type(error).__name__}: {error}); copy the published files again"
+            ) from error
         # transformers fills what the file lacks with random numbers, and only logs it.
         lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
         if lacking:
             raise ValueError(
-                f"{folder!r}: the weights do not fill a {kind.__name__}: {lacking[:3]} "
-                f"({len(lacking)} in all) are missing or have another shape; is it the right file?"
+                f"text.{field} {folder!r}: the weights do not fill a {kind.__name__}: "
+                f"{lacking[:3]} ({len(lacking)} in all) are missing or have another shape; is it "
+                "the right file?"
             )
+        tokenizers.append(tokenizer)
         models.append(model.to(device).eval().requires_grad_(False))
-    loaded = _Loaded(models[0], tokenizers[0], models[1], tokenizers[1])
-    _require_sizes(encoder, loaded)
-    return loaded
-
-
-def _require_sizes(encoder: T5Clip, loaded: _Loaded) -> None:
-    clip = loaded.clip.config
-    found = {"t5_width": loaded.t5.config.d_model, "pooled": clip.hidden_size}
-    for field, size in found.items():
-        asked = getattr(encoder, field)
-        if asked != size:
-            raise ValueError(
-                f"text.{field}={asked}: the model in the folder has {size}; write {field}={size}"
-            )
-    if encoder.clip_tokens > clip.max_position_embeddings:
-        raise ValueError(
-            f"text.clip_tokens={encoder.clip_tokens}: the model in {encoder.clip!r} knows "
-            f"{clip.max_position_embeddings} places; write that or less"
-        )
+    return _Loaded(models[0], tokenizers[0], models[1], tokenizers[1])
 
 
 @torch.no_grad()
@@ -200,10 +195,13 @@ def _tokens(
 
 
 def _folder_digest(folder: Path) -> str:
-    """32 hex digits of the names and contents of the files that decide an embedding."""
+    """32 hex digits of the names and contents of the files that decide an embedding.
+
+    Readme files and weights of other formats do not.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    weights = [path.name for path in folder.glob(_WEIGHTS)]
-    for name in sorted({*weights, *(n for n in _SMALL if (folder / n).is_file())}):
+    weights = [path.name for path in folder.glob(WEIGHTS)]
+    for name in sorted({*weights, *(n for n in SMALL if (folder / n).is_file())}):
         state = (folder / name).stat()
         content = _file_digest(folder / name, state.st_size, state.st_mtime_ns)
         digest.update(f"{name} {content}\n".encode())

@@ -18,6 +18,7 @@ from tiny_text import change_weights, tiny_t5_clip
 from torch import Tensor
 
 from elastic import sample
+from elastic.cli import main
 from elastic.course import LATENTS, sample_request
 from elastic.data.decode import to_unit
 from elastic.data.encode import FIELDS, Scale
@@ -25,13 +26,14 @@ from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
+from elastic.record import write_record
 from elastic.sample import SampleRequest, make_samples, read_image
 from elastic.weights import FINISHED, WEIGHTS, load_weights
 from models import DiT, HunyuanVAE, T5Clip, WordHash
 from models import t5_clip as text_module
 from models.fresh import named_generator
 from models.text import TextEmbedding
-from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Plan, Videos
 
 CODEC = HunyuanVAE(channels=4, widths=(4, 4, 8, 8), layers=1, norm_groups=2, weights="none")
 STAGE = DiffusionStage(
@@ -188,7 +190,7 @@ def test_a_picture_is_resized_to_cover_and_cropped_as_clips_are(tmp_path: Path) 
 
 def _finished_run(stage: DiffusionStage, root: Path) -> RunFolder:
     folder = RunFolder(root)
-    write_atomic(folder.stage(stage.name) / FINISHED, b"{}")
+    write_atomic(folder.stage(stage.name) / FINISHED, b'{"samples": 40}')
     scale = {"mean": SCALE.mean, "std": SCALE.std}
     pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
     write_atomic(folder.stage(stage.name) / LATENTS, pinned)
@@ -246,7 +248,7 @@ def test_the_text_encoder_must_be_that_of_the_latents_while_they_are_there(
 
 
 def test_a_text_encoder_that_is_gone_is_bad_input_in_the_request_and_when_sampling(
-    request_for: Callable[..., SampleRequest], tmp_path: Path
+    request_for: Callable[..., SampleRequest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = tiny_t5_clip(tmp_path / "text")
     made = request_for(STAGE.replace(text=encoder))
@@ -261,6 +263,9 @@ def test_a_text_encoder_that_is_gone_is_bad_input_in_the_request_and_when_sampli
     with pytest.raises(InputError, match=words):
         make_samples(made)
     assert not made.folder.exists()
+    write_record(folder, Plan("plan", [stage]))
+    assert main(["sample", str(folder.root), "--caption", "a circle"]) == 2
+    assert f"restage: stage 'tiny': text.t5 '{encoder.t5}'" in capsys.readouterr().err
 
 
 def test_latents_that_are_not_finite_are_named_and_nothing_is_written(

@@ -1,7 +1,9 @@
 """T5 and CLIP from local folders: true lengths, no padding in the values, only safetensors."""
 
+import json
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_text import NUM_TOKENS, POOLED, WIDTH, WORDS, change_weights, tiny_t5_clip
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from models import T5Clip
+from models import T5Clip, t5_clip
 
 CAPTIONS = ["a red circle", "", "blue square moving left a red circle", "left"]
 
@@ -141,6 +143,135 @@ def test_weights_that_lack_a_layer_are_refused(copied: T5Clip) -> None:
         copied.null()
 
 
+def _torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _words(path: Path) -> None:
+    path.write_text("<html>not found</html>")
+
+
+def _list(path: Path) -> None:
+    path.write_text("[]")
+
+
+def _set(**fields: object) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def _without_layers(path: Path) -> None:
+    tensors = {name: x for name, x in load_file(path).items() if "norm" in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _renamed(path: Path) -> None:
+    path.rename(path.with_name("t5xxl_fp16.safetensors"))
+
+
+def _listed(path: Path) -> None:
+    path.rename(path.with_name("model-1-of-2.safetensors"))
+    listed = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(listed))
+
+
+def _only_pieces(path: Path) -> None:
+    path.unlink()
+    path.with_name("spiece.model").write_bytes(b"no protobuf")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "words"),
+    [
+        ("t5/model.safetensors", _torn, r"model\.safetensors \([\d,]+ bytes\) is no whole safeten"),
+        ("clip/model.safetensors", _torn, r"is no whole safetensors file .*; copy it again"),
+        ("t5/model.safetensors", _empty, r"\(0 bytes\) is no whole safetensors file"),
+        ("t5/model.safetensors", _without_layers, "no tensor 'encoder.* which a T5 encoder has"),
+        ("t5/model.safetensors", _renamed, r"'t5xxl_fp16\.safetensors' is not read; .*rename"),
+        ("t5/model.safetensors", _listed, r"lists 2 files, and model-2-of-2\.safetensors \(1 in"),
+        ("t5/config.json", _torn, r"config\.json cannot be read .*; copy the published one"),
+        ("clip/config.json", _list, r"config\.json holds a list, and must hold an object"),
+        ("t5/config.json", _set(model_type="bert"), "model_type 'bert', and a T5 encoder has 't5'"),
+        ("t5/config.json", _set(model_type=None), "model_type None"),
+        ("t5/config.json", _set(d_model="8"), "d_model '8', which must be a whole number"),
+        (
+            "t5/config.json",
+            _set(d_model=16),
+            r"q\.weight has the shape \[8, 8\].* d_model 16;",
+        ),
+        ("clip/config.json", _set(max_position_embeddings=77), r"shape \[9, 12\].*embeddings 77"),
+        ("t5/tokenizer.json", _torn, r"the tokenizer tokenizer\.json .*cannot be read"),
+        ("clip/tokenizer.json", _words, r"the tokenizer tokenizer\.json .*cannot be read"),
+        ("t5/tokenizer.json", _only_pieces, r"the tokenizer spiece\.model .*cannot be read"),
+        ("clip/tokenizer_config.json", _words, r"tokenizer_config\.json cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named_before_a_model_is_loaded(
+    copied: T5Clip,
+    name: str,
+    harm: Callable[[Path], None],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(t5_clip, "_load", None)
+    copied.check()
+    field, _, file = name.partition("/")
+    harm(Path(getattr(copied, field)) / file)
+    with pytest.raises(ValueError, match=rf"text\.{field} '{getattr(copied, field)}': .*{words}"):
+        copied.check()
+
+
+def test_swapped_folders_are_told_apart(encoder: T5Clip) -> None:
+    with pytest.raises(ValueError, match=r"text\.t5 .*'clip_text_model', and .* swapped\?"):
+        encoder.replace(t5=encoder.clip, clip=encoder.t5).check()
+    with pytest.raises(ValueError, match=r"text\.clip .*'t5', and a CLIP text model .* swapped\?"):
+        encoder.replace(clip=encoder.t5).check()
+
+
+def test_weights_may_lie_in_several_files(copied: T5Clip) -> None:
+    before = copied.encode(CAPTIONS)
+    folder = Path(copied.t5)
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    places = {}
+    for part, some in (("a", tensors[:5]), ("b", tensors[5:])):
+        save_file(dict(some), folder / f"{part}.safetensors", metadata={"format": "pt"})
+        places |= {name: f"{part}.safetensors" for name, _ in some}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    copied.check()
+    t5_clip._load.cache_clear()
+    for one, other in zip(before, copied.encode(CAPTIONS), strict=True):
+        assert torch.equal(one.embedding_LD, other.embedding_LD)
+
+
+def test_a_whole_clip_will_do_for_its_text_model(copied: T5Clip) -> None:
+    before = copied.encode(CAPTIONS)
+    config = Path(copied.clip) / "config.json"
+    text_config = json.loads(config.read_text())
+    config.write_text(json.dumps({"model_type": "clip", "text_config": text_config}))
+    path = Path(copied.clip) / "model.safetensors"
+    prefixed = {f"text_model.{name}": x for name, x in load_file(path).items()}
+    save_file(prefixed, path, metadata={"format": "pt"})
+    copied.check()
+    t5_clip._load.cache_clear()
+    for one, other in zip(before, copied.encode(CAPTIONS), strict=True):
+        assert torch.equal(one.pooled_D, other.pooled_D)
+
+
+def test_what_only_loading_finds_names_the_folder(copied: T5Clip) -> None:
+    _set(num_layers="two")(Path(copied.t5) / "config.json")
+    copied.check()
+    with pytest.raises(ValueError, match=rf"text\.t5 '{copied.t5}': transformers cannot load it"):
+        copied.null()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -152,8 +283,9 @@ def test_weights_that_lack_a_layer_are_refused(copied: T5Clip) -> None:
 def test_sizes_of_another_model_are_refused(
     encoder: T5Clip, change: dict[str, object], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
-        encoder.replace(**change).null()
+    for use in (encoder.replace(**change).check, encoder.replace(**change).null):
+        with pytest.raises(ValueError, match=words):
+            use()
 
 
 def test_folders_are_made_absolute_for_other_processes(
