@@ -5,9 +5,9 @@ whole ones, and the tiling is part of the latents' fingerprint.
 
 Memory, without gradients: the input, the output once in fp32, and one call on one tile of one
 sample. For Video DC-AE at 256 px x 32 frames in fp32 a tensor at full resolution is
-128 x 32 x 256 x 256 x 4 B = 1.1 GB, and up to eight of them live at once (measured on a CPU: 7.3
-in decoding, 8.3 in encoding): 9 GB, beside 1.8 GB of weights. The pixels of 128 frames of
-768 x 768 px are 0.9 GB. Whole, each of the eight tensors takes 39 GB.
+128 x 32 x 256 x 256 x 4 B = 1.1 GB; decoding one tile with the published widths took 6.1 GB beside
+1.8 GB of weights (measured on a CPU), encoding up to eight such tensors with reduced ones. The
+pixels of 128 frames of 768 x 768 px are 0.9 GB. Whole, each of the tensors takes 39 GB.
 
 Time, in a causal codec (4k+1 frames): a tile is a number of whole strides and the frame before
 them, 16+1 frames. All but the first throw away what comes out for that one frame, which the codec
