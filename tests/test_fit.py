@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import STAGE
-from torch import Tensor
+from torch import Tensor, nn
 from worlds import run_world
 
 from elastic.errors import InputError
@@ -34,9 +34,9 @@ TEXT, WIDTH = 32, 64
 RECIPES = Path(__file__).parents[1] / "stages" / "recipes"
 
 
-def kept(model: MMDiT, dtype: torch.dtype) -> int:
+def kept(module: nn.Module, *inputs: Tensor | None) -> int:
     """Bytes that autograd keeps in one forward pass, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     storages: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -44,16 +44,16 @@ def kept(model: MMDiT, dtype: torch.dtype) -> int:
             storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    side = 8 * model.shape.patch
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(
-            torch.randn(1, 16, 2, side, side),
-            torch.rand(1),
-            torch.randn(1, TEXT, WIDTH).to(dtype),
-            None,
-            torch.randn(1, WIDTH).to(dtype),
-        )
+        module(*inputs)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def kept_by_dit(model: MMDiT, dtype: torch.dtype) -> int:
+    """The same for two latent frames and some text."""
+    side = 8 * model.shape.patch
+    text, pooled = torch.randn(1, TEXT, WIDTH).to(dtype), torch.randn(1, WIDTH).to(dtype)
+    return kept(model, torch.randn(1, 16, 2, side, side), torch.rand(1), text, None, pooled)
 
 
 @pytest.mark.parametrize("ratio", [4.0, 2.5])
@@ -66,7 +66,7 @@ def test_what_blocks_keep_is_what_autograd_keeps(
         shape = DiT(depth=depth, depth_single=single, width=256, heads=4, mlp_ratio=ratio)
         model = shape.build(16, WIDTH, WIDTH).to(dtype).recompute(recompute == "full")
         expected = kept_per_token(shape, dtype.itemsize, recompute)  # type: ignore[arg-type]
-        return kept(model, dtype), expected
+        return kept_by_dit(model, dtype), expected
 
     (few, _), (many, _) = of(1, 1), of(3, 4)
     tokens = 2 * 8 * 8 + TEXT
@@ -82,18 +82,8 @@ def test_what_a_codec_keeps_is_what_autograd_keeps() -> None:
         decoder_depths=(1, 1, 1, 1, 1, 1),
         head_width=8,
     )
-    storages: dict[int, Tensor] = {}
-    module, x = codec.build(), torch.randn(1, 3, 4, 32, 32)
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(x)
-    real = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    x = torch.randn(1, 3, 4, 32, 32)
+    real = kept(codec.build(), x)
     on_meta = kept_by_codec(codec.build("meta"), torch.empty(x.shape, device="meta"), "none")
     assert on_meta == pytest.approx(real, rel=0.02)
 
@@ -121,6 +111,19 @@ LARGE = STAGE.replace(
     optimizer=AdamW(lr=1e-3),
     workers=(2, 8),
     precision="bf16",
+)
+
+
+AUTOENCODER = AutoencoderStage(
+    name="ae",
+    data=Videos("none.csv"),
+    vae=DCAE(channels=128),
+    schedule=[Phase(until=8, buckets=[Bucket("256px", frames=32, batch=8, micro=1)])],
+    optimizer=AdamW(lr=1e-3),
+    ema=Ema(halflife=4),
+    save_every=4,
+    log_every=2,
+    evaluate_every=4,
 )
 
 
@@ -156,17 +159,7 @@ def test_more_workers_are_named_where_no_micro_batch_fits() -> None:
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:
-    stage = AutoencoderStage(
-        name="ae",
-        data=Videos("none.csv"),
-        vae=DCAE(channels=128),
-        schedule=[Phase(until=8, buckets=[Bucket("256px", frames=32, batch=8, micro=1)])],
-        optimizer=AdamW(lr=1e-3),
-        ema=Ema(halflife=4),
-        save_every=4,
-        log_every=2,
-        evaluate_every=4,
-    )
+    stage = AUTOENCODER
     check_fit(stage, 141 * GIB)
     with pytest.raises(InputError, match=r"micro=1 needs 8.* GiB .*; recompute='full' and micro=1"):
         check_fit(stage, 80 * GIB)
@@ -174,17 +167,8 @@ def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:
 
 
 def test_what_judges_an_autoencoder_is_counted() -> None:
-    stage = AutoencoderStage(
-        name="ae",
-        data=Videos("none.csv"),
-        vae=DCAE(channels=128),
-        schedule=[Phase(until=8, buckets=[Bucket("64px", frames=4, batch=8, micro=2)])],
-        optimizer=AdamW(lr=1e-3),
-        ema=Ema(halflife=4),
-        save_every=4,
-        log_every=2,
-        evaluate_every=4,
-    )
+    small = Bucket("64px", frames=4, batch=8, micro=2)
+    stage = AUTOENCODER.replace(schedule=[Phase(until=8, buckets=[small])])
     judged = stage.replace(
         perceptual=Lpips(weights="none.safetensors"), adversarial=Adversarial(start=0)
     )
