@@ -73,7 +73,7 @@ def complete(weight_DC: Tensor, fresh_DC: Tensor) -> Tensor:
 
     An old patch has fewer cells than a deep-compressed one (64 and 128 in Open-Sora 2.0), so that a
     solution is blind to the rest: to what only the new latents hold, and to half of the noise,
-    which has to be predicted. Measured in tests/bench/init_policies.py.
+    which has to be predicted. What was measured without it: tests/bench/README.md.
     """
     _, strength, direction_KC = torch.linalg.svd(weight_DC.double(), full_matrices=False)
     seen_KC = direction_KC[strength > _SEEN * strength.max()]
