@@ -67,18 +67,23 @@ def kill_tree(pid: int) -> int:
     return len(family)
 
 
-def family_of(pid: int) -> list[psutil.Process]:
-    """A process and all that descends from it, those that its death sets free included."""
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def is_alive(process: psutil.Process) -> bool:
     """Whether a process runs, or could if it were not frozen; a zombie does not."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_cluster(temp_dir: Path) -> int:
+    """End what is left of a LocalCluster whose driver was killed; how many processes."""
+    left = processes_of(temp_dir)
+    for process in left:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return len(left)
 
 
 def by_role(temp_dir: Path) -> dict[str, list[int]]:

@@ -9,12 +9,13 @@ import json
 import logging
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from cluster.local import ENVIRONMENT, LocalCluster
 from elastic.course import Course, train_one
 from elastic.drive import run_course
 from elastic.folders import RunFolder
-from elastic.journal import read_events, read_metrics
+from elastic.journal import EVENTS, METRICS, read_events, read_metrics
 from elastic.settings import Settings
 from elastic.weights import finished
 from models import DiT, HunyuanVAE, WordHash
@@ -40,7 +41,6 @@ from stages import (
     Fresh,
     Phase,
     Plan,
-    Stage,
     Videos,
 )
 
@@ -154,7 +154,9 @@ class Driver:
         self.end: dict[str, Any] | None = None  # how it ended, as the driver said
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
         defaults = RAY_DEFAULTS if spec.system == "vanilla" else {}
-        extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # The peer's training function is read by its workers from beside the benches.
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "bench")))
+        extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(spec))],
@@ -228,17 +230,39 @@ class Driver:
         return self.log.read_text(errors="replace")[-2000:]
 
     def kill(self) -> None:
-        """SIGKILL: the kernel ends its cluster with it; waits until the processes are gone."""
-        family = faults.family_of(self.process.pid)
+        """SIGKILL, and an end to Ray's agents, which look for their dead head for a minute."""
         self.process.kill()
         self.process.wait()
-        faults.when(lambda: not any(map(faults.is_alive, family)), 20)
+        faults.end_cluster(self.temp_dir)
 
     def finish(self, within_s: float) -> dict[str, Any]:
         """Wait for the end of the course: {"end": "finished"} or {"end": "failed", "why": ...}."""
         self.process.wait(timeout=within_s)
         faults.when(lambda: self.end is not None, 5)
         return self.end or {"end": "died", "why": self.log_tail()}
+
+
+def prepare(spec: Spec, storage: Path) -> Path:
+    """A storage in which the spec's codec is trained and its latents sealed, to copy from."""
+    driver = Driver(replace(spec, system="ours", storage=str(storage)))
+    try:
+        driver.wait(lambda: _is_told(driver, "encode_end"), "the latents", 180)
+    finally:
+        driver.kill()
+    root = driver.folder.root
+    for path in (root / EVENTS, root / METRICS, root / ".ray", root / "stages" / DIT / "init.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return storage
+
+
+def copied(base: Path, spec: Spec) -> Spec:
+    """The spec, with what was prepared in `base` put into its storage."""
+    shutil.copytree(base / "elastic", spec.folder.root)
+    return spec
+
+
+def _is_told(driver: Driver, kind: str) -> bool:
+    return any(event["kind"] == kind for event in read_events(driver.folder.root))
 
 
 class _Commands:
@@ -310,11 +334,9 @@ def drive(spec: Spec, out: Any) -> int:
         commands = _Commands(cluster, spec, out)
         try:
             if spec.system == "vanilla":
-                sys.path.insert(0, str(ROOT / "tests" / "bench"))
-                import vanilla
+                import vanilla  # of tests/bench, which is on the path of a driver
 
-                stage: Stage = plan.stages[-1]
-                vanilla.fit(stage, spec.folder, cluster, commands.serve)
+                vanilla.fit(plan.stages[-1], spec.folder, cluster, commands.serve)
             else:
                 run_course(plan, settings, _train, cluster, commands.serve)
         except Exception as error:  # the course's own end, told to the parent
