@@ -6,8 +6,8 @@ checkpoint when `get_preemption_info` announces a loss. Ray's own defaults for e
 the interval at which it looks for new nodes (60 s), which would only make it wait longer here.
 
 Model, optimizer, average, sample order and loss are ours, so an update costs what ours costs. Lines
-of metrics and events have our form, so one analysis reads both. Not a bench of its own: resize.py
-and trace.py run it, through tests/elastic_driver.py.
+of metrics and events have our form, so one analysis reads both. bench/resize.py and bench/trace.py
+run it, through elastic_driver.py.
 """
 
 import json
