@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
             ray_address=getattr(flags, "ray_address", None),
             cpus=getattr(flags, "cpus", None),
             aim=False if getattr(flags, "no_aim", False) else None,
+            min_stay=getattr(flags, "min_stay", None),
+            hang_after=getattr(flags, "hang_after", None),
             log_level=flags.log_level,
         )
         logging.basicConfig(
@@ -146,6 +148,8 @@ def _cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", help="Ray cluster (default: one of this machine alone)")
     parser.add_argument("--cpus", type=_at_least_one, help="CPUs of that one (default: all)")
     parser.add_argument("--no-aim", action="store_true", help="do not fill the Aim repository")
+    parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
+    parser.add_argument("--hang-after", help="seconds of silence that are a hang (default: 60)")
 
 
 def _at_least_one(text: str) -> int:

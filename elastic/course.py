@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 
+from elastic.attempt import MEMBERS, Latents, WorkerJob
 from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
 from elastic.data.encode import FIELDS, EncodeJob, Scale, plan_job
 from elastic.data.probe import probe_all
@@ -24,8 +25,7 @@ from elastic.folders import RunFolder
 from elastic.journal import read_events
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import TrackerHandle
-from elastic.ray_train import fit_stage
-from elastic.ray_worker import MEMBERS, Latents, WorkerJob
+from elastic.ray_train import Limits, fit_stage
 from elastic.record import difference, start_stage
 from elastic.sample import (
     SampleRequest,
@@ -50,12 +50,13 @@ NUM_RECONSTRUCTIONS = 6
 
 @dataclass(frozen=True)
 class Course:
-    """A plan, where it is kept, whom to tell, and whether the cluster computes on GPUs."""
+    """A plan, where it is kept, whom to tell, and what the cluster is like."""
 
     plan: Plan
     folder: RunFolder
     tracker: TrackerHandle
-    use_gpu: bool
+    use_gpu: bool  # whether it computes on GPUs
+    limits: Limits
 
     @property
     def gpus(self) -> float:
@@ -100,11 +101,12 @@ def train_one(course: Course, stage: Stage) -> None:
         for line in check_origin(stage).lines():
             print(f"{stage.name}  start: {line}", flush=True)
     job = WorkerJob(
-        with_absolute_weights(stage), folder, course.tracker.name, latents,
+        with_absolute_weights(stage), folder, latents,
         parent=course.folder.stage(parent.name) if parent else None,
         parent_latents=pinned_latents(course.folder, stage.init),
     )  # fmt: skip
-    fit_stage(job, course.folder.root / ".ray", course.use_gpu)
+    root, tracker = course.folder.root, course.tracker.name
+    fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 

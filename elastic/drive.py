@@ -22,7 +22,9 @@ from elastic.course import Course
 from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.progress import ProgressLine
+from elastic.ray_host import Hosts
 from elastic.ray_tracker import TrackerHandle
+from elastic.ray_train import Limits
 from elastic.record import check_unchanged, write_record
 from elastic.settings import Settings
 from stages.plan import Plan
@@ -142,7 +144,9 @@ def _supervise(
     name = f"tracker-{uuid.uuid4().hex[:12]}"
     tracker = TrackerHandle.launch(name, folder.root, plan.name, budgets, settings.aim)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    course = Course(plan, folder, tracker, use_gpu)
+    limits = Limits(settings.min_stay, settings.hang_after)
+    course = Course(plan, folder, tracker, use_gpu, limits)
+    hosts = Hosts()
     tracker.event("run_start", reason=f"process {os.getpid()}")
     failure: list[BaseException] = []
 
@@ -158,6 +162,7 @@ def _supervise(
     line = ProgressLine(budgets)
     try:
         while thread.is_alive():
+            hosts.keep()
             latest = tracker.latest()
             line.show(latest)
             if watch is not None:

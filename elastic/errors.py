@@ -7,3 +7,13 @@ class InputError(Exception):
 
 class StageBlocked(Exception):
     """A stage that would fail in the same way again: no retry, and the message says what to do."""
+
+
+class StageFailed(RuntimeError):
+    """A stage crashed more often than it may; its state is in its last checkpoint."""
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says: tracebacks that were sent as text end with it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -39,6 +39,9 @@ class Event(TypedDict):
     count: NotRequired[int]
     reasons: NotRequired[dict[str, int]]
     pids: NotRequired[list[int]]
+    supervisors: NotRequired[list[int]]
+    phases: NotRequired[dict[str, float]]
+    background: NotRequired[float]
 
 
 class Metric(TypedDict):

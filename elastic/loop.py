@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -29,6 +30,8 @@ from stages.stage import DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
+_SAVE, _STOP = 1, 2  # what a rank may ask for; the ranks agree on the larger
+
 
 class Outcome(Enum):
     """How an attempt ended."""
@@ -48,6 +51,10 @@ class Run:
     stop_wanted: Callable[[], bool]  # this rank's view; the ranks agree on it in the loop
     event: Callable[..., None]
     origin: Origin = NOWHERE
+    save_wanted: Callable[[], bool] = lambda: False  # as stop_wanted, but the loop goes on
+    beat: Callable[[str, int], None] = lambda phase, position: None  # a sign of life
+    # Times the parts of a start, by name.
+    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
 
 def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
@@ -58,7 +65,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     """
     world = run.world
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
-    model = shard(objective.build(), world, precision)
+    with run.phase("build"):
+        model = shard(objective.build(), world, precision)
     assert isinstance(model, FSDPModule), f"not sharded: {type(model)}"
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
     ema = EmaWeights(model, stage.ema, samples_carried(stage))
@@ -66,7 +74,9 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     critic = objective.critic  # of an adversarial stage
     state = TrainState(stage, model, optimizer, ema, progress, critic)
 
-    if not run.checkpoints.restore_latest(state):
+    with run.phase("restore"):
+        has_restored = run.checkpoints.restore_latest(state)
+    if not has_restored:
         table = begin(state, run.origin, world)
         run.event("init", 0, table.policy, table=list(table.lines()))
         if world.is_first:
@@ -80,18 +90,22 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     while True:
         # Report, save and stop before training, so a resumed run and a finished one use one door.
         finished = progress.samples >= stage.budget
-        stopping = world.any(run.stop_wanted())
+        asked = world.most(_STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0)
+        stopping = asked == _STOP
         if is_due(stage.evaluate_every, progress.samples, evaluated_at) or finished:
+            run.beat("evaluate", progress.samples)
             with ema.in_place():
                 run.meter.evaluated(progress, objective.evaluate(model, world))
             evaluated_at = progress.samples
-        if finished or stopping or is_due(stage.save_every, progress.samples, saved_at):
+        if finished or asked or is_due(stage.save_every, progress.samples, saved_at):
+            run.beat("save", progress.samples)
             watch(stage, progress, run.meter.flush(progress), run.event)
-            run.checkpoints.save(state, "stop" if stopping else "finished" if finished else "due")
+            run.checkpoints.save(state, reason_to_save(finished, asked))
             saved_at = progress.samples
         if finished or stopping:
             break
 
+        run.beat("train", progress.samples)
         step = run.meter.waiting(stream.step, progress.samples)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
@@ -107,6 +121,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
             ((losses.both_B * weight_B).sum() * (world.size / micro.batch)).backward()
             run.meter.add_losses(micro, losses, weight_B)  # stays on the device
+            run.beat("train", progress.samples)
 
         held = None if held_rate else held_by(stage)
         norm = clip_gradients(model, stage.optimizer.max_norm, world, without=held)
@@ -126,11 +141,19 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         watch(stage, progress, logged, run.event)
 
     stream.close()
+    run.beat("export", progress.samples)
     if finished:
         with ema.in_place():
             run.checkpoints.require_current()
             export(model, run.folder, progress, world)
     return Outcome.FINISHED if finished else Outcome.STOPPED
+
+
+def reason_to_save(finished: bool, asked: int) -> str:
+    """Why a checkpoint is written, for the journal."""
+    if finished:
+        return "finished"
+    return {_STOP: "stop", _SAVE: "asked"}.get(asked, "due")
 
 
 def rate_at(stage: Stage, samples: int, held: bool = False) -> float:

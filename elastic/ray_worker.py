@@ -1,63 +1,86 @@
-"""What runs in a Ray Train worker: the training loop, and the switch that stops it."""
+"""A Ray Train worker: the supervisor of one training process, which it forks, watches and replaces.
+
+It never imports torch, so that a worker group stands within seconds, and it outlives the training
+processes: their crashes and hangs are mended in place (elastic.rally).
+"""
 
 import logging
 import os
+import signal
+import subprocess
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+import psutil
+import ray
+from ray.train import get_context
+from ray.train.collective import broadcast_from_rank_zero
 
-from elastic.align import Pairs
-from elastic.checkpoint import Checkpoints, Fence
-from elastic.data.assign import load_members
-from elastic.data.sealed import SealedStore
-from elastic.data.sources import LatentSource, VideoSource
-from elastic.loop import Outcome, Run, train_stage
-from elastic.meter import Meter
-from elastic.objective import FlowMatching, Objective, Reconstructing
+from elastic import errors
+from elastic.fork_host import Lease, address_of, fork, start_host, wait_for_host
+from elastic.link import SAVE, SETTLED, STOP, Beat, Ended, Failed, Measured, Order, Settle, Told
+from elastic.patience import Patience
+from elastic.rally import (
+    REGROUP,
+    REPEATS,
+    Abort,
+    Address,
+    Begin,
+    Clear,
+    Disband,
+    Done,
+    Loss,
+    Over,
+    Rally,
+    join,
+)
 from elastic.ray_tracker import TrackerHandle
-from elastic.start import Origin
-from elastic.world import World
-from stages.init import parent_of
-from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-MEMBERS = "clips.parquet"
 # A group that was asked to stop is ended by the controller within seconds; longer means that the
 # resize did not happen, and then the group must start over rather than wait for ever.
 _STOPPED_WAIT_S = 120.0
+_TICK_S = 0.1
+_HOST_S = 20.0  # the node's warm host is being started by the driver
+_OWN_HOST_S = 180.0
+_EXIT_S = 5.0
+_STACKS_S = 0.5
+MAX_LIVES = 3  # lost in a row without a new checkpoint; then a new worker group is tried
 
 _stop = threading.Event()
+_save = threading.Event()
 _stopped = threading.Event()
 
 
-class Latents(NamedTuple):
-    """Which store a stage reads: refused if it is another one, or was sealed with other content."""
-
-    root: Path
-    fingerprint: str
-    digest: str
+class Regroup(RuntimeError):
+    """This worker group is given up; a new one goes on from the newest checkpoint."""
 
 
 @dataclass(frozen=True)
-class WorkerJob:
-    """Plain data that the driver sends to every worker."""
+class Work:
+    """Plain data that the driver sends to every supervisor."""
 
-    stage: Stage
-    folder: Path  # of the stage
+    stage: str
     tracker: str
-    latents: Latents | None = None  # of a diffusion stage
-    parent: Path | None = None  # folder of the stage that the init policy starts from
-    parent_latents: Latents | None = None  # of that stage, where latents are paired
+    job: bytes  # a pickled WorkerJob
+    use_gpu: bool
+    hang_after: float
 
 
 def request_stop() -> None:
-    """Make the loop save at its next step and stop; runs in the worker's main thread."""
+    """Make the loop save at its next update and stop; runs in the worker's main thread."""
     _stop.set()
+
+
+def request_save() -> None:
+    """Make the loop save at its next update and go on."""
+    _save.set()
 
 
 def has_stopped() -> bool:
@@ -67,77 +90,219 @@ def has_stopped() -> bool:
 
 def train_worker(config: dict[str, Any]) -> None:
     """The training function that Ray Train calls in a thread of every worker."""
-    job: WorkerJob = config["job"]
     logging.basicConfig(level=logging.INFO)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    world = World.current()
-    fence = world.from_first(Fence.take(job.folder) if world.is_first else None)
-    pids = world.gather((os.getpid(), os.uname().nodename))
-    tracker = TrackerHandle(job.tracker)
+    context = get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    with closing(Supervisor(config["work"], rank, size)) as supervisor:
+        supervisor.run()
 
-    def event(kind: str, position: int, reason: str, **more: Any) -> None:
-        if world.is_first:
-            if kind == "start":
-                more = {**more, "pids": [pid for pid, _ in pids]}
-            tracker.event(
-                kind, job.stage.name, position, reason,
-                attempt=fence.attempt, world=world.size, **more,
+
+class Supervisor:
+    """One training process after another, as the rally says."""
+
+    def __init__(self, work: Work, rank: int, size: int) -> None:
+        self._work = work
+        self._rank = rank
+        self._size = size
+        self._tracker = TrackerHandle(work.tracker)
+        self._num_lost = 0  # lives since the newest checkpoint
+        self._own_host: subprocess.Popen[bytes] | None = None
+        self._lease: Lease | None = None
+        self._patience = Patience(work.hang_after)
+        self._is_over = False  # this life of the training process
+        self._forwarded: set[str] = set()
+        self._stopped_at = 0.0
+        host = ray.util.get_node_ip_address()
+        self._kept = Rally(host, size, self._may_go_on) if rank == 0 else None
+        mine = tuple(self._kept.address) if self._kept else None
+        # A plain tuple: Ray's actor in between need not know our classes.
+        self._address = Address(*broadcast_from_rank_zero(mine))
+        self._rally: Connection[Any, Any] = join(self._address, rank)
+
+    def run(self) -> None:
+        """Return when the stage is finished; Regroup, or the error that ended it."""
+        while True:
+            watched = [self._rally]
+            if self._lease and not self._is_over:
+                watched.append(self._lease.pipe)
+            ready = wait(watched, _TICK_S)
+            # The process first: what it said last may explain what the rally says next.
+            if self._lease and self._lease.pipe in ready:
+                self._hear_process()
+            elif self._rally in ready and self._hear_rally():
+                return
+            self._look()
+
+    def close(self) -> None:
+        """End the training process and leave the rally."""
+        self._end_process()
+        self._rally.close()
+        if self._own_host:
+            self._own_host.kill()
+
+    def _hear_rally(self) -> bool:
+        try:
+            word = self._rally.recv()
+        except (EOFError, OSError):
+            raise Regroup("the supervisor of rank 0 is lost") from None
+        if isinstance(word, Begin):
+            self._begin(word)
+        elif isinstance(word, Abort):
+            if word.is_hang:
+                self._print_stacks()
+            self._end_process()
+            self._rally.send(Clear())
+        elif isinstance(word, Disband):
+            raise {REGROUP: Regroup}.get(word.kind, getattr(errors, word.kind, Regroup))(
+                word.reason
+            )
+        return isinstance(word, Done)
+
+    def _begin(self, word: Begin) -> None:
+        if self._rank == 0:
+            self._tracker.event(
+                "spawn", self._work.stage, None, f"life {word.life} of this worker group",
+                world=self._size,
             )  # fmt: skip
-            if kind == "publish" and reason == "finished":
-                tracker.settle()  # the last lines of a stage are kept before it counts as finished
-
-    run = Run(
-        folder=job.folder,
-        world=world,
-        checkpoints=Checkpoints(job.folder, world, fence, event),
-        meter=Meter(job.stage, world, fence.attempt, tracker.metric),
-        stop_wanted=_stop.is_set,
-        event=event,
-        origin=make_origin(job),
-    )
-    if train_stage(job.stage, make_objective(job, world.device), run) is Outcome.STOPPED:
-        _stopped.set()
-        _wait_for_the_end()
-
-
-def make_objective(job: WorkerJob, device: torch.device) -> Objective:
-    """What the stage minimises, on its clips or its latents."""
-    if isinstance(job.stage, AutoencoderStage):
-        members = load_members(job.folder / MEMBERS)
-        return Reconstructing(
-            job.stage,
-            VideoSource(job.stage, members, held_out=False),
-            VideoSource(job.stage, members, held_out=True),
-            device,
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        order = Order(
+            rank=self._rank,
+            size=self._size,
+            host=self._address.host,
+            port=word.port,
+            job=self._work.job,
+            supervisor=os.getpid(),
+            use_gpu=self._work.use_gpu,
+            num_threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
+            env={"CUDA_VISIBLE_DEVICES": str(gpus[0])} if gpus else {},
         )
-    assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
-    store = SealedStore.open(*job.latents)
-    source = LatentSource(job.stage, store, held_out=False)
-    held_out = LatentSource(job.stage, store, held_out=True)
-    return FlowMatching(job.stage, source, held_out, source.null_text())
+        store = self._kept.store if self._kept else None
+        try:
+            self._lease = fork(self._host(), order, store)
+        except OSError as error:
+            self._rally.send(Over("crashed", f"the fork host does not answer: {error}", died=True))
+            self._own_host = self._own_host or _own_host()
+            return
+        finally:
+            if store:
+                store.close()  # the training process has it now
+        self._patience = Patience(self._work.hang_after)
+        self._is_over = False
+        self._forwarded = set()
+        self._stopped_at = 0.0
+        _stopped.clear()
+
+    def _host(self) -> Path:
+        shared = address_of(ray.get_runtime_context().get_node_id())
+        if self._own_host is None and wait_for_host(shared, _HOST_S):
+            return shared
+        self._own_host = self._own_host or _own_host()
+        if not wait_for_host(_own_address(), _OWN_HOST_S):
+            raise ConnectionError(f"no fork host came up within {_OWN_HOST_S:.0f} s")
+        return _own_address()
+
+    def _hear_process(self) -> None:
+        assert self._lease is not None, "heard from a process without a lease"
+        try:
+            message = self._lease.pipe.recv()
+        except (EOFError, OSError):
+            self._is_over = True
+            code = self._lease.exit_code(_EXIT_S)
+            self._rally.send(Over("crashed", _explain(code), died=True))
+            return
+        if isinstance(message, Told):
+            self._tracker.event(
+                message.kind, message.stage, message.position, message.reason, **message.more
+            )
+            if message.kind == "publish":
+                self._num_lost = 0
+        elif isinstance(message, Measured):
+            self._tracker.metric(message.line)
+        elif isinstance(message, Beat):
+            self._patience.heard(message.phase, message.position)
+        elif isinstance(message, Settle):
+            self._tracker.settle()
+            self._lease.pipe.send(SETTLED)
+        elif isinstance(message, Ended):
+            self._is_over = True
+            self._rally.send(Over(message.outcome))
+            if message.outcome == "stopped":
+                self._stopped_at = time.monotonic()
+                _stopped.set()
+        elif isinstance(message, Failed):
+            self._is_over = True
+            outcome = message.kind if message.kind in REPEATS else "crashed"
+            self._rally.send(Over(outcome, message.message))
+
+    def _look(self) -> None:
+        """What no message brings: requests from the controller, and silence."""
+        if self._stopped_at and time.monotonic() - self._stopped_at > _STOPPED_WAIT_S:
+            raise Regroup(f"stopped for a resize, but not ended within {_STOPPED_WAIT_S:.0f} s")
+        if self._lease is None or self._is_over:
+            return
+        if _save.is_set():
+            _save.clear()
+            self._forward(SAVE)
+        if _stop.is_set() and STOP not in self._forwarded:
+            self._forwarded.add(STOP)
+            self._forward(STOP)
+        complaint = self._patience.complaint()
+        if complaint:
+            self._is_over = True
+            self._print_stacks()
+            state = _state(self._lease.pid)
+            self._rally.send(Over("hung", f"{complaint}; process {state}", died=state == "stopped"))
+
+    def _forward(self, request: str) -> None:
+        assert self._lease is not None, "nobody to forward to"
+        try:
+            self._lease.pipe.send(request)
+        except OSError:
+            log.info("the training process ended before it could be asked to %s", request)
+
+    def _print_stacks(self) -> None:
+        """Have the training process print where each of its threads is, to this worker's log."""
+        if self._lease is None:
+            return
+        log.error("process %d is %s; its stacks:", self._lease.pid, _state(self._lease.pid))
+        try:
+            os.kill(self._lease.pid, signal.SIGUSR1)
+        except ProcessLookupError:
+            return
+        time.sleep(_STACKS_S)  # it prints by itself, and cannot say when it is done
+
+    def _end_process(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+    def _may_go_on(self, loss: Loss) -> bool:
+        """Tell the loss; called in the rally's thread, by rank 0's supervisor alone."""
+        kind = "hang" if loss.is_hang else "crash"
+        self._tracker.event(kind, self._work.stage, None, f"rank {loss.rank}: {loss.reason}")
+        self._num_lost += 1
+        return self._num_lost < MAX_LIVES
 
 
-def make_origin(job: WorkerJob) -> Origin:
-    """Where the stage finds what it starts from; stores are opened only if they are asked for."""
-    return Origin(job.parent, lambda: _pairs(job))
+def _own_address() -> Path:
+    return address_of(f"own-{os.getpid()}")
 
 
-def _pairs(job: WorkerJob) -> Pairs:
-    parent = parent_of(job.stage.init)
-    assert isinstance(parent, DiffusionStage), f"{job.stage.name}: no parent with latents"
-    assert isinstance(job.stage, DiffusionStage), type(job.stage)
-    assert job.latents is not None, "the stage's own latents"
-    assert job.parent_latents is not None, "the parent's latents"
-    return Pairs(
-        parent,
-        LatentSource(parent, SealedStore.open(*job.parent_latents), held_out=False),
-        LatentSource(job.stage, SealedStore.open(*job.latents), held_out=False),
-    )
+def _own_host() -> "subprocess.Popen[bytes]":
+    log.warning("no warm fork host on this node; starting one for this worker alone")
+    return start_host(_own_address())
 
 
-def _wait_for_the_end() -> None:
-    """Returning would tell Ray Train that the run is finished, so wait for the controller."""
-    deadline = time.monotonic() + _STOPPED_WAIT_S
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-    raise TimeoutError(f"asked to stop for a resize, but not ended within {_STOPPED_WAIT_S:.0f} s")
+def _state(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return "gone"
+
+
+def _explain(code: int | None) -> str:
+    if code is None:
+        return "the training process ended, and its fork host as well"
+    if code < 0:
+        return f"the training process was killed by {signal.Signals(-code).name}"
+    return f"the training process ended with exit code {code}"

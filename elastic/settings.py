@@ -24,6 +24,10 @@ class Settings(BaseSettings):
     """CPUs, and so workers, of the cluster that is started; none means all."""
     aim: bool = True
     """Whether to fill the Aim repository in the run folder."""
+    min_stay: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """Seconds that a group of workers keeps its size before it grows."""
+    hang_after: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Seconds without a sign of life after which a training process counts as hung."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
     @property

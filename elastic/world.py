@@ -29,11 +29,11 @@ class World:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
-    def any(self, here: bool) -> bool:
-        """Whether the statement is true on any rank; the same answer on every rank."""
-        flag = torch.tensor(int(here), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())  # waits for the device
+    def most(self, here: int) -> int:
+        """The largest of the ranks' numbers; the same answer on every rank."""
+        most = torch.tensor(here, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most.item())  # waits for the device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the ranks, in place."""

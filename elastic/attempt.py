@@ -1,0 +1,206 @@
+"""One life of one training process: join the group, build, train. Runs without Ray."""
+
+import faulthandler
+import logging
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from elastic.align import Pairs
+from elastic.checkpoint import Checkpoints, Fence
+from elastic.data.assign import load_members
+from elastic.data.sealed import SealedStore
+from elastic.data.sources import LatentSource, VideoSource
+from elastic.errors import InputError, StageBlocked, last_line
+from elastic.link import Ended, Failed, Link, Measured, Order, Told
+from elastic.loop import Run, train_stage
+from elastic.meter import Meter
+from elastic.objective import FlowMatching, Objective, Reconstructing
+from elastic.start import Origin
+from elastic.world import World
+from stages.init import parent_of
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
+
+log = logging.getLogger(__name__)
+
+MEMBERS = "clips.parquet"
+STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
+# A rank that is lost is noticed by its supervisor; this is for what nobody can see.
+_COLLECTIVE = timedelta(seconds=600)
+
+
+class Latents(NamedTuple):
+    """Which store a stage reads: refused if it is another one, or was sealed with other content."""
+
+    root: Path
+    fingerprint: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What to train and where it is kept: plain data, the same for every process of the stage."""
+
+    stage: Stage
+    folder: Path  # of the stage
+    latents: Latents | None = None  # of a diffusion stage
+    parent: Path | None = None  # folder of the stage that the init policy starts from
+    parent_latents: Latents | None = None  # of that stage, where latents are paired
+
+
+class Phases:
+    """What a start was spent on, in seconds."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what happens inside as this phase, and give a sign of life when it begins."""
+        self._link.beat(name, 0)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 3)
+
+
+def main(pipe: "Connection[Any, Any]", listening: int | None) -> int:
+    """Carry out the order that comes through the pipe; an exit code.
+
+    `listening` is the socket that rank 0's store is to use. How it ended is told through the pipe.
+    """
+    faulthandler.enable()
+    faulthandler.register(STACKS, all_threads=True)
+    logging.basicConfig(level=logging.INFO)
+    link = Link(pipe)
+    order: Order = pipe.recv()
+    try:
+        outcome = run(order, link, listening)
+    except (StageBlocked, InputError) as error:
+        traceback.print_exc()
+        kind = "InputError" if isinstance(error, InputError) else "StageBlocked"
+        return _tell(link, Failed(kind, str(error)))
+    except BaseException as error:
+        traceback.print_exc()
+        return _tell(link, Failed("crash", f"{type(error).__name__}: {last_line(error)}"))
+    return _tell(link, Ended(outcome), code=0)
+
+
+def _tell(link: Link, message: Ended | Failed, code: int = 1) -> int:
+    sys.stderr.flush()
+    try:
+        link.send(message)
+    except OSError:
+        log.warning("the supervisor is gone and was not told: %s", message)
+    return code
+
+
+def run(order: Order, link: Link, listening: int | None) -> str:
+    """Train the stage of an order in the group that it names; `finished` or `stopped`."""
+    phases = Phases(link)
+    torch.set_num_threads(order.num_threads)
+    with phases("group"):
+        _join(order, listening)
+        world = World.current()
+        job: WorkerJob = pickle.loads(order.job)  # from this run's own driver
+        fence = world.from_first(Fence.take(job.folder) if world.is_first else None)
+        pids = world.gather((os.getpid(), order.supervisor))
+
+    def event(kind: str, position: int, reason: str, **more: Any) -> None:
+        if not world.is_first:
+            return
+        if kind == "start":
+            own, supervisors = zip(*pids, strict=True)
+            more |= {"pids": own, "supervisors": supervisors, "phases": phases.seconds}
+        more |= {"attempt": fence.attempt, "world": world.size}
+        link.send(Told(kind, job.stage.name, position, reason, more))
+        if kind == "publish" and reason == "finished":
+            link.settle()  # the last lines of a stage are kept before it counts as finished
+
+    settings = Run(
+        folder=job.folder,
+        world=world,
+        checkpoints=Checkpoints(job.folder, world, fence, event),
+        meter=Meter(job.stage, world, fence.attempt, lambda line: link.send(Measured({**line}))),
+        stop_wanted=link.stop_wanted,
+        save_wanted=link.save_wanted,
+        event=event,
+        beat=link.beat,
+        phase=phases,
+        origin=make_origin(job),
+    )
+    with phases("data"):
+        objective = make_objective(job, world.device)
+    outcome = train_stage(job.stage, objective, settings)
+    world.barrier()  # rank 0 keeps the store that the others still need
+    return outcome.value
+
+
+def _join(order: Order, listening: int | None) -> None:
+    if order.use_gpu:
+        torch.cuda.set_device(0)  # the supervisor lets this process see its own GPU alone
+    elif order.host.startswith("127."):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore(
+        order.host,
+        order.port,
+        order.size,
+        is_master=order.rank == 0,
+        timeout=timedelta(seconds=120),
+        master_listen_fd=listening if order.rank == 0 else None,
+    )
+    dist.init_process_group(
+        "nccl" if order.use_gpu else "gloo",
+        store=store,
+        rank=order.rank,
+        world_size=order.size,
+        timeout=_COLLECTIVE,
+    )
+
+
+def make_objective(job: WorkerJob, device: torch.device) -> Objective:
+    """What the stage minimises, on its clips or its latents."""
+    if isinstance(job.stage, AutoencoderStage):
+        members = load_members(job.folder / MEMBERS)
+        return Reconstructing(
+            job.stage,
+            VideoSource(job.stage, members, held_out=False),
+            VideoSource(job.stage, members, held_out=True),
+            device,
+        )
+    assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
+    store = SealedStore.open(*job.latents)
+    source = LatentSource(job.stage, store, held_out=False)
+    held_out = LatentSource(job.stage, store, held_out=True)
+    return FlowMatching(job.stage, source, held_out, source.null_text())
+
+
+def make_origin(job: WorkerJob) -> Origin:
+    """Where the stage finds what it starts from; stores are opened only if they are asked for."""
+    return Origin(job.parent, lambda: _pairs(job))
+
+
+def _pairs(job: WorkerJob) -> Pairs:
+    parent = parent_of(job.stage.init)
+    assert isinstance(parent, DiffusionStage), f"{job.stage.name}: no parent with latents"
+    assert isinstance(job.stage, DiffusionStage), type(job.stage)
+    assert job.latents is not None, "the stage's own latents"
+    assert job.parent_latents is not None, "the parent's latents"
+    return Pairs(
+        parent,
+        LatentSource(parent, SealedStore.open(*job.parent_latents), held_out=False),
+        LatentSource(job.stage, SealedStore.open(*job.latents), held_out=False),
+    )

@@ -1,0 +1,211 @@
+"""Where the supervisors of one worker group meet: training processes die, and the group lives on.
+
+The supervisor of rank 0 keeps the rally, the others connect to it, each for as long as it lives.
+Together they go through lives: everybody forks a training process, and when one of those is lost
+all are ended and the next life begins, from the newest checkpoint, without a new worker group.
+Only a lost supervisor, or too many losses without progress, gives the group up. No torch, no Ray.
+"""
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+REGROUP = "Regroup"
+REPEATS = ("StageBlocked", "InputError")  # errors that another life would only repeat
+_MEET_S = 60.0  # the supervisors start together, on busy machines
+_CLEAR_S = 30.0  # killing a process is quick, unless its disk or GPU hangs
+
+
+class Address(NamedTuple):
+    """Where the rally is, and the key that it asks for; small enough to be broadcast by Ray."""
+
+    host: str
+    port: int
+    key: bytes
+
+
+class Begin(NamedTuple):
+    """Fork a training process; the group's store listens at this port of rank 0."""
+
+    life: int
+    port: int
+
+
+class Abort(NamedTuple):
+    """End the training process and say Clear."""
+
+    reason: str
+    is_hang: bool
+
+
+class Done(NamedTuple):
+    """Everybody has finished."""
+
+
+class Disband(NamedTuple):
+    """The group is given up. `kind`: `Regroup`, or the class of elastic.errors that ends it all."""
+
+    kind: str
+    reason: str
+
+
+class Hello(NamedTuple):
+    """The first word of a member."""
+
+    rank: int
+
+
+class Over(NamedTuple):
+    """A training process has ended: `finished`, `stopped`, `crashed`, `hung`, or with the name of
+    an error that another try would only repeat. `died`: without a word of its own.
+    """
+
+    outcome: str
+    reason: str = ""
+    died: bool = False
+
+
+class Clear(NamedTuple):
+    """The training process is gone."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the rally tells about a life that was lost."""
+
+    life: int
+    rank: int
+    reason: str
+    is_hang: bool
+
+
+class Rally:
+    """Kept by the supervisor of rank 0, in a thread of its own.
+
+    `may_go_on(loss)` is told of every lost life, and answers whether another one is worth trying.
+    """
+
+    def __init__(self, host: str, size: int, may_go_on: Callable[[Loss], bool]) -> None:
+        self._size = size
+        self._host = host
+        self._may_go_on = may_go_on
+        self._key = secrets.token_bytes(32)
+        self._listener = Listener((host, 0), backlog=size, authkey=self._key)
+        self._members: dict[int, Connection[Any, Any]] = {}
+        self._life = 0
+        # The store of the coming life; the thread of rank 0 hands it to its training process.
+        self.store: socket.socket | None = None
+        self._thread = threading.Thread(target=self._run, name="rally", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> Address:
+        """What the others need to join."""
+        return Address(self._host, self._listener.address[1], self._key)
+
+    def _run(self) -> None:
+        try:
+            self._meet()
+            end = None
+            while end is None:
+                end = self._live()
+            self._send(end)
+        except (EOFError, OSError) as error:
+            self._send(Disband(REGROUP, str(error)))
+        finally:
+            self._listener.close()
+
+    def _meet(self) -> None:
+        late = threading.Timer(_MEET_S, self._listener.close)
+        late.start()
+        try:
+            while len(self._members) < self._size:
+                try:
+                    member = self._listener.accept()
+                except (AuthenticationError, EOFError):
+                    log.warning("somebody without the key knocked at %s", self._listener.address)
+                    continue
+                self._members[member.recv().rank] = member
+        except OSError:
+            raise TimeoutError(
+                f"only {len(self._members)} of {self._size} supervisors came in {_MEET_S:.0f} s"
+            ) from None
+        finally:
+            late.cancel()
+
+    def _live(self) -> Done | Disband | None:
+        """One life; None if another one follows."""
+        self._life += 1
+        self.store = socket.create_server((self._host, 0))
+        self._send(Begin(self._life, self.store.getsockname()[1]))
+        outcomes: dict[int, Over] = {}
+        while len(outcomes) < self._size:
+            rank, word = self._hear()
+            if not isinstance(word, Over):
+                continue
+            outcomes[rank] = word
+            if word.outcome not in ("finished", "stopped"):
+                return self._lost(rank, word)
+        if all(over.outcome == "finished" for over in outcomes.values()):
+            return Done()
+        # Stopped for a resize: Ray Train ends the supervisors, so there is nothing more to hear.
+        rank, word = self._hear()
+        return Disband(REGROUP, f"rank {rank} said {word} after it had stopped")
+
+    def _lost(self, rank: int, over: Over) -> Disband | None:
+        self._send(Abort(f"rank {rank}: {over.reason}", over.outcome == "hung"))
+        deadline = time.monotonic() + _CLEAR_S
+        cleared: set[int] = set()
+        while len(cleared) < self._size:
+            other, word = self._hear(deadline - time.monotonic())
+            if isinstance(word, Clear):
+                cleared.add(other)
+            elif isinstance(word, Over) and _explains(word, over):
+                rank, over = other, word
+        if over.outcome in REPEATS:
+            return Disband(over.outcome, over.reason)
+        loss = Loss(self._life, rank, over.reason, over.outcome == "hung")
+        if self._may_go_on(loss):
+            return None
+        return Disband(REGROUP, f"rank {loss.rank}: {loss.reason}")
+
+    def _hear(self, timeout_s: float | None = None) -> tuple[int, Any]:
+        """The next word of a member; EOFError if one is gone, TimeoutError if none speaks."""
+        ready = wait(list(self._members.values()), None if timeout_s is None else max(timeout_s, 0))
+        if not ready:
+            raise TimeoutError("a training process could not be ended")
+        ranks = [rank for rank, member in self._members.items() if member is ready[0]]
+        try:
+            return ranks[0], self._members[ranks[0]].recv()
+        except (EOFError, OSError):
+            raise EOFError(f"the supervisor of rank {ranks[0]} is lost") from None
+
+    def _send(self, word: Any) -> None:  # Any: one of the words above
+        for member in self._members.values():
+            try:
+                member.send(word)
+            except OSError:  # seen as the end of its connection by whoever reads next
+                log.warning("a supervisor did not hear %s", type(word).__name__)
+
+
+def _explains(word: Over, other: Over) -> bool:
+    """Whether a rank's word tells more of the cause: those left behind only say that they are."""
+    if other.outcome in REPEATS:
+        return False
+    return word.outcome in REPEATS or (word.died and not other.died)
+
+
+def join(address: Address, rank: int) -> "Connection[Any, Any]":
+    """Take part in the rally at `address`; closing the connection leaves it."""
+    member = Client((address.host, address.port), authkey=address.key)
+    member.send(Hello(rank))
+    return member
