@@ -26,8 +26,9 @@ _ROLES = {
     "coordinator": "ray::_AutoscalingCoordinatorActor",
     "head": "gcs_server",
     "raylet": "raylet/raylet",
-    "worker": "RayTrainWorker",
+    "supervisor": "RayTrainWorker",
 }
+_HOST = "elastic.fork_host"  # in the command line of a fork host and of what it has forked
 
 
 def kill(pid: int) -> None:
@@ -87,18 +88,28 @@ def end_cluster(temp_dir: Path) -> int:
 
 
 def by_role(temp_dir: Path) -> dict[str, list[int]]:
-    """Process ids of a LocalCluster by what they do: controller, tracker, head, raylet, worker."""
-    found: dict[str, list[int]] = {role: [] for role in _ROLES}
-    for process in processes_of(temp_dir):
+    """Process ids of a LocalCluster by what they do, in the order in which they were started.
+
+    Ray's: controller, tracker, coordinator, head, raylet, supervisor. Ours: host and trainer.
+    """
+    found: dict[str, list[int]] = {role: [] for role in (*_ROLES, "host", "trainer")}
+    for process in sorted(processes_of(temp_dir), key=lambda process: process.pid):
         try:
-            command = " ".join(process.cmdline()[:1])
+            role = _role_of(process)
         except psutil.Error:
             continue  # ended while we looked
-        for role, mark in _ROLES.items():
-            if mark in command:
-                found[role].append(process.pid)
-                break
+        if role is not None:
+            found[role].append(process.pid)
     return found
+
+
+def _role_of(process: psutil.Process) -> str | None:
+    command = process.cmdline()
+    if _HOST in command:
+        parent = process.parent()
+        return "trainer" if parent is not None and _HOST in parent.cmdline() else "host"
+    named = command[0] if command else ""
+    return next((role for role, mark in _ROLES.items() if mark in named), None)
 
 
 def when(true: Callable[[], bool], within_s: float) -> bool:

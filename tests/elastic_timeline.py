@@ -1,5 +1,6 @@
 """What a fault cost, read from a run's events and metrics: lost updates, seconds, and phases."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ def rates(metrics: Sequence[Metric], stage: str, batch: int) -> dict[int, float]
     """Samples per second that a stage trains at by world, from the medians between two updates."""
     gaps: dict[int, list[float]] = {}
     lines = updates_of(metrics, stage)
-    for one, other in zip(lines, lines[1:], strict=False):
+    for one, other in itertools.pairwise(lines):
         if one["attempt"] == other["attempt"] and other["position"] - one["position"] == batch:
             gaps.setdefault(other["world"], []).append(other["wall"] - one["wall"])
     return {world: batch / statistics.median(found) for world, found in gaps.items()}

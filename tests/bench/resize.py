@@ -90,7 +90,9 @@ def meet(driver: Driver, scene: Scene, updates_before: int) -> Cost:
     return cost_of(read_events(root), read_metrics(root), DIT, wall, batch)
 
 
-def run(spec: Spec, scenes: list[Scene], seed: int) -> tuple[list[dict[str, Any]], dict[int, float]]:
+def run(
+    spec: Spec, scenes: list[Scene], seed: int
+) -> tuple[list[dict[str, Any]], dict[int, float]]:
     """One run through all scenes: their costs, and the rate by world."""
     draw = random.Random(seed)
     rows: list[dict[str, Any]] = []

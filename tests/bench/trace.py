@@ -1,7 +1,10 @@
 """Goodput while a spot market gives and takes nodes: ours, vanilla Ray Train, and the ideal.
 
-A recorded count of spot nodes is replayed with raylets of this machine. The ideal trains at each
-moment with all nodes that are up, at the rate measured for that many, and never stops.
+A recorded count of spot nodes is replayed with raylets of this machine. Counted are node-seconds:
+what is there is the sum over time of the nodes that are up, and the ideal uses all of it. What is
+used is the sum over updates, each counted once however often it was done, of the workers that made
+it times the seconds that an update takes so many workers here (the median). So the count does not
+hang on how many workers the cores of this machine can feed at once.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elastic_driver import BATCH, DIT, Driver, DriverGone, Spec, copied, prepare
-from elastic_timeline import Update, new_updates, rates
+from elastic_timeline import new_updates, rates, updates_of
 from figure import record
 
 from elastic.data.moving_shapes import write_demo_videos
@@ -39,6 +42,7 @@ TICK_S = 15.0  # 300 s of the trace: a start costs seconds here and a minute on 
 NOTICE = 0.4  # of a tick: two minutes of five, which is what the market gives
 KILLED_EVERY = 5  # every fifth loss comes without notice
 IDEAL_GOAL, VANILLA_GOAL = 0.95, 1.3
+_STILL_S = 2.0  # so long without an update is a stop
 PLAN = Spec(
     storage="",
     table="",
@@ -118,45 +122,49 @@ def stretches(counts: list[Count], start: float, end: float) -> Iterator[tuple[f
             yield seconds, count.nodes
 
 
-def at_rate(rate: dict[int, float], world: int) -> float:
-    """Samples per second of a world; of the nearest one where it was never measured."""
-    return rate[min(rate, key=lambda size: (abs(size - world), size))]
+def nodes_s(counts: list[Count], start: float, end: float) -> float:
+    """Node-seconds that were there between two moments."""
+    return sum(seconds * nodes for seconds, nodes in stretches(counts, start, end))
 
 
 def account(
     driver: Driver, counts: list[Count], end: float, rate: dict[int, float]
 ) -> dict[str, Any]:
-    """The ideal, what was reached, and where the rest went, in samples."""
+    """What was there, what was used, and where the rest went, in node-seconds."""
     events, metrics = read_events(driver.folder.root), read_metrics(driver.folder.root)
-    start = counts[0].wall
-
-    def ideal(one: float, other: float) -> float:
-        return sum(s * at_rate(rate, n) for s, n in stretches(counts, one, other))
-
-    new = [u for u in new_updates(metrics, DIT) if start <= u.wall <= end]
-    pairs = list(itertools.pairwise([new[0]._replace(wall=start), *new[1:]]))
-    stops = [(a, b) for a, b in pairs if a.attempt != b.attempt]
-    last = new[-1]
-    # A run that stands still when the trace ends has one more stop.
-    tail = end - last.wall if end - last.wall > 2.0 else 0.0
-    too_small = sum(ideal(a.wall, b.wall) - _own(rate, a, b) for a, b in pairs if a.world == b.world
-                    and a.attempt == b.attempt)  # fmt: skip
+    start, batch = counts[0].wall, BATCH[DIT]
+    new = [u for u in new_updates(metrics, DIT) if start < u.wall <= end]
+    used = sum(u.world * batch / rate[u.world] for u in new)
+    first = new[0]._replace(wall=start)
+    # A run that stands still when the trace ends stands in its last stop.
+    last = new[-1]._replace(wall=end, attempt=new[-1].attempt)
+    if end - new[-1].wall > _STILL_S:
+        last = last._replace(attempt=-1)
+    pairs = list(itertools.pairwise([first, *new, last]))
+    stops = [(a.wall, b.wall) for a, b in pairs if a.attempt != b.attempt]
+    training = [(a, b) for a, b in pairs if a.attempt == b.attempt]
+    idle = sum(nodes_s(counts, a.wall, b.wall) - (b.wall - a.wall) * b.world for a, b in training)
     starts = _ray_starts(events, start, end)
+    there = nodes_s(counts, start, end)
+    ray = sum(nodes_s(counts, one, other) for one, other in starts)
     return {
-        "ideal_samples": round(ideal(start, end)),
-        "samples": new[-1].position - new[0].position + BATCH[DIT],
-        "stopped_samples": round(sum(ideal(a.wall, b.wall) for a, b in stops)
-                                 + (ideal(last.wall, end) if tail else 0.0)),
-        "stops_s": [round(b.wall - a.wall, 2) for a, b in stops] + ([round(tail, 2)] if tail else []),
-        "too_small_samples": round(too_small),
-        "ray_start_s": [round(other - one, 2) for one, other in starts],
-        "ray_start_samples": round(sum(ideal(one, other) for one, other in starts)),
-    }  # fmt: skip
+        "there": round(there, 1),
+        "used": round(used, 1),
+        "of_ideal": round(used / there, 3),
+        "of_ideal_less_ray_starts": round(used / (there - ray), 3),
+        "ray_starts": round(ray, 1),
+        "ray_starts_s": [round(other - one, 2) for one, other in starts],
+        "stopped": round(sum(nodes_s(counts, *stop) for stop in stops), 1),
+        "stops_s": [round(other - one, 2) for one, other in stops],
+        "nodes_not_used": round(idle, 1),
+        "updates": len(new),
+        "updates_done_again": _redone(metrics, start, end),
+    }
 
 
-def _own(rate: dict[int, float], one: Update, other: Update) -> float:
-    """What the world that trained would have made of the time between two updates."""
-    return (other.wall - one.wall) * at_rate(rate, other.world)
+def _redone(metrics: list[Any], start: float, end: float) -> int:
+    done = [u for u in updates_of(metrics, DIT) if start < u["wall"] <= end]
+    return len(done) - len({u["position"] for u in done})
 
 
 def _ray_starts(events: list[Any], start: float, end: float) -> list[tuple[float, float]]:
@@ -216,10 +224,6 @@ def main() -> None:
             for system, (driver, counts, end) in ran.items()
         }
     figures: dict[str, Any] = {"samples_per_s": {k: round(v, 1) for k, v in sorted(rate.items())}}
-    for system, found in accounts.items():
-        less = found["ideal_samples"] - found["ray_start_samples"]
-        found["of_ideal"] = round(found["samples"] / found["ideal_samples"], 3)
-        found["of_ideal_less_ray_starts"] = round(found["samples"] / less, 3)
     if len(accounts) == 2:
         ours, vanilla = accounts["ours"]["of_ideal"], accounts["vanilla"]["of_ideal"]
         figures["ours_over_vanilla"] = round(ours / vanilla, 3)
