@@ -71,7 +71,7 @@ def kill_tree(pid: int) -> int:
 def is_alive(process: psutil.Process) -> bool:
     """Whether a process runs, or could if it were not frozen; a zombie does not."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

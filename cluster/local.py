@@ -118,7 +118,7 @@ class LocalCluster:
         Only the notice is given: who has it ended at the deadline is the caller. RuntimeError if
         Ray does not take it. From any thread.
         """
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made by Cython
         from ray.core.generated import autoscaler_pb2
 
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")

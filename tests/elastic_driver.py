@@ -19,10 +19,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-ROOT = Path(__file__).resolve().parents[1]
 # What lies beside this script is run, whatever is installed.
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cluster import faults
 from cluster.local import LocalCluster
@@ -45,6 +44,7 @@ from stages import (
     Videos,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 CODEC, DIT = "codec", "dit"
 _START_S = 180.0  # for a driver on a busy machine to have its cluster up
 _ANSWER_S = 90.0
