@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,13 +78,16 @@ def is_alive(process: psutil.Process) -> bool:
 
 def end_cluster(temp_dir: Path) -> int:
     """End what is left of a LocalCluster whose driver was killed; how many processes."""
-    left = processes_of(temp_dir)
-    for process in left:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    left = [process.pid for process in processes_of(temp_dir)]
+    end_all(left)
     return len(left)
+
+
+def end_all(pids: Iterable[int]) -> None:
+    """End these processes, whichever of them still live."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            kill(pid)
 
 
 def by_role(temp_dir: Path) -> dict[str, list[int]]:
