@@ -23,7 +23,8 @@ import planned_faults
 from elastic_driver import BATCH, CODEC, DIT, ROOT, Driver, DriverGone, Spec
 from elastic_timeline import spread
 from figure import record
-from recovery_faults import GROUPS, HANG_S, Fault, Group, Scene
+from recovery_faults import HANG_S, Fault, Scene
+from recovery_groups import GROUPS, Group
 
 from cluster import faults
 from elastic.data.moving_shapes import write_demo_videos
@@ -232,7 +233,7 @@ def main() -> None:
     groups = [g for g in GROUPS if not options.quick or g.name in QUICK]
     if options.only:
         named = [g for g in groups if g.name == options.only]
-        groups = named or [g for g in map(lambda g: only(g, options.only), groups) if g.all]
+        groups = named or [g for g in (only(g, options.only) for g in groups) if g.all]
         if not groups:
             parser.error(f"--only {options.only!r}: no group and no fault has this name")
     rows: list[Row] = []
