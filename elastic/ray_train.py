@@ -93,6 +93,7 @@ def fit_stage(
         "scaling_policy": CapacityPolicy(scaling, limits.min_stay, tell),
         "failure_policy": CrashPolicy(run, stage.name, tell),
     }
+    failure: BaseException | None = None
     for num_lost in range(MAX_LOST + 1):
         trainer = StageTrainer(
             policies,
@@ -111,6 +112,7 @@ def fit_stage(
         if not isinstance(failure, RayActorError) or num_lost == MAX_LOST:
             break
         tell("crash", f"Ray Train's controller was lost: {last_line(failure)}")
+    assert failure is not None, "left by a failure alone"
     for error in errors_of(failure):
         if isinstance(error, StageBlocked | InputError):
             raise error
