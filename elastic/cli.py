@@ -328,13 +328,16 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.goodput import account_lines
     from elastic.record import read_plan
-    from elastic.report import print_table, summarise
+    from elastic.summary import print_table, read_history, summarise_history
     from elastic.weights import finished
 
     folder = run_folder(flags.run)
     plan = read_plan(folder)
-    print_table(summarise(folder.root))
+    history = read_history(folder.root)
+    print_table(summarise_history(history))
+    print("\n".join(account_lines(history.account)))
     for stage in plan.stages:
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")

@@ -83,7 +83,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         stopping = world.any(run.stop_wanted())
         if is_due(stage.evaluate_every, progress.samples, evaluated_at) or finished:
             with ema.in_place():
-                run.meter.evaluated(progress, objective.evaluate(model, world))
+                run.meter.evaluated(progress, lambda: objective.evaluate(model, world))
             evaluated_at = progress.samples
         if finished or stopping or is_due(stage.save_every, progress.samples, saved_at):
             watch(stage, progress, run.meter.flush(progress), run.event)

@@ -269,7 +269,7 @@ def _read_index(run_dir: Path) -> AimRuns:
 
 
 def _sentence(event: Event) -> str:
-    known = {"wall", "kind", "stage", "position", "attempt", "world", "reason"}
+    known = {"wall", "clock", "kind", "stage", "position", "attempt", "world", "reason"}
     words = [event["kind"].replace("_", " ")]
     if event["position"] is not None:
         words.append(f"at {event['position']:,} samples")
