@@ -124,11 +124,11 @@ def _life(
     begin = starts[0] if starts else min(at for at, _ in (*events, *metrics))
     ends = [at for at, event in events if event["kind"] == "run_end"]
     last_event = max((at for at, _ in events), default=begin)
-    if following is not None:  # a line may not outlive the driver into the next one's time
-        following = max(following, last_event)
-    last_metric = max((at for at, _ in metrics), default=begin)
-    alive = max(last_event, min(last_metric, following or last_metric))
-    end = max(begin, ends[-1] if ends else alive)
+    alive = max((at for at, _ in metrics), default=begin)
+    if following is not None and following >= last_event:
+        # Whose driver is not known for certain: none lives on into the next one's time.
+        alive = min(alive, following)
+    end = max(begin, ends[-1] if ends else max(alive, last_event))
 
     def clamped(lines: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
         # Stable: lines of one moment stay in the order in which they were written.

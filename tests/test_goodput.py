@@ -256,7 +256,7 @@ def test_a_clock_that_is_set_moves_no_second(jump: float, when: int) -> None:
         assert down[1] == max(0.0, down[0] + jump)
 
 
-def test_without_a_boot_clock_one_that_is_set_back_costs_the_time_between_two_lines() -> None:
+def test_without_a_boot_clock_one_that_is_set_back_hides_time_and_makes_none_up() -> None:
     log = Log()
     log.event("run_start")
     log.event("start", 5, 0)
@@ -265,9 +265,7 @@ def test_without_a_boot_clock_one_that_is_set_back_costs_the_time_between_two_li
     log.train(100, 200)
     log.event("crash", 1)
     log.event("start", 5, 200)
-    spent = log.spent()
-    assert spent["training"] == pytest.approx(201, abs=11)
-    assert sum(spent.values()) == pytest.approx(211, abs=22)
+    assert 100 < sum(log.spent().values()) <= log.now - T0
 
 
 def test_lines_that_arrive_late_are_put_where_they_belong() -> None:
@@ -303,7 +301,7 @@ def test_the_journals_of_a_run_give_the_same_account(tmp_path: Path) -> None:
 def test_status_says_what_goodput_is() -> None:
     *_, log = disturbed()
     lines = account_lines(log.account())
-    assert lines[0] == "goodput: 58.1 % of the run; a 58.9 %"
+    assert lines[0] == "goodput: 56.0 % of the run; a 57.0 %"
     assert "training 5 min 00 s (19.8 %)" in lines[1]
     assert lines[2] == DEFINITION
     assert account_lines(account([], [])) == []
