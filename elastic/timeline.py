@@ -1,6 +1,6 @@
 """The time of a run as spans: every moment from its first line to its last lies in exactly one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, cast
 
 from elastic.clock import Life, microseconds
@@ -76,14 +76,9 @@ def timeline(found: list[Life]) -> list[Span]:
             spans.append(Span(spans[-1].end_us, life.begin_us, DOWN, None))
         spans += _states(life)
     for activity, marks, over in _inside(found):
-        spans = _painted(spans, marks, activity, lambda span, over=over: span.activity in over)
+        spans = _painted(spans, marks, activity, over)
     for stage, marks in _lost(found).items():
-        spans = _painted(
-            spans,
-            marks,
-            LOST,
-            lambda span, stage=stage: span.stage == stage and span.activity in (TRAINING, DATA),
-        )
+        spans = _painted(spans, marks, LOST, (TRAINING, DATA), stage)
     return spans
 
 
@@ -209,9 +204,13 @@ def _restore(event: Event) -> object:
 
 
 def _painted(
-    spans: Iterable[Span], marks: Iterable[Mark], activity: str, over: Callable[[Span], bool]
+    spans: Iterable[Span],
+    marks: Iterable[Mark],
+    activity: str,
+    over: Collection[str],
+    stage: str | None = None,
 ) -> list[Span]:
-    """The spans, with `activity` wherever a mark lies over a span of those that it may cover."""
+    """The spans, with `activity` where a mark lies over one of those, in one stage or in all."""
     joined = _union(marks)
     painted: list[Span] = []
     first = 0
@@ -219,7 +218,9 @@ def _painted(
         at = span.begin_us
         while first < len(joined) and joined[first].end_us <= at:
             first += 1
-        for mark in joined[first:] if over(span) else ():
+        is_covered = span.activity in over and stage in (None, span.stage)
+        for number in range(first, len(joined)) if is_covered else ():
+            mark = joined[number]
             if mark.begin_us >= span.end_us:
                 break
             begin, end = max(at, mark.begin_us), min(mark.end_us, span.end_us)

@@ -233,6 +233,28 @@ def test_the_view_is_rebuilt_from_the_journals_alone(tmp_path: Path) -> None:
     assert [one.caption for one in images["demo / 1-vae", "vae", 50]] == ["kept"]
 
 
+def test_goodput_is_shown_at_the_end_of_a_stage_and_again_by_a_rebuild(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / EVENTS)
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    for wall, kind in ((0, "run_start"), (10, "start"), (110, "stage_end"), (120, "run_end")):
+        about = (None, None) if kind.startswith("run") else ("vae", 100)
+        line: Event = {**event(kind, *about), "wall": 1000.0 + wall}
+        journal.append(**line)
+        tracker.event(line)
+    tracker.close()
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved, ignore=shutil.ignore_patterns(".aim", "moved"))
+    rebuild_aim(moved)
+    for folder in (tmp_path, moved):
+        series = Reader(folder).series("goodput")
+        assert series == {
+            ("demo / 1-vae", context(stage="vae")): [(100, 1.0)],
+            ("demo", context(stage="plan")): [(100, 100 / 120)],
+        }, folder
+        seconds = Reader(folder).series("seconds")
+        assert seconds["demo", context(stage="plan", activity="starting")] == [(100, 10.0)]
+
+
 def test_a_rebuild_without_aim_says_so_and_deletes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
