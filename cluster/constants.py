@@ -28,13 +28,13 @@ class Published(NamedTuple):
     source: str
 
 
-# A save of STATE_BYTES by each worker: how long the loop stands still, and how long the save goes on
-# beside it. Provisional: to host memory at 6 GB/s, and from there to storage at 0.3 GB/s.
+# A save of STATE_BYTES by each worker: how long the loop stands still, and how long the save goes
+# on beside it. Provisional: to host memory at 6 GB/s, and from there to storage at 0.3 GB/s.
 STATE_BYTES = Measured(3e8, "B a worker", "checkpoint", "figures.state_bytes", True)
 STALL_S = Measured(0.05, "s", "checkpoint", "figures.stall_s", True)
 BACKGROUND_S = Measured(1.0, "s", "checkpoint", "figures.background_s", True)
 
-# Seconds without an update, from the last one before to the first new one, work done again left out.
+# Seconds without an update, from the last before to the first new one, less work done again.
 # Provisional: what a restart inside a running job is taken to need on GPUs, and twice that.
 PLANNED_S = Measured(60.0, "s", "resize", "figures.planned_s", True)
 CRASH_S = Measured(60.0, "s", "resize", "figures.crash_s", True)

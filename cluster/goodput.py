@@ -4,8 +4,9 @@ Between two faults the time follows from arithmetic (so many updates, so many sa
 as much to model as it has faults, and 10,000 GPUs take seconds.
 
 Machines fail independently of each other and of their age (exponential times, as Young and Daly
-assume). A fault is one of three: a training process dies and is started again where it was; a
-machine is lost with what was done since the last save; a machine's end is announced in time to save.
+assume). A fault is one of three: a training process dies and is started again where it was, or a
+machine is lost, and with either what was done since the last save; or the end of a machine is
+announced in time to save.
 """
 
 import heapq

@@ -34,7 +34,8 @@ def forecast(
 ) -> str:
     """The text that `plan` prints, for so many GPUs or the fewest that each stage asks for.
 
-    With the expected goodput, if it is said how many faults a GPU has a day. InputError where a stage cannot start as its init policy says, or on so few GPUs.
+    With the expected goodput, if it is said how many faults a GPU has a day. InputError where a
+    stage cannot start as its init policy says, or on so few GPUs.
     """
     folder = RunFolder.of(storage, plan)
     lines = [f"plan {plan.name}: {len(plan.stages)} stages, kept in {folder.root}"]

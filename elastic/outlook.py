@@ -24,6 +24,8 @@ from elastic.timeline import LOST, SAVING, STARTING
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
+# A stage that saves more often at the speed that is assumed is too small to reach that speed.
+_LEAST_TIMED_S = 1.0
 SCALES = (1, 10, 100, 1_000, 10_000)
 
 
@@ -76,7 +78,7 @@ def outlook_lines(stage: Stage, gpus: int, rate: float, saved_bytes: float) -> I
         yield "  nothing fails: the fewer saves the better"
         return
     each = seconds_a_sample(stage, gpus)
-    if each is None:
+    if each is None or each * stage.save_every < _LEAST_TIMED_S:
         yield f"  best saved every {duration(interval)} (Daly)"
         return
     own = outlook(gpus, stage.workers[0], rate, saved_bytes, stage.save_every * each)
@@ -99,9 +101,9 @@ def scale_lines(rate: float, saved_bytes: float, gpus: int | None) -> Iterator[s
         between = "never" if mean == float("inf") else f"every {duration(mean)}"
         yield f"  {number:>6,}  {_said(one.expected)}; a fault {between}"
     yield (
-        "goodput is the time of training that is kept over all time; the model takes a lost machine "
-        f"({MACHINE_GPUS.value:.0f} GPUs) to be replaced after {duration(RETURN_S.value)}, and "
-        f"{100 * MACHINE_SHARE.value:.0f} % of the faults to take one"
+        "goodput is the time of training that is kept over all time; the model takes a lost "
+        f"machine ({MACHINE_GPUS.value:.0f} GPUs) to be replaced after {duration(RETURN_S.value)}, "
+        f"and {100 * MACHINE_SHARE.value:.0f} % of the faults to take one"
     )
     waiting = [name.lower() for name, constant in MEASURED.items() if constant.is_provisional]
     if waiting:
