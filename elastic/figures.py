@@ -22,6 +22,7 @@ from elastic.timeline import (
     STARTING,
     TRAINING,
     merged,
+    thinned,
 )
 
 COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#b565c4", "#c9a227", "#d1495b", "#4fb3bf", "#8a8f98")
@@ -134,15 +135,15 @@ def timeline_figure(history: History, identifier: str) -> Figure:
 
 
 def _strip(account: Account, zero: float) -> list[Trace]:
-    """What went on as one bar over time; what is too short to be seen goes with what was before."""
-    least = account.seconds() / _MOST_POINTS
+    """What went on as one bar over time."""
     together = {DATA: TRAINING}  # steps wait in between: a strip of them would be grey
-    spans = [
-        span._replace(activity=together.get(span.activity, span.activity), stage=None, world=None)
-        for span in account.spans
-    ]
-    spans = list(merged(spans, lambda a, b: a.activity == b.activity))
-    spans = list(merged(spans, lambda a, b: a.activity == b.activity or b.seconds < least))
+    spans = thinned(
+        [
+            span._replace(activity=together.get(span.activity, span.activity))
+            for span in account.spans
+        ],
+        _MOST_POINTS,
+    )
     traces: list[Trace] = []
     for activity in ACTIVITIES:
         mine = [span for span in spans if span.activity == activity]

@@ -1,5 +1,6 @@
 """The time of a run as spans: every moment from its first line to its last lies in exactly one."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, cast
 
@@ -94,6 +95,30 @@ def merged(spans: Iterable[Span], fuse: Callable[[Span, Span], bool]) -> Iterato
         last = span
     if last is not None:
         yield last
+
+
+def thinned(spans: list[Span], most: int) -> list[Span]:
+    """At most so many spans without a stage: of equal stretches, what took most of each."""
+    bare = [span._replace(stage=None, world=None) for span in spans]
+    joined = list(merged(bare, lambda a, b: a.activity == b.activity))
+    if len(joined) <= most:
+        return joined
+    begin, end = joined[0].begin_us, joined[-1].end_us
+    width = -(-(end - begin) // most)
+    sums: list[Counter[str]] = [Counter() for _ in range(-(-(end - begin) // width))]
+    for span in joined:
+        at = span.begin_us
+        while at < span.end_us:
+            number = (at - begin) // width
+            until = min(span.end_us, begin + (number + 1) * width)
+            sums[number][span.activity] += until - at
+            at = until
+    edges = [min(end, begin + number * width) for number in range(len(sums) + 1)]
+    equal = [
+        Span(left, right, one.most_common(1)[0][0], None)
+        for left, right, one in zip(edges[:-1], edges[1:], sums, strict=True)
+    ]
+    return list(merged(equal, lambda a, b: a.activity == b.activity))
 
 
 def _repaired(life: Life) -> Life:

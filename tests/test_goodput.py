@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elastic.clock import boot_clock, lives
 from elastic.goodput import DEFINITION, Account, account, account_lines
 from elastic.journal import EVENTS, METRICS, Journal, read_events, read_metrics
-from elastic.timeline import ACTIVITIES
+from elastic.timeline import ACTIVITIES, thinned
 
 T0 = 1_800_000_000.0
 KINDS = (
@@ -296,6 +296,17 @@ def test_the_journals_of_a_run_give_the_same_account(tmp_path: Path) -> None:
         with (tmp_path / name).open("a") as file:
             file.write('{"wall": 18000000')  # torn by a kill
     assert account(read_events(tmp_path), read_metrics(tmp_path)) == log.account()
+
+
+def test_a_picture_of_a_long_run_keeps_its_length_and_shows_what_took_most() -> None:
+    *_, log = disturbed()
+    spans = log.account().spans
+    for most in (1, 3, 50, 1000):
+        few = thinned(spans, most)
+        assert len(few) <= most
+        assert all(a.end_us == b.begin_us for a, b in itertools.pairwise(few))
+        assert (few[0].begin_us, few[-1].end_us) == (spans[0].begin_us, spans[-1].end_us)
+    assert [span.activity for span in thinned(spans, 3)] == ["lost work", "down", "training"]
 
 
 def test_status_says_what_goodput_is() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from elastic.clock import boot_clock
 from elastic.data.moving_shapes import render
 from elastic.film import write_mp4
 from elastic.journal import EVENTS, METRICS, Event, Journal, Metric, read_journal
@@ -253,6 +254,17 @@ def test_goodput_is_shown_at_the_end_of_a_stage_and_again_by_a_rebuild(tmp_path:
         }, folder
         seconds = Reader(folder).series("seconds")
         assert seconds["demo", context(stage="plan", activity="starting")] == [(100, 10.0)]
+
+
+def test_every_line_carries_a_clock_that_nobody_sets(tmp_path: Path) -> None:
+    from elastic.ray_tracker import TrackerService  # Ray: seconds that no other test here needs
+
+    service = TrackerService(str(tmp_path), "demo", STAGES, use_aim=False)
+    service.event(event("run_start", None, None))
+    service.metric(metric("vae", 50, 3.0))
+    service.close()
+    lines = read_journal(tmp_path / EVENTS) + read_journal(tmp_path / METRICS)
+    assert 0 < lines[0]["clock"] <= lines[1]["clock"] <= boot_clock()
 
 
 def test_a_rebuild_without_aim_says_so_and_deletes_nothing(
