@@ -7,6 +7,7 @@ overrules it where the two drift apart by more than senders and queues explain.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from elastic.journal import Event, Metric
@@ -14,6 +15,7 @@ from elastic.journal import Event, Metric
 SECOND_US = 1_000_000
 # Machines differ by less, and a busy tracker reads its queue sooner; a clock that is set, jumps.
 TOLERANCE_US = 60 * SECOND_US
+_FIRST_LINES = 5
 _EVENT = frozenset({"wall", "kind", "stage"})
 _METRIC = frozenset({"wall", "stage", "attempt", "position", "world", "values"})
 _LATEST_WALL_S = 1e11  # year 5138: what lies beyond is no unix time in seconds
@@ -86,12 +88,13 @@ def _by_attempt(groups: list[list[Event]], metrics: Iterable[Metric]) -> list[li
 
 
 def _base(lines: Iterable[Event]) -> int | None:
-    """Wall less clock of a driver's first line that has both."""
-    for line in lines:
-        wall, clock = microseconds(line.get("wall")), microseconds(line.get("clock"))
-        if wall and clock:
-            return wall - clock
-    return None
+    """Wall time of a driver at clock 0, from its first lines that have both.
+
+    The largest: a line waits for the tracker, and the first ones while it is started.
+    """
+    pairs = ((microseconds(line.get("wall")), microseconds(line.get("clock"))) for line in lines)
+    first = islice((wall - clock for wall, clock in pairs if wall and clock), _FIRST_LINES)
+    return max(first, default=None)
 
 
 def _timed(lines: Iterable[Any], base: int | None) -> Iterator[tuple[int, Any]]:

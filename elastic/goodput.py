@@ -1,5 +1,6 @@
 """Where the time of a run went, and how much of it was training that was kept."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def account_lines(one: Account) -> list[str]:
     return [
         f"goodput: {'; '.join([shown_goodput(one) + ' of the run', *stages])}",
         f"time:    {duration(total)} in all: {', '.join(spent)}",
-        DEFINITION,
+        textwrap.fill(DEFINITION, 100),
     ]
 
 

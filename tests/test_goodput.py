@@ -306,7 +306,8 @@ def test_a_picture_of_a_long_run_keeps_its_length_and_shows_what_took_most() -> 
         assert len(few) <= most
         assert all(a.end_us == b.begin_us for a, b in itertools.pairwise(few))
         assert (few[0].begin_us, few[-1].end_us) == (spans[0].begin_us, spans[-1].end_us)
-    assert [span.activity for span in thinned(spans, 3)] == ["lost work", "down", "training"]
+    names = [span.activity for span in thinned(spans, 8)]
+    assert names == ["training", "lost work", "down", "training"]
 
 
 def test_status_says_what_goodput_is() -> None:
@@ -314,7 +315,7 @@ def test_status_says_what_goodput_is() -> None:
     lines = account_lines(log.account())
     assert lines[0] == "goodput: 56.0 % of the run; a 57.0 %"
     assert "training 5 min 00 s (19.5 %)" in lines[1]
-    assert lines[2] == DEFINITION
+    assert lines[2].replace("\n", " ") == DEFINITION
     assert account_lines(account([], [])) == []
 
 
