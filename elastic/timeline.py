@@ -278,7 +278,8 @@ def _lost(found: list[Life]) -> dict[str, list[Mark]]:
     """By stage, the time in which updates were done that a later start did not find.
 
     From the moment at which the position was reached that the next attempt went on from. A stage
-    whose last attempt crashed is taken to go on from what it published last.
+    whose last attempt crashed, or ended with its driver, is taken to go on from what it published
+    last.
     """
     lost: dict[str, list[Mark]] = {}
     points: dict[str, list[_Point]] = {}
@@ -308,6 +309,9 @@ def _points(found: list[Life]) -> Iterator[tuple[str, _Point]]:
         points: list[tuple[str, _Point]] = []
         for at, event in life.events:
             kind, stage = event["kind"], event.get("stage")
+            if kind == "run_end":  # with the driver goes what it has not published
+                begun = dict.fromkeys(stage for stage, _ in points)
+                points += [(stage, _Point(at, 0, "crash")) for stage in begun]
             if stage is None or kind not in ("start", "publish", *_FAULTS):
                 continue
             if kind == "publish":  # its state is that of the loop when it stood still

@@ -195,6 +195,17 @@ def test_a_run_that_goes_on_has_lost_nothing_yet_and_a_crashed_one_has() -> None
     assert log.spent()["lost work"] == 45 + 101, "it would go on from the save at 100"
 
 
+def test_what_an_interrupted_driver_has_not_published_is_lost() -> None:
+    log = Log()
+    log.event("run_start")
+    log.event("start", 5, 0)
+    log.train(0, 50)
+    log.event("publish", 1, 50, seconds=1.0, reason="due")
+    log.train(50, 80)
+    log.event("run_end", 2)
+    assert log.spent() == {"starting": 5, "training": 50, "saving": 1, "lost work": 32}
+
+
 def test_work_is_lost_once_by_two_crashes_in_a_row() -> None:
     log = Log()
     log.event("run_start")
