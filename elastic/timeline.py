@@ -312,9 +312,11 @@ def _points(found: list[Life]) -> Iterator[tuple[str, _Point]]:
             if kind == "run_end":  # with the driver goes what it has not published
                 begun = dict.fromkeys(stage for stage, _ in points)
                 points += [(stage, _Point(at, 0, "crash")) for stage in begun]
-            if stage is None or kind not in ("start", "publish", *_FAULTS):
+            if stage is None or kind not in ("start", "publish", "stage_end", *_FAULTS):
                 continue
-            if kind == "publish":  # its state is that of the loop when it stood still
+            if kind == "stage_end":  # its weights are there, whatever was said of its checkpoints
+                kind = "publish"
+            elif kind == "publish":  # its state is that of the loop when it stood still
                 at = max(life.begin_us, at - microseconds(event.get("background")))
             points.append((stage, _Point(at, event.get("position") or 0, kind)))
         points += [(m["stage"], _Point(at, m["position"], "metric")) for at, m in life.metrics]

@@ -223,6 +223,7 @@ class Replay:
                 self.event("crash", reason="signal 9")
                 self.position = [p for seen, p in self.saved if seen <= self.now][-1]
                 self.restart(costs.process_s)
+        self.publish(0.0, 0.0, "stop")
         self.event("run_end")
 
     def event(self, kind: str, **more: Any) -> None:
