@@ -6,6 +6,7 @@ Safe to run again from the top at any time: every step looks at what is already 
 import json
 import logging
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +239,7 @@ def is_told(course: Course, kind: str, stage: Stage) -> bool:
 
 def show_samples(course: Course, stage: Stage) -> None:
     """Make the videos that show what a finished stage can do."""
+    began = time.monotonic()
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
     clips = members.clips[held_out_name(longest_bucket(stage))]
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
@@ -253,6 +255,7 @@ def show_samples(course: Course, stage: Stage) -> None:
     course.tracker.event(
         "sample", stage.name, stage.budget, "averaged weights",
         paths=[str(path.relative_to(course.folder.root)) for path in paths], captions=captions,
+        seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
     for path, caption in zip(paths, captions, strict=True):
         course.tracker.images(stage.name, stage.budget, caption, path)

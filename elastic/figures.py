@@ -4,10 +4,42 @@ import html
 from collections.abc import Sequence
 from typing import Any, TypedDict, TypeVar
 
+from elastic.goodput import Account
 from elastic.journal import Event, Metric
-from elastic.summary import ACTIVITIES, History, contexts_of, values_of
+from elastic.summary import History, contexts_of, values_of
+from elastic.timeline import (
+    ACTIVITIES,
+    CAPACITY,
+    DATA,
+    DOWN,
+    ENCODING,
+    EVALUATING,
+    LOST,
+    OTHER,
+    RESTORING,
+    SAMPLING,
+    SAVING,
+    STARTING,
+    TRAINING,
+    merged,
+    thinned,
+)
 
 COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#b565c4", "#c9a227", "#d1495b", "#4fb3bf", "#8a8f98")
+_ACTIVITY_COLOURS = {
+    TRAINING: "#3fa66b",
+    LOST: "#d1495b",
+    SAVING: "#b565c4",
+    EVALUATING: "#4fb3bf",
+    DATA: "#c9a227",
+    RESTORING: "#f2b69b",
+    STARTING: "#e07b39",
+    CAPACITY: "#7a5c99",
+    ENCODING: "#4c8dd6",
+    SAMPLING: "#9cc3ec",
+    OTHER: "#8a8f98",
+    DOWN: "#3b4048",
+}
 _MOST_POINTS = 2000  # of one line; a phone draws no more in good time
 
 # Kind of event: symbol, colour, label.
@@ -77,7 +109,7 @@ def _held_out_figure(
 
 
 def timeline_figure(history: History, identifier: str) -> Figure:
-    """World size above throughput on one time axis, with what happened to the machines."""
+    """World size, what went on, and throughput on one time axis, with the machines' events."""
     zero = _zero(history)
     data = [
         trace
@@ -87,16 +119,51 @@ def timeline_figure(history: History, identifier: str) -> Figure:
     marks = _marks(history, zero)
     lines = [_vertical(x, trace["marker"]["color"]) for trace in marks for x in trace["x"]]
     minutes = {"title": {"text": "minutes since the start"}, "rangemode": "tozero"}
-    world = {"title": {"text": "world size"}, "domain": [0.56, 1], "rangemode": "tozero"}
+    world = {"title": {"text": "world size"}, "domain": [0.6, 1], "rangemode": "tozero"}
     layout = {
+        "barmode": "overlay",
         "xaxis": {**minutes, "anchor": "y2"},
         "yaxis": {**world, "dtick": max(1, _most_workers(history.events) // 5)},
-        "yaxis2": {"title": {"text": "samples / s"}, "domain": [0, 0.46], "rangemode": "tozero"},
+        "yaxis2": {"title": {"text": "samples / s"}, "domain": [0, 0.42], "rangemode": "tozero"},
+        "yaxis3": {"domain": [0.48, 0.55], "visible": False, "fixedrange": True},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         "margin": {"t": 10, "r": 10, "b": 45, "l": 55},
         "shapes": lines,
     }
-    return {"id": identifier, "data": data + marks, "layout": layout}
+    strip = _strip(history.account, zero)
+    return {"id": identifier, "data": data + strip + marks, "layout": layout}
+
+
+def _strip(account: Account, zero: float) -> list[Trace]:
+    """What went on as one bar over time."""
+    together = {DATA: TRAINING}  # steps wait in between: a strip of them would be grey
+    spans = thinned(
+        [
+            span._replace(activity=together.get(span.activity, span.activity))
+            for span in account.spans
+        ],
+        _MOST_POINTS,
+    )
+    traces: list[Trace] = []
+    for activity in ACTIVITIES:
+        mine = [span for span in spans if span.activity == activity]
+        if not mine:
+            continue
+        traces.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": activity,
+                "yaxis": "y3",
+                "y": [0] * len(mine),
+                "base": [_minutes(span.begin, zero) for span in mine],
+                "x": [round(span.seconds / 60, 4) for span in mine],
+                "width": 1,
+                "marker": {"color": _ACTIVITY_COLOURS[activity], "line": {"width": 0}},
+                "hovertemplate": f"{activity}, from minute %{{base:.1f}}<extra></extra>",
+            }
+        )
+    return traces
 
 
 def _stage_traces(history: History, stage: str, number: int, zero: float) -> list[Trace]:
@@ -123,21 +190,21 @@ def _stage_traces(history: History, stage: str, number: int, zero: float) -> lis
     return [{**common, **world}, {**common, **rate}]
 
 
-def time_figure(accounts: dict[str, dict[str, float]], identifier: str) -> Figure:
+def time_figure(account: Account, identifier: str) -> Figure:
     """Seconds by stage and activity as stacked bars."""
-    stages = [stage for stage, account in accounts.items() if sum(account.values()) >= 0.5]
+    stages = [stage for stage in account.stages if account.seconds(stage=stage) >= 0.5]
     data: list[Trace] = [
         {
             "type": "bar",
             "orientation": "h",
             "name": activity,
-            "x": [accounts[stage][activity] for stage in stages],
+            "x": [round(account.seconds(activity, stage), 3) for stage in stages],
             "y": [safe(stage or "between stages") for stage in stages],
-            "marker": {"color": COLOURS[(2, 3, 4, 1, 0, 7)[number]]},
+            "marker": {"color": _ACTIVITY_COLOURS[activity]},
             "hovertemplate": f"{activity} %{{x:.1f}} s",
         }
-        for number, activity in enumerate(ACTIVITIES)
-        if any(accounts[stage][activity] >= 0.05 for stage in stages)
+        for activity in ACTIVITIES
+        if any(account.seconds(activity, stage) >= 0.05 for stage in stages)
     ]
     layout = {
         "barmode": "stack",
@@ -186,12 +253,11 @@ def _thin(points: list[Point]) -> list[Point]:
 
 
 def _world_steps(history: History, stage: str) -> list[tuple[float, int]]:
-    """(wall, workers) at every change; 0 while no group of this stage is training."""
-    starts = {e["wall"]: e["world"] or 0 for e in history.events if e["kind"] == "start"}
+    """(wall, workers) at every change; 0 while there is no group of this stage."""
+    mine = [span for span in history.account.spans if span.stage == stage and span.world]
     steps: list[tuple[float, int]] = []
-    for span in history.spans:
-        if span.stage == stage and span.activity == "training":
-            steps += [(span.begin, 0), (span.begin, starts[span.begin]), (span.end, 0)]
+    for span in merged(mine, lambda a, b: a.world == b.world):
+        steps += [(span.begin, 0), (span.begin, span.world or 0), (span.end, 0)]
     return steps
 
 

@@ -14,6 +14,7 @@ from elastic.data.table import read_table
 from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
+from elastic.outlook import outlook_lines, sample_flops, scale_lines
 from elastic.start import check_origin
 from elastic.weights import finished
 from models.flow import time_shift
@@ -28,10 +29,13 @@ _BYTES_SAVED_OF_CRITIC = 12  # fp32: value, two moments
 _BYTES_A_WEIGHT = 4
 
 
-def forecast(plan: Plan, storage: Path, gpus: int | None = None) -> str:
+def forecast(
+    plan: Plan, storage: Path, gpus: int | None = None, failure_rate: float | None = None
+) -> str:
     """The text that `plan` prints, for so many GPUs or the fewest that each stage asks for.
 
-    InputError where a stage cannot start as its init policy says, or on so few GPUs.
+    With the expected goodput, if it is said how many faults a GPU has a day. InputError where a
+    stage cannot start as its init policy says, or on so few GPUs.
     """
     folder = RunFolder.of(storage, plan)
     lines = [f"plan {plan.name}: {len(plan.stages)} stages, kept in {folder.root}"]
@@ -39,7 +43,14 @@ def forecast(plan: Plan, storage: Path, gpus: int | None = None) -> str:
         done = "finished" if finished(folder.stage(stage.name)) else "to do"
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
         lines += [f"   {line}" for line in _stage(stage, gpus)]
-    return "\n".join([*lines, "", f"disk: {_disk(plan)}"])
+        if failure_rate is not None:
+            workers, size = workers_on(stage, gpus), _saved_bytes(stage)
+            lines += [f"   {line}" for line in outlook_lines(stage, workers, failure_rate, size)]
+    lines += ["", f"disk: {_disk(plan)}"]
+    if failure_rate is not None:
+        largest = max(_saved_bytes(stage) for stage in plan.stages)
+        lines += ["", *scale_lines(failure_rate, largest, gpus)]
+    return "\n".join(lines)
 
 
 def _disk(plan: Plan) -> str:
@@ -169,14 +180,7 @@ def _shape(stage: Stage, bucket: Bucket, gpus: int | None) -> str:
     if not isinstance(stage, DiffusionStage):
         return shape
     frames, height, width = stage.model.token_grid(grid)
-    text, workers = stage.text, workers_on(stage, gpus)
-    flops = 3 * stage.model.forward_flops(
-        frames * height * width,
-        text.most_tokens(()),
-        stage.codec.channels,
-        text.width,
-        text.pooled_width,
-    )
+    workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "

@@ -27,6 +27,9 @@ class Event(TypedDict):
     resumed_from: NotRequired[int | None]
     path: NotRequired[str]
     seconds: NotRequired[float]
+    background: NotRequired[float]  # of a publish: how long the save went on beside training
+    phases: NotRequired[dict[str, float]]  # of a start: what its seconds were spent on
+    clock: NotRequired[float]  # seconds since the tracker's machine was booted
     world_from: NotRequired[int]
     world_to: NotRequired[int]
     lost_samples: NotRequired[int]
@@ -55,6 +58,8 @@ class Metric(TypedDict):
     context: dict[str, str]
     values: dict[str, float | None]
     order_digest: NotRequired[str]
+    seconds: NotRequired[float]  # that a measurement on held-out clips took
+    clock: NotRequired[float]  # seconds since the tracker's machine was booted
 
 
 class Journal:

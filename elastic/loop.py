@@ -95,7 +95,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         if is_due(stage.evaluate_every, progress.samples, evaluated_at) or finished:
             run.beat("evaluate", progress.samples)
             with ema.in_place():
-                run.meter.evaluated(progress, objective.evaluate(model, world))
+                run.meter.evaluated(progress, lambda: objective.evaluate(model, world))
             evaluated_at = progress.samples
         if finished or asked or is_due(stage.save_every, progress.samples, saved_at):
             run.beat("save", progress.samples)

@@ -143,11 +143,20 @@ class Meter:
         self._restart(progress.samples)
         return losses
 
-    def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
-        """Write a measurement on the held-out clips."""
-        self._write(progress, {"subset": "held_out"}, values)
+    def evaluated(self, progress: Progress, measure: Callable[[], dict[str, float]]) -> None:
+        """Measure on the held-out clips, and write what came out and how long it took."""
+        began = time.monotonic()
+        values = measure()
+        seconds = round(time.monotonic() - began, 3)
+        self._write(progress, {"subset": "held_out"}, values, seconds=seconds)
 
-    def _write(self, progress: Progress, context: dict[str, str], values: dict[str, float]) -> None:
+    def _write(
+        self,
+        progress: Progress,
+        context: dict[str, str],
+        values: dict[str, float],
+        **more: float,  # the fields of Metric that belong to this line alone
+    ) -> None:
         if not self._world.is_first:
             return
         self._sink(
@@ -160,6 +169,7 @@ class Meter:
                 "context": context,
                 "values": {k: v if math.isfinite(v) else None for k, v in values.items()},
                 "order_digest": progress.order_digest,
+                **more,
             }
         )
 

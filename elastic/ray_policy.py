@@ -5,7 +5,9 @@ developer API, so Ray is pinned exactly and tests/test_ray_contract.py names wha
 """
 
 import logging
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _ASK_S = 5.0
 _WAIT_S = 0.2
+_PROBE_S = 1.0
+_PROBES = 64
 _SAVE_DEADLINE_S = 600.0  # of a large model; a process that hangs is found by its supervisor
 _ANNOUNCED_S = 300.0  # for so long after a drain notice a loss is put down to it
 
@@ -68,9 +72,11 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         self._looked_at = float("-inf")
         self._larger = (0, 0.0)  # a size that the nodes would allow, and since when they do
         self._is_waiting = False
+        self._must_probe = True
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """A group as large as the nodes allow now, or none yet."""
+        self._must_probe = True
         decision = super().make_decision_for_non_running_worker_group()
         must_wait = isinstance(decision, NoopDecision)
         if must_wait and not self._is_waiting:
@@ -89,6 +95,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         if now - self._looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
         self._looked_at = now
+        self._must_probe = False  # of a group that runs, every node answers to somebody
         reserved, size = self._get_reserved_resources(), worker_group_state.num_workers
         possible = size if reserved is None else self._count_possible_workers(reserved)
         going = self._draining.intersection(w.metadata.node_id for w in worker_group_state.workers)
@@ -127,7 +134,29 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
             num_new = len(draining - self._draining)
             self._tell("drain", f"{num_new} nodes have notice to go", nodes=num_new)
         self._draining = draining
-        return {node: have for node, have in reserved.items() if node not in draining}
+        gone = unreachable(set(reserved)) if self._must_probe else set()
+        return {node: have for node, have in reserved.items() if node not in draining | gone}
+
+
+def unreachable(nodes: set[str]) -> set[str]:
+    """Those of the nodes whose raylet takes no connection.
+
+    The cluster itself takes seconds to declare a node dead, and a group that is sized for it waits
+    in vain until its placement times out.
+    """
+    records = [node for node in ray.nodes() if node["NodeID"] in nodes]
+    with ThreadPoolExecutor(max_workers=_PROBES) as pool:
+        answers = pool.map(_answers, records)
+    return {node["NodeID"] for node, is_up in zip(records, answers, strict=True) if not is_up}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    address = node["NodeManagerAddress"], node["NodeManagerPort"]
+    try:
+        socket.create_connection(address, timeout=_PROBE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]  # no types

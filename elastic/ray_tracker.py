@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from elastic.clock import boot_clock
 from elastic.journal import EVENTS, Event, Journal, Metric
 from elastic.tracking import Tracker
 
@@ -37,14 +38,14 @@ class TrackerService:
                 "loss": values.get("loss"),
                 "rate": values.get("samples_per_s"),
             }
-        self._tracker.log(metric)
+        self._tracker.log({**metric, "clock": boot_clock()})
 
     def event(self, event: Event) -> None:
         """Keep one event."""
         if event["kind"] == "start":
             self._latest = {**event}
             self._pids = event.get("pids", [])
-        self._events.append(**event)
+        self._events.append(**event, clock=boot_clock())
         self._tracker.event(event)
 
     def images(self, stage: str, position: int, caption: str, path: str) -> None:

@@ -6,16 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray._raylet import PlacementGroupID
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from elastic.attempt import WorkerJob
 from elastic.errors import InputError, StageBlocked, StageFailed, last_line
 from elastic.ray_policy import CapacityPolicy, CrashPolicy, ResizeCallback, Teller, errors_of
 from elastic.ray_worker import Work, train_worker
 
-MAX_CONTROLLERS = 4  # that may be lost in one call
+MAX_LOST = 4  # controllers, in one call
+_ASK_S = 10.0
 _LOOK_EVERY_S = 1.0
 
 
@@ -37,6 +48,30 @@ class StageTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no typ
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         return super()._initialize_and_run_controller(**{**arguments, **self._policies})
 
+    def outcome(self) -> BaseException | None:
+        """Train; what it failed with, or None."""
+        try:
+            error: BaseException | None = self.fit().error
+        except Exception as raised:  # Ray raises many kinds; all of them end the run
+            error = raised
+        if isinstance(error, RayActorError):
+            self._clear()
+        return error
+
+    def _clear(self) -> None:
+        """Give back what a controller that died held: Ray Train's own cleaner needs a dashboard.
+
+        Without this its workers keep their CPUs, and its reservation stands for three minutes.
+        """
+        asker = f"train-{self.train_run_context.run_id}"
+        coordinator = get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.cancel_request.remote(requester_id=asker), timeout=_ASK_S)
+        job = ray.get_runtime_context().get_job_id()
+        for hex_id in placement_group_table():
+            if hex_id.endswith(job):  # the id carries the job, which has one group at a time
+                group = PlacementGroupID(bytes.fromhex(hex_id))
+                remove_placement_group(PlacementGroup(group))
+
 
 def fit_stage(
     job: WorkerJob, run: Path, tracker: str, scratch: Path, limits: Limits, use_gpu: bool
@@ -47,25 +82,8 @@ def fit_stage(
     repeat. Progress and state live in the stage's folder, Ray Train's own folder is scratch: a new
     driver, or a new controller, starts a new Ray run from the stage's newest checkpoint.
     """
-    tell = Teller(job.stage.name, tracker)
-    failure = _fit(job, run, tracker, scratch, limits, use_gpu)
-    for _ in range(MAX_CONTROLLERS):
-        if not isinstance(failure, RayActorError):
-            break
-        tell("crash", f"Ray Train's controller was lost: {last_line(failure)}")
-        failure = _fit(job, run, tracker, scratch, limits, use_gpu)
-    if failure is None:
-        return
-    for error in errors_of(failure):
-        if isinstance(error, StageBlocked | InputError):
-            raise error
-    raise StageFailed(f"stage {job.stage.name!r} failed: {last_line(failure)}") from failure
-
-
-def _fit(
-    job: WorkerJob, run: Path, tracker: str, scratch: Path, limits: Limits, use_gpu: bool
-) -> BaseException | None:
     stage, tell = job.stage, Teller(job.stage.name, tracker)
+    work = Work(stage.name, tracker, pickle.dumps(job), use_gpu, limits.hang_after)
     scaling = ScalingConfig(
         num_workers=stage.workers,
         use_gpu=use_gpu,
@@ -75,20 +93,27 @@ def _fit(
         "scaling_policy": CapacityPolicy(scaling, limits.min_stay, tell),
         "failure_policy": CrashPolicy(run, stage.name, tell),
     }
-    work = Work(stage.name, tracker, pickle.dumps(job), use_gpu, limits.hang_after)
-    trainer = StageTrainer(
-        policies,
-        train_loop_config={"work": work},
-        scaling_config=scaling,
-        run_config=RunConfig(
-            name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(scratch),
-            # Internal callbacks are accepted here; Ray is pinned exactly for their sake.
-            callbacks=[ResizeCallback(tell)],
-        ),
-    )
-    try:
-        error: BaseException | None = trainer.fit().error
-    except Exception as raised:  # Ray raises many kinds; all of them end the run
-        error = raised
-    return error
+    failure: BaseException | None = None
+    for num_lost in range(MAX_LOST + 1):
+        trainer = StageTrainer(
+            policies,
+            train_loop_config={"work": work},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(scratch),
+                # Internal callbacks are accepted here; Ray is pinned exactly for their sake.
+                callbacks=[ResizeCallback(tell)],
+            ),
+        )
+        failure = trainer.outcome()
+        if failure is None:
+            return
+        if not isinstance(failure, RayActorError) or num_lost == MAX_LOST:
+            break
+        tell("crash", f"Ray Train's controller was lost: {last_line(failure)}")
+    assert failure is not None, "left by a failure alone"
+    for error in errors_of(failure):
+        if isinstance(error, StageBlocked | InputError):
+            raise error
+    raise StageFailed(f"stage {stage.name!r} failed: {last_line(failure)}") from failure

@@ -19,9 +19,9 @@ from elastic.figures import (
     timeline_figure,
 )
 from elastic.files import write_atomic
+from elastic.goodput import DEFINITION, Account, duration, shown_goodput
 from elastic.journal import Event, latest_values
 from elastic.summary import (
-    ACTIVITIES,
     TABLE_HEAD,
     History,
     StageSummary,
@@ -30,8 +30,8 @@ from elastic.summary import (
     summarise,
     summarise_history,
     table_row,
-    time_accounts,
 )
+from elastic.timeline import ACTIVITIES
 
 __all__ = ["StageSummary", "print_table", "summarise", "write_report"]
 
@@ -53,11 +53,10 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     history = read_history(run_dir)
     summaries = summarise_history(history)
-    accounts = time_accounts(history)
     versions = _read_run(run_dir)
     title = str(versions.get("plan") or run_dir.resolve().name)
     losses, figures = _losses(history)
-    figures += [timeline_figure(history, "timeline"), time_figure(accounts, "time")]
+    figures += [timeline_figure(history, "timeline"), time_figure(history.account, "time")]
     body = [
         _header(title, history, summaries),
         _section("The stages", _stage_table(summaries)),
@@ -68,7 +67,7 @@ def write_report(run_dir: str | Path) -> Path:
             '<div class="card"><div class="plot tall" id="timeline"></div></div>',
         ),
         _section("Restarts", _restart_table(history)),
-        _section("Where the time went", _time_table(accounts)),
+        _section("Where the time went", _time_table(history.account)),
         _section("Events", _event_table(history.events)),
         _section("Versions", _version_table(versions)),
     ]
@@ -107,8 +106,8 @@ def _section(title: str, content: str) -> str:
 
 
 def _header(title: str, history: History, summaries: list[StageSummary]) -> str:
-    began = min((span.begin for span in history.spans), default=None)
-    seconds = sum(span.end - span.begin for span in history.spans)
+    account = history.account
+    began = min((span.begin for span in account.spans), default=None)
     when = "has not begun"
     if began is not None:
         moment = datetime.datetime.fromtimestamp(began, datetime.UTC)
@@ -116,7 +115,8 @@ def _header(title: str, history: History, summaries: list[StageSummary]) -> str:
     tiles = {
         "stages finished": f"{sum(one.is_finished for one in summaries)} of {len(summaries)}",
         "samples seen": f"{sum(one.samples for one in summaries):,}",
-        "time": _duration(seconds),
+        "time": duration(account.seconds()),
+        "goodput": shown_goodput(account),
         "crashes": str(sum(one.crashes for one in summaries)),
         "resizes": str(sum(one.resizes for one in summaries)),
         "samples lost": f"{sum(one.samples_lost for one in summaries):,}",
@@ -181,25 +181,32 @@ def _restart_table(history: History) -> str:
     return _table(head, rows, text_columns={1, 7})
 
 
-def _time_table(accounts: dict[str, dict[str, float]]) -> str:
+def _time_table(account: Account) -> str:
+    spent = [name for name in ACTIVITIES if account.seconds(name) > 0]
     rows = [
-        [stage or "between stages", *(f"{account[name]:,.1f}" for name in ACTIVITIES)]
-        for stage, account in accounts.items()
+        [
+            stage or "between stages",
+            shown_goodput(account, stage) if stage else "-",
+            *(f"{account.seconds(name, stage):,.1f}" for name in spent),
+        ]
+        for stage in account.stages
     ]
-    totals = [sum(account[name] for account in accounts.values()) for name in ACTIVITIES]
-    rows.append(["all", *(f"{total:,.1f}" for total in totals)])
+    totals = [account.seconds(name) for name in spent]
+    rows.append(["all", shown_goodput(account), *(f"{total:,.1f}" for total in totals)])
     whole = sum(totals) or 1.0
-    rows.append(["share", *(f"{100 * total / whole:.1f} %" for total in totals)])
-    height = 130 + 34 * len(accounts)
+    rows.append(["share", "", *(f"{100 * total / whole:.1f} %" for total in totals)])
+    height = 130 + 34 * len(account.stages)
     return (
         '<div class="card"><div class="plot bars" id="time" '
-        f'style="--bars: {height}px"></div></div>' + _table(("seconds", *ACTIVITIES), rows)
+        f'style="--bars: {height}px"></div></div>'
+        + _table(("seconds", "goodput", *spent), rows)
+        + f'<p class="soft">{safe(DEFINITION)}</p>'
     )
 
 
 def _event_table(events: list[Event]) -> str:
     zero = events[0]["wall"] if events else 0.0
-    known = {"wall", "kind", "stage", "position", "attempt", "world", "reason"}
+    known = {"wall", "clock", "kind", "stage", "position", "attempt", "world", "reason"}
     rows = []
     for event in events:
         extra = ", ".join(f"{k}={v}" for k, v in event.items() if k not in known)
@@ -300,11 +307,3 @@ def _sample(file: Path, caption: str, size: int, is_embedded: bool) -> str:
             else f'<img src="{data}" alt="{safe(caption)}">'
         )
     return f"<figure>{shown}<figcaption>{safe(caption)}</figcaption></figure>"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

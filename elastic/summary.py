@@ -1,34 +1,13 @@
 """What a run did, worked out from its journals: stages, restarts, and where the time went."""
 
 import sys
-from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from elastic.clock import lives
+from elastic.goodput import Account, account_of
 from elastic.journal import Event, Metric, latest_values, read_events, read_metrics
-
-# What a worker group, or the driver, does after an event of this kind.
-_NEXT_STATE = {
-    "run_start": "starting",
-    "stage_start": "starting",
-    "encode_start": "encoding",
-    "encode_end": "starting",
-    "start": "training",
-    "crash": "starting",
-    "stage_end": "other",
-    "run_end": None,
-}
-ACTIVITIES = ("training", "saving", "waiting for data", "starting", "encoding", "other")
-
-
-class Span(NamedTuple):
-    """A stretch of wall time with one activity; both ends in unix seconds."""
-
-    begin: float
-    end: float
-    activity: str
-    stage: str | None
 
 
 class Restart(NamedTuple):
@@ -66,11 +45,11 @@ class StageSummary(NamedTuple):
 
 
 class History(NamedTuple):
-    """The journals of a run and what follows from them."""
+    """The journals of a run and what follows from them; jumps of the clock are taken out."""
 
     events: list[Event]
-    metrics: list[Metric]  # as written, redone positions included
-    spans: list[Span]
+    metrics: list[Metric]  # redone positions included
+    account: Account
     restarts: list[Restart]
 
     @property
@@ -82,9 +61,10 @@ class History(NamedTuple):
 
 def read_history(run_dir: str | Path) -> History:
     """Read a run folder; a run that has not begun has an empty history."""
-    events = sorted(read_events(run_dir), key=lambda event: event["wall"])
-    metrics = read_metrics(run_dir)
-    return History(events, metrics, _spans(events, metrics), _restarts(events, metrics))
+    found = lives(read_events(run_dir), read_metrics(run_dir))
+    events: list[Event] = [{**e, "wall": at / 1e6} for life in found for at, e in life.events]
+    metrics: list[Metric] = [{**m, "wall": at / 1e6} for life in found for at, m in life.metrics]
+    return History(events, metrics, account_of(found), _restarts(events, metrics))
 
 
 def summarise(run_dir: str | Path) -> list[StageSummary]:
@@ -96,26 +76,6 @@ def summarise_history(history: History) -> list[StageSummary]:
     """As `summarise`, of a history that has been read already."""
     latest = latest_values(history.metrics)
     return [_summarise_stage(history, latest, stage) for stage in history.stages]
-
-
-def time_accounts(history: History) -> dict[str, dict[str, float]]:
-    """Seconds by stage and activity; the stage "" is time that belongs to none."""
-    accounts: dict[str, dict[str, float]] = {}
-    for span in history.spans:
-        account = accounts.setdefault(span.stage or "", dict.fromkeys(ACTIVITIES, 0.0))
-        account[span.activity] += span.end - span.begin
-    for stage, account in accounts.items():
-        published = [e for e in history.events if e["kind"] == "publish" and e["stage"] == stage]
-        spent = {
-            "saving": sum(event.get("seconds", 0.0) for event in published),
-            "waiting for data": _data_wait(history, stage),
-        }
-        for activity, seconds in spent.items():
-            # Both happen inside training spans; clocks of two processes may differ a little.
-            moved = min(seconds, account["training"])
-            account["training"] -= moved
-            account[activity] += moved
-    return accounts
 
 
 def print_table(summaries: Sequence[StageSummary], file: TextIO | None = None) -> None:
@@ -218,42 +178,13 @@ def _summarise_stage(history: History, latest: list[Metric], stage: str) -> Stag
         held_out_last=held_out_losses[-1][1] if held_out_losses else None,
         psnr=psnr[-1][1] if psnr else None,
         ssim=ssim[-1][1] if ssim else None,
-        seconds=sum(span.end - span.begin for span in history.spans if span.stage == stage),
+        seconds=history.account.seconds(stage=stage),
         samples_lost=sum(restart.samples_lost for restart in restarts),
         resizes=sum(restart.cause == "resize" for restart in restarts),
         crashes=sum(event["kind"] == "crash" for event in mine),
         longest_gap=max((restart.seconds_without_step for restart in restarts), default=0.0),
         is_finished=any(event["kind"] == "stage_end" for event in mine),
     )
-
-
-def _spans(events: list[Event], metrics: list[Metric]) -> list[Span]:
-    """Split the wall time at the events; time in which no driver lived is in no span."""
-    walls = sorted([e["wall"] for e in events] + [m["wall"] for m in metrics])
-    spans: list[Span] = []
-    state, stage, since = None, None, 0.0
-    is_resizing = False
-
-    def end_span(wall: float) -> None:
-        if state is not None and wall > since:
-            spans.append(Span(since, wall, state, stage))
-
-    for event in events:
-        kind, wall = event["kind"], event["wall"]
-        is_resizing = is_resizing or kind == "resize_requested"
-        is_handing_over = is_resizing and kind == "publish"
-        if kind not in _NEXT_STATE and not is_handing_over:
-            continue
-        # A killed driver writes no run_end: its last line is its last sign of life.
-        alive = walls[bisect_left(walls, wall) - 1] if walls[0] < wall else wall
-        end_span(alive if kind == "run_start" else wall)
-        if kind in ("start", "crash", "stage_end", "run_start") or is_handing_over:
-            is_resizing = False
-        state, since = "starting" if is_handing_over else _NEXT_STATE[kind], wall
-        stage = None if kind == "run_start" else event["stage"] or stage
-    if walls:
-        end_span(walls[-1])
-    return spans
 
 
 def _restarts(events: list[Event], metrics: list[Metric]) -> list[Restart]:
@@ -315,25 +246,6 @@ def _first_step_wall(start: Event, metrics: list[Metric]) -> float:
             covered = (metric["position"] - (start["position"] or 0)) / rate
             return max(start["wall"], metric["wall"] - covered)
     return start["wall"]
-
-
-def _data_wait(history: History, stage: str) -> float:
-    """Seconds in which steps waited for data; `data_wait` is a share of each log interval."""
-    total = 0.0
-    position: dict[int | None, int] = {
-        event["attempt"]: event["position"] or 0
-        for event in history.events
-        if event["kind"] == "start" and event["stage"] == stage
-    }
-    for metric in history.metrics:
-        share = metric["values"].get("data_wait")
-        rate = metric["values"].get("samples_per_s")
-        if metric["stage"] != stage or share is None or not rate:
-            continue
-        since = position.get(metric["attempt"], metric["position"])
-        total += share * max(0, metric["position"] - since) / rate
-        position[metric["attempt"]] = metric["position"]
-    return total
 
 
 def _mean(values: list[float]) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 
 from elastic.files import write_atomic
 from elastic.film import animated_webp, read_mp4
+from elastic.goodput import Account, account
 from elastic.journal import (
     METRICS,
     Event,
@@ -24,12 +25,15 @@ from elastic.journal import (
     read_events,
     read_metrics,
 )
+from elastic.timeline import ACTIVITIES
 
 AIM_RUNS = "aim_runs.json"
 PLAN_RUN = ""  # no stage has an empty name
 
 # Aim shows them as warnings in its Messages; all other kinds as information.
 _ALARMING = frozenset({"blocked", "crash", "fault_injected", "quarantine", "resize_requested"})
+
+_ACCOUNTED = frozenset({"stage_end", "run_end"})  # after which the time's account is shown
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ class Tracker:
     def event(self, event: Event) -> None:
         """Show an event in Aim; the driver has already written it to events.jsonl."""
         self._show(lambda aim: aim.event(event))
+        if event["kind"] in _ACCOUNTED:
+            self._show(lambda aim: aim.account(*_journals(self.run_dir), event))
 
     def images(self, stage: str, position: int, caption: str, path: str) -> None:
         """Show one sample in Aim, an mp4 as a moving WEBP; several may share a position."""
@@ -150,6 +156,31 @@ class _AimView:
             context = {"stage": stage or "plan", "kind": kind}
             run.track(self._aim.Text(text), name="events", step=step, context=context)
 
+    def account(self, events: list[Event], metrics: list[Metric], last: Event) -> None:
+        """Show where the time went until the end of a stage, or of a driver."""
+        one = account(events, metrics)
+        stage, position = last["stage"] or PLAN_RUN, last["position"] or 0
+        if not stage:  # the end of a driver: as far as the plan has come
+            done = [event for event in events if event["stage"] and event["position"]]
+            stage, position = (
+                (done[-1]["stage"] or "", done[-1]["position"] or 0) if done else ("", 0)
+            )
+        step = self._on_plan(stage, position)[1]
+        self._track_account(PLAN_RUN, step, one, None)
+        if last["stage"]:
+            self._track_account(stage, position, one, stage)
+
+    def _track_account(self, name: str, step: int, one: Account, stage: str | None) -> None:
+        run, about = self._run(name), {"stage": stage or "plan"}
+        goodput = one.goodput(stage)
+        if goodput is not None:
+            run.track(goodput, name="goodput", step=step, context=about)
+        for activity in ACTIVITIES:
+            seconds = one.seconds(activity, stage)
+            if seconds:
+                context = {**about, "activity": activity}
+                run.track(seconds, name="seconds", step=step, context=context)
+
     def image(self, stage: str, position: int, caption: str, path: str) -> None:
         if self._pictures[:2] != (stage, position):
             self._pictures = (stage, position, [])
@@ -228,8 +259,10 @@ def rebuild_aim(run_dir: str | Path) -> dict[str, str]:
         # In the order in which they happened: a redone position replaces the lost one.
         for metric in metrics:
             view.metric(metric)
-        for event in events:
+        for number, event in enumerate(events):
             view.event(event)
+            if event["kind"] in _ACCOUNTED:
+                view.account(*_until(events[: number + 1], metrics), event)
             _rebuild_images(view, run_dir, event)
         view.close()
         shutil.rmtree(run_dir / ".aim", ignore_errors=True)
@@ -237,6 +270,16 @@ def rebuild_aim(run_dir: str | Path) -> dict[str, str]:
         if (aside / AIM_RUNS).exists():
             os.replace(aside / AIM_RUNS, run_dir / AIM_RUNS)
     return _read_index(run_dir)["runs"]
+
+
+def _journals(run_dir: Path) -> tuple[list[Event], list[Metric]]:
+    return read_events(run_dir), read_metrics(run_dir)
+
+
+def _until(events: list[Event], metrics: list[Metric]) -> tuple[list[Event], list[Metric]]:
+    """The journals as they were when the last of these events was written."""
+    end = events[-1]["wall"]
+    return events, [metric for metric in metrics if metric["wall"] <= end]
 
 
 def _rebuild_images(view: _AimView, run_dir: Path, event: Event) -> None:
@@ -269,7 +312,7 @@ def _read_index(run_dir: Path) -> AimRuns:
 
 
 def _sentence(event: Event) -> str:
-    known = {"wall", "kind", "stage", "position", "attempt", "world", "reason"}
+    known = {"wall", "clock", "kind", "stage", "position", "attempt", "world", "reason"}
     words = [event["kind"].replace("_", " ")]
     if event["position"] is not None:
         words.append(f"at {event['position']:,} samples")

@@ -254,6 +254,7 @@ def test_a_finished_stage_trains_nothing_more_and_keeps_its_weights(course: Cour
     assert again.outcome is Outcome.FINISHED
     assert again.events == [("start", STAGE.budget, "resumed")]
     assert [line["context"] for line in again.lines] == [{"subset": "held_out"}]
+    assert again.lines[0]["seconds"] > 0, "how long measuring took is said"
     before, after = (files_of(course.folder / name) for name in ("whole-2", "again"))
     assert before.pop("attempt.json") != after.pop("attempt.json")
     assert before == after

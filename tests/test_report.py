@@ -1,5 +1,6 @@
 import html.parser
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,8 @@ from elastic.data.moving_shapes import render
 from elastic.film import write_mp4
 from elastic.journal import EVENTS, METRICS, Journal
 from elastic.report import print_table, summarise, write_report
-from elastic.summary import read_history, table_text, time_accounts
+from elastic.summary import read_history, table_text
+from elastic.timeline import ACTIVITIES
 
 HOSTILE = "<script>alert('x')</script>\"&lt;@@BODY@@"
 T0 = 1_800_000_000.0
@@ -168,17 +170,21 @@ def test_restarts_say_where_they_left_and_where_they_went_on(run_dir: Path) -> N
 
 def test_every_second_of_the_run_is_accounted_for_once(run_dir: Path) -> None:
     history = read_history(run_dir)
-    accounts = time_accounts(history)
+    account = history.account
     whole = history.events[-1]["wall"] - history.events[0]["wall"]
-    assert sum(sum(account.values()) for account in accounts.values()) == pytest.approx(whole)
-    dit = accounts["dit-hunyuan"]
-    assert dit["encoding"] == pytest.approx(20)
-    assert dit["saving"] == pytest.approx(1 + 2)
-    # 460 samples at 8 a second, a tenth of it waiting.
-    assert dit["waiting for data"] == pytest.approx(460 / 8 / 10)
+    assert account.seconds() == pytest.approx(whole)
+    seconds = {name: account.seconds(name, "dit-hunyuan") for name in ACTIVITIES}
+    assert seconds["encoding"] == pytest.approx(20)
+    assert seconds["saving"] == pytest.approx(1 + 2)
+    # The 60 samples beyond the save at 200, and the second until the crash was noticed.
+    assert seconds["lost work"] == pytest.approx(60 / 8 + 0.5 + 0.5)
+    # 400 samples were kept, at 8 a second, a tenth of it waiting.
+    assert seconds["waiting for data"] == pytest.approx(400 / 8 / 10)
+    assert seconds["training"] == pytest.approx(400 / 8 * 0.9)
     # To the start after encoding, and from the crash to the next start.
-    assert dit["starting"] == pytest.approx(4 + 6)
-    assert dit["training"] == pytest.approx(460 / 8 * 0.9 + 0.5 + 0.5)
+    assert seconds["starting"] == pytest.approx(4 + 6)
+    assert seconds["sampling"] == pytest.approx(5)
+    assert account.goodput("dit-hunyuan") == pytest.approx(45 / sum(seconds.values()))
 
 
 def test_a_second_crash_does_not_count_the_first_loss_again(tmp_path: Path) -> None:
@@ -206,8 +212,12 @@ def test_the_time_in_which_a_killed_driver_was_gone_is_not_counted(tmp_path: Pat
     m.start("a", 80, 1, after=4.0)
     m.steps("a", 80, 100, 1, 1.0, psnr=False)
     history = read_history(tmp_path)
-    total = sum(span.end - span.begin for span in history.spans)
-    assert total == pytest.approx(alive + 1 + 4 + 5)
+    account = history.account
+    assert account.seconds("down") == pytest.approx(3600)
+    assert account.seconds() - account.seconds("down") == pytest.approx(alive + 1 + 4 + 5)
+    # What lay beyond 80 went with the driver; a tenth of all steps was waiting for data.
+    assert account.seconds("lost work") == pytest.approx(5)
+    assert account.goodput() == pytest.approx((20 + 5) * 0.9 / (alive + 1 + 4 + 5))
     (restart,) = history.restarts
     assert (restart.cause, restart.samples_lost) == ("run restarted", 20)
     (one,) = summarise(tmp_path)
@@ -267,8 +277,18 @@ def test_the_plots_show_the_last_truth_of_every_position(run_dir: Path) -> None:
     world = {t["name"]: t["y"] for t in figures["timeline"]["data"] if t.get("fill")}
     assert world["dit-hunyuan"] == [0, 2, 0, 0, 2, 0]
     assert world["dit-dc-ae"] == [0, 2, 0, 0, 3, 0]
-    marks = {t["name"] for t in figures["timeline"]["data"] if t["mode"] == "markers"}
+    marks = {t["name"] for t in figures["timeline"]["data"] if t.get("mode") == "markers"}
     assert marks == {"crash", "fault injected", "resize", "capacity"}
+
+
+def test_the_strip_below_the_worlds_leaves_no_minute_out(run_dir: Path) -> None:
+    history = read_history(run_dir)
+    bars = [t for t in figures_of(write_report(run_dir))["timeline"]["data"] if "base" in t]
+    assert {"training", "lost work", "saving", "starting", "encoding"} <= {t["name"] for t in bars}
+    pairs = sorted(pair for t in bars for pair in zip(t["base"], t["x"], strict=True))
+    for (base, width), (following, _) in itertools.pairwise(pairs):
+        assert base + width == pytest.approx(following, abs=2e-4)
+    assert sum(width for _, width in pairs) * 60 == pytest.approx(history.account.seconds(), 1e-3)
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

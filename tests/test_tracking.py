@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from elastic.clock import boot_clock
 from elastic.data.moving_shapes import render
 from elastic.film import write_mp4
 from elastic.journal import EVENTS, METRICS, Event, Journal, Metric, read_journal
@@ -231,6 +232,39 @@ def test_the_view_is_rebuilt_from_the_journals_alone(tmp_path: Path) -> None:
     assert before["demo / 1-vae", context(stage="vae")] == [(50, 2.0)]
     images = reader.objects("samples", lambda repo: repo.query_images)
     assert [one.caption for one in images["demo / 1-vae", "vae", 50]] == ["kept"]
+
+
+def test_goodput_is_shown_at_the_end_of_a_stage_and_again_by_a_rebuild(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / EVENTS)
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    for wall, kind in ((0, "run_start"), (10, "start"), (110, "stage_end"), (120, "run_end")):
+        about = (None, None) if kind.startswith("run") else ("vae", 100)
+        line: Event = {**event(kind, *about), "wall": 1000.0 + wall}
+        journal.append(**line)
+        tracker.event(line)
+    tracker.close()
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved, ignore=shutil.ignore_patterns(".aim", "moved"))
+    rebuild_aim(moved)
+    for folder in (tmp_path, moved):
+        series = Reader(folder).series("goodput")
+        assert series == {
+            ("demo / 1-vae", context(stage="vae")): [(100, 1.0)],
+            ("demo", context(stage="plan")): [(100, 100 / 120)],
+        }, folder
+        seconds = Reader(folder).series("seconds")
+        assert seconds["demo", context(stage="plan", activity="starting")] == [(100, 10.0)]
+
+
+def test_every_line_carries_a_clock_that_nobody_sets(tmp_path: Path) -> None:
+    from elastic.ray_tracker import TrackerService  # Ray: seconds that no other test here needs
+
+    service = TrackerService(str(tmp_path), "demo", STAGES, use_aim=False)
+    service.event(event("run_start", None, None))
+    service.metric(metric("vae", 50, 3.0))
+    service.close()
+    lines = read_journal(tmp_path / EVENTS) + read_journal(tmp_path / METRICS)
+    assert 0 < lines[0]["clock"] <= lines[1]["clock"] <= boot_clock()
 
 
 def test_a_rebuild_without_aim_says_so_and_deletes_nothing(

@@ -1,0 +1,64 @@
+"""What the goodput model is fed with: each number with its unit and where it comes from.
+
+What a benchmark measured names its JSON and the path in there; a test compares the two wherever the
+JSON is kept, so that whoever runs a benchmark again brings this table along. What no benchmark has
+measured yet is provisional, and `plan` says so.
+"""
+
+from typing import NamedTuple
+
+RESULTS = "tests/bench/results"
+
+
+class Measured(NamedTuple):
+    """A number that a benchmark measures; medians, where it kept a spread."""
+
+    value: float
+    unit: str
+    bench: str  # script in tests/bench, and JSON of that name in RESULTS
+    path: str  # keys in that JSON, with dots
+    is_provisional: bool = False
+
+
+class Published(NamedTuple):
+    """A number that others published, or that is assumed; `source` says which."""
+
+    value: float
+    unit: str
+    source: str
+
+
+# A save of STATE_BYTES by each worker: how long the loop stands still, and how long the save goes
+# on beside it. Provisional: to host memory at 6 GB/s, and from there to storage at 0.3 GB/s.
+STATE_BYTES = Measured(3e8, "B a worker", "checkpoint", "figures.state_bytes", True)
+STALL_S = Measured(0.05, "s", "checkpoint", "figures.stall_s", True)
+BACKGROUND_S = Measured(1.0, "s", "checkpoint", "figures.background_s", True)
+
+# Seconds without an update, from the last before to the first new one, less work done again.
+# Provisional: what a restart inside a running job is taken to need on GPUs, and twice that.
+PLANNED_S = Measured(60.0, "s", "resize", "figures.planned_s", True)
+CRASH_S = Measured(60.0, "s", "resize", "figures.crash_s", True)
+NODE_S = Measured(120.0, "s", "resize", "figures.node_s", True)
+
+MEASURED = {
+    "STATE_BYTES": STATE_BYTES,
+    "STALL_S": STALL_S,
+    "BACKGROUND_S": BACKGROUND_S,
+    "PLANNED_S": PLANNED_S,
+    "CRASH_S": CRASH_S,
+    "NODE_S": NODE_S,
+}
+
+RATE_LLAMA3 = Published(
+    4.7e-4, "1/GPU-day", "Llama 3 405B, arXiv 2407.21783: 419 unplanned in 54 days of 16,384 GPUs"
+)
+RATE_RSC = Published(
+    3.0e-3, "1/GPU-day", "Meta RSC, arXiv 2410.21680: mean time to failure 7.9 h on 1,024 GPUs"
+)
+MACHINE_SHARE = Published(
+    0.587, "of faults", "Llama 3 405B: faults of a GPU, which take its machine out of the run"
+)
+MACHINE_GPUS = Published(8.0, "GPUs", "assumed: one machine fails as a whole")
+RETURN_S = Published(600.0, "s", "assumed: until a lost machine, or another for it, is there")
+GPU_FLOPS = Published(4.0e14, "FLOP/s a GPU", "assumed: 40 % of an H100's 989 TFLOP/s in bf16")
+RUN_DAYS = Published(30.0, "days", "assumed: how long the run is that is modelled")

@@ -1,0 +1,160 @@
+"""What `plan` expects of a plan on machines that fail: goodput, the best interval, what is lost."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cluster.constants import (
+    BACKGROUND_S,
+    CRASH_S,
+    GPU_FLOPS,
+    MACHINE_GPUS,
+    MACHINE_SHARE,
+    MEASURED,
+    NODE_S,
+    PLANNED_S,
+    RESULTS,
+    RETURN_S,
+    RUN_DAYS,
+    STALL_S,
+    STATE_BYTES,
+)
+from cluster.goodput import DAY_S, Costs, Expected, Fleet, best_interval, expected
+from elastic.goodput import duration
+from elastic.timeline import LOST, SAVING, STARTING
+from stages.schedule import Bucket
+from stages.stage import DiffusionStage, Stage
+
+# A stage that saves more often at the speed that is assumed is too small to reach that speed.
+_LEAST_TIMED_S = 1.0
+SCALES = (1, 10, 100, 1_000, 10_000)
+
+
+class Outlook(NamedTuple):
+    """A run of one stage on so many GPUs: what is put into the model, and what comes out."""
+
+    fleet: Fleet
+    costs: Costs
+    expected: Expected
+
+
+def outlook(
+    gpus: int, least: int, rate: float, saved_bytes: float, interval_s: float | None = None
+) -> Outlook:
+    """Model a run on `gpus`, of which `least` must be there; `rate` is in faults a GPU-day.
+
+    Saves `saved_bytes` on all GPUs together, every `interval_s` or as often as is best.
+    """
+    machines = -(-gpus // round(MACHINE_GPUS.value))
+    each = gpus / machines
+    fleet = Fleet(
+        machines=machines,
+        least=min(machines, -(-least * machines // gpus)),
+        faults_per_day=rate * each,
+        machine_share=MACHINE_SHARE.value,
+        return_s=RETURN_S.value,
+    )
+    # What a worker saves may take longer than what was measured; that less takes less is not known.
+    scale = max(1.0, saved_bytes / gpus / STATE_BYTES.value)
+    stall, background = STALL_S.value * scale, BACKGROUND_S.value * scale
+    best = max(best_interval(stall, fleet.crash_mean_s), background)
+    costs = Costs(
+        interval_s=interval_s or best,
+        stall_s=stall,
+        background_s=background,
+        planned_s=PLANNED_S.value + stall,
+        process_s=CRASH_S.value,
+        machine_s=NODE_S.value,
+    )
+    return Outlook(fleet, costs, expected(fleet, costs, RUN_DAYS.value * DAY_S))
+
+
+def outlook_lines(stage: Stage, gpus: int, rate: float, saved_bytes: float) -> Iterator[str]:
+    """What is expected of one stage on so many GPUs."""
+    best = outlook(gpus, stage.workers[0], rate, saved_bytes)
+    yield f"goodput     {_said(best.expected)} on {gpus:,} GPUs"
+    yield f"  {_parts(best)}"
+    interval = best.costs.interval_s
+    if interval == float("inf"):
+        yield "  nothing fails: the fewer saves the better"
+        return
+    each = seconds_a_sample(stage, gpus)
+    if each is None or each * stage.save_every < _LEAST_TIMED_S:
+        yield f"  best saved every {duration(interval)} (Daly)"
+        return
+    own = outlook(gpus, stage.workers[0], rate, saved_bytes, stage.save_every * each)
+    yield (
+        f"  best saved every {duration(interval)} (Daly), or {round(interval / each):,} samples; "
+        f"save_every={stage.save_every:,} is every {duration(own.costs.interval_s)} at "
+        f"{GPU_FLOPS.value / 1e12:.0f} TFLOP/s a GPU (assumed): {_said(own.expected)}"
+    )
+
+
+def scale_lines(rate: float, saved_bytes: float, gpus: int | None) -> Iterator[str]:
+    """Goodput from one GPU to ten thousand, and what the numbers rest on."""
+    yield (
+        f"goodput by the number of GPUs, {rate:g} faults a GPU-day, runs of {RUN_DAYS.value:.0f} "
+        "days, the largest checkpoint:"
+    )
+    for number in sorted({*SCALES, *([gpus] if gpus else [])}):
+        one = outlook(number, 1, rate, saved_bytes)
+        mean = one.fleet.crash_mean_s
+        between = "never" if mean == float("inf") else f"every {duration(mean)}"
+        yield f"  {number:>6,}  {_said(one.expected)}; a fault {between}"
+    yield (
+        "goodput is the time of training that is kept over all time; the model takes a lost "
+        f"machine ({MACHINE_GPUS.value:.0f} GPUs) to be replaced after {duration(RETURN_S.value)}, "
+        f"and {100 * MACHINE_SHARE.value:.0f} % of the faults to take one"
+    )
+    waiting = [name.lower() for name, constant in MEASURED.items() if constant.is_provisional]
+    if waiting:
+        benches = sorted({c.bench for c in MEASURED.values() if c.is_provisional})
+        yield (
+            f"provisional: {', '.join(waiting)} are estimates until "
+            f"{' and '.join(f'tests/bench/{bench}.py' for bench in benches)} have been run and "
+            f"{RESULTS} is copied into cluster/constants.py"
+        )
+
+
+def sample_flops(stage: DiffusionStage, bucket: Bucket) -> float:
+    """FLOPs of one sample, forward and backward, with the longest text."""
+    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    frames, height, width = stage.model.token_grid(grid)
+    text = stage.text
+    return 3 * stage.model.forward_flops(
+        frames * height * width,
+        text.most_tokens(()),
+        stage.codec.channels,
+        text.width,
+        text.pooled_width,
+    )
+
+
+def seconds_a_sample(stage: Stage, gpus: int) -> float | None:
+    """Mean seconds a sample over the stage at the assumed speed; None where FLOPs are not known."""
+    if not isinstance(stage, DiffusionStage):
+        return None
+    flops, start = 0.0, 0
+    for phase in stage.schedule:
+        cycles = (phase.until - start) / phase.cycle
+        flops += cycles * sum(b.batch * sample_flops(stage, b) for b in phase.buckets)
+        start = phase.until
+    return flops / start / gpus / GPU_FLOPS.value
+
+
+def _said(one: Expected) -> str:
+    return (
+        f"{100 * one.goodput:.2f} % expected (standard error {100 * one.standard_error:.2f}; "
+        f"90 % of runs {100 * one.low:.1f} to {100 * one.high:.1f})"
+    )
+
+
+def _parts(one: Outlook) -> str:
+    shares = one.expected.shares
+    lost = (
+        (SAVING, shares.saving),
+        (LOST, shares.lost),
+        (STARTING, shares.starting),
+        ("waiting for machines", shares.waiting),
+    )
+    said = ", ".join(f"{name} {100 * share:.2f} %" for name, share in lost)
+    return f"{said}; {100 * shares.work:.2f} % of the work of machines that never fail"

@@ -1,0 +1,353 @@
+"""The model of goodput against closed forms, against a replayed run, and in `plan`."""
+
+import json
+import math
+import random
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster import constants
+from cluster.constants import MEASURED, RESULTS, Measured
+from cluster.goodput import (
+    DAY_S,
+    Costs,
+    Fault,
+    Fleet,
+    Kind,
+    Times,
+    best_interval,
+    draw_faults,
+    expected,
+    run,
+)
+from elastic.cli import main
+from elastic.goodput import account
+from elastic.outlook import outlook
+
+ROOT = Path(__file__).parent.parent
+FREE = Costs(interval_s=100, stall_s=0, background_s=0, planned_s=0, process_s=0, machine_s=0)
+
+
+def fleet(**changed: Any) -> Fleet:
+    return Fleet(**{"machines": 1, "least": 1, "faults_per_day": 0.0, **changed})
+
+
+def costs(**changed: Any) -> Costs:
+    return Costs(**{field.name: getattr(FREE, field.name) for field in fields(FREE)} | changed)
+
+
+def daly(interval_s: float, stall_s: float, restart_s: float, mean_s: float) -> float:
+    """Goodput by Daly's complete model: faults may strike during saves and restarts too."""
+    wall = mean_s * math.exp(restart_s / mean_s) * math.expm1((interval_s + stall_s) / mean_s)
+    return interval_s / wall
+
+
+@pytest.mark.parametrize(
+    ("interval_s", "stall_s", "restart_s", "mean_s"),
+    [(300, 5, 60, 20_000), (300, 5, 60, 1_000), (1_000, 100, 500, 2_000), (50, 0, 0, 100)],
+)
+def test_the_model_is_dalys_where_machines_never_change(
+    interval_s: float, stall_s: float, restart_s: float, mean_s: float
+) -> None:
+    one = expected(
+        fleet(machines=4, least=4, faults_per_day=DAY_S / mean_s / 4, machine_share=0.0),
+        costs(interval_s=interval_s, stall_s=stall_s, process_s=restart_s),
+        run_s=500 * mean_s,
+    )
+    exact = daly(interval_s, stall_s, restart_s, mean_s)
+    assert abs(one.goodput - exact) < 4 * one.standard_error + 1e-4
+    assert one.standard_error < 0.01
+    assert one.low <= one.goodput <= one.high
+
+
+def test_without_faults_only_saves_take_time() -> None:
+    saving = costs(interval_s=90, stall_s=10, process_s=1e6, machine_s=1e6)
+    assert expected(fleet(machines=1000), saving, 1e5).goodput == pytest.approx(0.9)
+    assert expected(fleet(), costs(interval_s=math.inf), 1e5).goodput == 1
+    assert expected(fleet(), FREE, 1e5).shares.work == 1
+
+
+def test_without_costs_only_work_since_the_last_save_is_lost() -> None:
+    faults = [Fault(at, Kind.PROCESS, 0.0, 0.0) for at in (250.0, 299.0, 1_000.0)]
+    assert run(fleet(), FREE, faults, 2_000) == Times(
+        training=2_000 - 50 - 49 - 1, lost=50 + 49 + 1, work=1_900
+    )
+
+
+def test_a_save_that_is_still_being_written_cannot_be_restored() -> None:
+    slow = costs(interval_s=100, stall_s=10, background_s=30)
+    for at, lost in ((139, 129), (141, 31), (109, 100), (249, 129), (251, 31)):
+        times = run(fleet(), slow, [Fault(at, Kind.PROCESS, 0.0, 0.0)], at)
+        assert times.lost == 0, "a fault at the end is none"
+        times = run(fleet(), slow, [Fault(at, Kind.PROCESS, 0.0, 0.0)], at + 1e-6)
+        assert times.lost == pytest.approx(lost, abs=1e-3), at
+    late = costs(interval_s=10, stall_s=10, background_s=90)
+    assert run(fleet(), late, [], 1_000).saving == 100, "a save waits for the one before"
+
+
+def test_an_announced_loss_loses_nothing_and_a_spare_takes_its_place() -> None:
+    paid = costs(planned_s=7, machine_s=20)
+    announced, at_once = (Fault(150, kind, 0.0, 500) for kind in (Kind.ANNOUNCED, Kind.MACHINE))
+    pair = fleet(machines=2, spares=1)
+    assert run(pair, paid, [announced], 1_000) == Times(training=993, starting=7, work=993)
+    assert run(pair, paid, [at_once], 1_000) == Times(training=930, lost=50, starting=20, work=930)
+
+
+def test_without_a_spare_it_trains_on_what_is_left_and_grows_again() -> None:
+    paid = costs(interval_s=1e9, planned_s=10, machine_s=20)
+    lost = [Fault(100, Kind.ANNOUNCED, 0.9, 300), Fault(200, Kind.MACHINE, 0.9, 300)]
+    # The second falls on the place that is empty.
+    times = run(fleet(machines=2), paid, lost, 1_000)
+    assert times.starting == 10 + 10
+    assert times.work == 100 + (300 - 10) / 2 + 600 - 10
+
+
+def test_too_few_machines_wait() -> None:
+    lost = [Fault(100, Kind.ANNOUNCED, 0.0, 300)]
+    times = run(fleet(machines=2, least=2), costs(machine_s=20), lost, 1_000)
+    assert times == Times(training=100 + 580, waiting=300, starting=20, work=680)
+    # A machine that is up for a mean of 1000 s, and then away for a mean of 500 s.
+    one = expected(fleet(faults_per_day=DAY_S / 1_000, return_s=500), FREE, 1e6)
+    assert one.shares.waiting == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_the_best_interval_is_where_dalys_formula_has_its_maximum() -> None:
+    for stall, mean in ((1, 100_000), (30, 20_000), (60, 3_000)):
+        best = best_interval(stall, mean)
+        candidates = [best * factor for factor in (0.8, 0.95, 1.0, 1.05, 1.25)]
+        values = [daly(interval, stall, 0, mean) for interval in candidates]
+        assert max(values) == values[2], (stall, mean)
+    assert best_interval(5, math.inf) == math.inf
+    assert best_interval(300, 100) == 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.lists(
+        st.builds(
+            Fault,
+            st.floats(0, 900),
+            st.sampled_from(Kind),
+            st.floats(0, 0.999),
+            st.floats(0, 400),
+        ),
+        max_size=20,
+    ),
+    st.integers(0, 3),
+    st.floats(0.1, 300),
+)
+def test_every_second_of_a_modelled_run_is_counted_once(
+    machines: int, faults: list[Fault], spares: int, interval_s: float
+) -> None:
+    some = costs(
+        interval_s=interval_s, stall_s=3, background_s=20, planned_s=7, process_s=11, machine_s=31
+    )
+    least = (machines + 1) // 2
+    times = run(
+        fleet(machines=machines, least=least, spares=spares),
+        some,
+        sorted(faults, key=lambda fault: fault.at_s),
+        1_000,
+    )
+    assert times.total == pytest.approx(1_000)
+    assert all(getattr(times, field.name) >= 0 for field in fields(times))
+    assert times.work <= times.training + 1e-9
+
+
+def test_a_seed_is_one_answer_and_ten_thousand_gpus_take_seconds() -> None:
+    began = time.process_time()
+    one, two = (outlook(10_000, 1, 3e-3, 2e11) for _ in range(2))
+    assert time.process_time() - began < 20
+    assert one == two
+    assert 0.5 < one.expected.goodput < outlook(10_000, 1, 4.7e-4, 2e11).expected.goodput < 1
+    assert one.fleet.crash_mean_s == pytest.approx(DAY_S / 30)
+    # Far beyond what can work: an answer all the same, and soon.
+    assert outlook(10_000, 1, 1e4, 2e11).expected.goodput < 0.01
+    assert time.process_time() - began < 40
+
+
+def test_the_published_time_to_failure_follows_from_the_rate() -> None:
+    rsc = fleet(machines=128, faults_per_day=8 * constants.RATE_RSC.value)
+    assert rsc.crash_mean_s / 3600 == pytest.approx(7.9, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"machines": 0}, "least"),
+        ({"least": 2}, "least=2"),
+        ({"faults_per_day": -1.0}, "faults_per_day=-1.0"),
+        ({"faults_per_day": math.nan}, "nan"),
+        ({"return_s": math.inf}, "return_s"),
+        ({"machine_share": 1.5}, "a share"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fleet(**changed)
+    with pytest.raises(ValueError, match="interval_s=0"):
+        costs(interval_s=0)
+
+
+class Replay:
+    """Writes the journals of a run on `machines` that meets some faults, with uneven costs."""
+
+    def __init__(self, faults: list[Fault], costs: Costs, machines: int, seed: int) -> None:
+        self.events: list[Any] = []
+        self.metrics: list[Any] = []
+        self.costs, self.machines, self.all = costs, machines, machines
+        self.draw = random.Random(seed)
+        self.now, self.position, self.attempt = 0.0, 0.0, 0
+        self.saved: list[tuple[float, float]] = [(0.0, 0.0)]  # visible from, position
+        self.event("run_start")
+        self.start()
+        returns: list[float] = []
+        for fault in [*faults, Fault(20_000, Kind.PROCESS, 0, 0)]:
+            while returns and min(returns) < fault.at_s:
+                back = min(returns)
+                returns.remove(back)
+                self.until(back)
+                self.resize(+1)
+            self.until(fault.at_s)
+            if fault.kind is Kind.ANNOUNCED:
+                self.resize(-1)
+                returns.append(fault.at_s + fault.away_s)
+            elif fault.at_s < 20_000:
+                self.event("crash", reason="signal 9")
+                self.position = [p for seen, p in self.saved if seen <= self.now][-1]
+                self.restart(costs.process_s)
+        self.publish(0.0, 0.0, "stop")
+        self.event("run_end")
+
+    def event(self, kind: str, **more: Any) -> None:
+        line = {"wall": 1.8e9 + self.now, "kind": kind, "stage": None, "reason": "", **more}
+        self.events.append({"attempt": self.attempt, "world": self.machines, **line})
+
+    def start(self) -> None:
+        self.attempt += 1
+        self.event("start", stage="a", position=round(1000 * self.position))
+        self.saved = [(self.now, self.position)]
+
+    def restart(self, seconds: float) -> None:
+        self.now += seconds * self.draw.uniform(0.5, 1.5)
+        self.start()
+
+    def resize(self, change: int) -> None:
+        self.event("resize_requested", stage="a")
+        self.publish(0.0, 0.0, "stop")
+        self.machines += change
+        self.restart(self.costs.planned_s)
+
+    def publish(self, stall: float, background: float, reason: str) -> None:
+        self.now += stall
+        written = {"seconds": stall, "background": background, "reason": reason}
+        self.now += background
+        self.event("publish", stage="a", position=round(1000 * self.position), **written)
+        self.now -= background
+        self.saved.append((self.now + background, self.position))
+
+    def until(self, end: float) -> None:
+        """Train, and save when it is due; a log line every 10 s."""
+        while self.now < end:
+            due = self.saved[-1][1] + self.costs.interval_s - self.position
+            speed = self.machines / self.all
+            seconds = min(10.0, end - self.now, due / speed)
+            self.now += seconds
+            self.position += seconds * speed
+            values = {"samples_per_s": 1000.0 * speed, "data_wait": 0.0}
+            self.metrics.append(
+                {"wall": 1.8e9 + self.now, "stage": "a", "attempt": self.attempt, "context": {}}
+                | {"position": round(1000 * self.position), "world": 1, "values": values}
+            )
+            if seconds == due / speed:
+                stall = self.costs.stall_s * self.draw.uniform(0.5, 1.5)
+                self.publish(stall, self.costs.background_s, "due")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_fed_with_a_runs_faults_the_model_gives_its_account(seed: int) -> None:
+    paid = costs(
+        interval_s=200, stall_s=6, background_s=20, planned_s=40, process_s=60, machine_s=0
+    )
+    machines = fleet(
+        machines=4, faults_per_day=8.0, announced_share=0.4, machine_share=0.0, return_s=900
+    )
+    faults = [f for f in draw_faults_until(machines, 20_000, seed) if f.place < 0.25]
+    replayed = Replay(faults, paid, 4, seed)
+    events = sorted(replayed.events, key=lambda event: event["wall"])
+    told = account(events, replayed.metrics)
+    modelled = run(machines, paid, faults, told.seconds())
+    assert told.goodput() == pytest.approx(modelled.goodput, abs=0.01)
+    for activity, seconds in (
+        ("saving", modelled.saving),
+        ("lost work", modelled.lost),
+        ("starting", modelled.starting),
+    ):
+        assert told.seconds(activity) == pytest.approx(seconds, rel=0.25, abs=150), activity
+
+
+def draw_faults_until(machines: Fleet, end_s: float, seed: int) -> list[Fault]:
+    found: list[Fault] = []
+    for fault in draw_faults(machines, random.Random(seed)):
+        if fault.at_s > end_s:
+            break
+        if not found or fault.at_s > found[-1].at_s + 300:  # so that each meets a running group
+            found.append(fault)
+    return found
+
+
+def test_constants_are_what_the_benchmarks_measured() -> None:
+    for name, constant in MEASURED.items():
+        path = ROOT / RESULTS / f"{constant.bench}.json"
+        if not path.exists():
+            assert constant.is_provisional, f"{name}: no {path}, so it is provisional"
+            continue
+        kept: Any = json.loads(path.read_text())
+        for key in constant.path.split("."):
+            assert key in kept, f"{name}: {path} has no {constant.path}"
+            kept = kept[key]
+        kept = kept["median"] if isinstance(kept, dict) else kept
+        assert (constant.value, constant.is_provisional) == (kept, False), (
+            f"{name}: {path} says {kept}; bring cluster/constants.py along"
+        )
+
+
+def test_every_measured_constant_is_in_the_table() -> None:
+    named = {n: c for n, c in vars(constants).items() if isinstance(c, Measured)}
+    assert named == MEASURED
+
+
+def test_plan_says_what_to_expect_and_what_that_rests_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, storage = str(Path(__file__).with_name("tiny_plan.py")), str(tmp_path / "runs")
+    arguments = ["plan", plan, "--storage", storage, "--gpus", "3"]
+    assert main([*arguments, "--failure-rate", "0.003"]) == 0
+    out = capsys.readouterr().out
+    for words in ("% expected", "standard error", "best saved every", "10,000", "lost work"):
+        assert words in out
+    if any(constant.is_provisional for constant in MEASURED.values()):
+        assert "provisional: " in out
+    assert main([*arguments, "--failure-rate", "0"]) == 0
+    assert "the fewer saves the better" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--gpus", "0"), ("--gpus", "-1"), ("--gpus", "nan"), ("--failure-rate", "-0.1")]
+    + [("--failure-rate", text) for text in ("nan", "inf", "often", "")],
+)
+def test_plan_refuses_what_is_no_number(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["plan", "any.py", f"{flag}={value}"])
+    assert refused.value.code == 2
+    assert f"argument {flag}: {value!r}: must be" in capsys.readouterr().err
