@@ -83,11 +83,11 @@ def _at(true: Callable[[], bool], what: str) -> None:
         raise TimeoutError(f"the moment did not come within {_MOMENT_S:.0f} s: {what}")
 
 
-def signal(rank: int, number: int = signal.SIGKILL) -> Do:
+def send_rank(rank: int, number: int = signal.SIGKILL) -> Do:
     return lambda scene: os.kill(scene.driver.pids()[rank], number)
 
 
-def all_ranks(scene: Scene) -> None:
+def kill_all_ranks(scene: Scene) -> None:
     for pid in scene.driver.pids():
         faults.kill(pid)
 
@@ -112,16 +112,16 @@ def _trainers(scene: Scene) -> list[int]:
     return scene.role("trainer") or scene.role("supervisor")
 
 
-def while_restoring(scene: Scene) -> None:
+def kill_while_restoring(scene: Scene) -> None:
     faults.kill(_new_trainers(scene)[-1])
 
 
-def twice(scene: Scene) -> None:
+def kill_twice(scene: Scene) -> None:
     scene.wait_for("start", lambda: faults.kill(scene.driver.pids()[-1]))
     faults.kill(scene.driver.pids()[0])
 
 
-def planned(kind: str, **more: object) -> Do:
+def from_inside(kind: str, **more: object) -> Do:
     def do(scene: Scene) -> None:
         position = scene.next_position()
         path = planned_faults.plan(scene.planned, kind, scene.stage, position, **more)
@@ -166,12 +166,12 @@ def add_node(scene: Scene) -> None:
     scene.driver.tell("add", node=scene.nodes[-1])
 
 
-def drain(scene: Scene) -> None:
+def drain_node(scene: Scene) -> None:
     scene.driver.tell("drain", node=scene.nodes.pop(), seconds=8)
 
 
 def drain_and_kill(scene: Scene) -> None:
-    drain(scene)
+    drain_node(scene)
     faults.kill(scene.driver.pids()[0])
 
 
@@ -181,7 +181,7 @@ def kill_in_resize(scene: Scene) -> None:
 
 
 def kill_after_resize(scene: Scene) -> None:
-    scene.wait_for("launch", lambda: drain(scene))
+    scene.wait_for("launch", lambda: drain_node(scene))
     before = set(_trainers(scene))
     _at(lambda: bool(set(_trainers(scene)) - before), "a training process of the new size")
     faults.kill(sorted(set(_trainers(scene)) - before)[0])
@@ -192,17 +192,17 @@ def _kill_rank_and_node(scene: Scene) -> None:
     lose_node(scene)
 
 
-def driver(number: int) -> Do:
+def send_driver(number: int) -> Do:
     return lambda scene: os.kill(scene.driver.process.pid, number)
 
 
-def driver_awhile(scene: Scene) -> None:
+def freeze_driver_awhile(scene: Scene) -> None:
     faults.freeze(scene.driver.process.pid)
     time.sleep(_AWHILE_S)
     faults.thaw(scene.driver.process.pid)
 
 
-def disk_full(leave_bytes: int, seconds: float) -> Do:
+def fill_disk_awhile(leave_bytes: int, seconds: float) -> Do:
     def do(scene: Scene) -> None:
         assert scene.disk is not None, "the group has a small disk"
         scene.repair = scene.disk.free
@@ -213,13 +213,13 @@ def disk_full(leave_bytes: int, seconds: float) -> Do:
     return do
 
 
-def disk_full_for_good(scene: Scene) -> None:
+def fill_disk_for_good(scene: Scene) -> None:
     assert scene.disk is not None, "the group has a small disk"
     scene.repair = scene.disk.free
     scene.disk.fill(1_000_000)
 
 
-def refusing(scene: Scene) -> None:
+def refuse_writes(scene: Scene) -> None:
     with faults.refusing_writes(scene.folder / "checkpoints"):
         faults.when(lambda: scene.driver.process.poll() is not None, 2 * _AWHILE_S)
 
@@ -233,7 +233,7 @@ def _largest(folder: Path) -> Path:
     return max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
 
 
-def damaged(damage: Callable[[Path], None]) -> Do:
+def damage_newest(damage: Callable[[Path], None]) -> Do:
     """Damage the newest checkpoint right after it was published, and have it wanted."""
 
     def do(scene: Scene) -> None:
@@ -270,7 +270,7 @@ def tear_manifest(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
-def damage_all(scene: Scene) -> None:
+def damage_every(scene: Scene) -> None:
     """Not one is left: starting over in silence would be the worst answer."""
     kept = scene.folder / "kept"
     scene.wait_for("publish", lambda: None)
@@ -288,7 +288,7 @@ def damage_all(scene: Scene) -> None:
     _all_ranks_if_alive(scene)
 
 
-def another_attempt(scene: Scene) -> None:
+def begin_another_attempt(scene: Scene) -> None:
     """Another driver has begun the stage, unseen: this one may publish nothing more."""
     path = scene.folder / "attempt.json"
     number = json.loads(path.read_text())["attempt"]
@@ -311,6 +311,6 @@ def at_switch(kind: str, act: Do) -> Do:
     return do
 
 
-def first_trainer(scene: Scene) -> None:
+def kill_first_trainer(scene: Scene) -> None:
     _at(lambda: bool(_trainers(scene)), "a training process")
     faults.kill(_trainers(scene)[0])
