@@ -43,8 +43,6 @@ class Event(TypedDict):
     reasons: NotRequired[dict[str, int]]
     pids: NotRequired[list[int]]
     supervisors: NotRequired[list[int]]
-    phases: NotRequired[dict[str, float]]
-    background: NotRequired[float]
 
 
 class Metric(TypedDict):

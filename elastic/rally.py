@@ -7,6 +7,7 @@ Only a lost supervisor, or too many losses without progress, gives the group up.
 """
 
 import logging
+import queue
 import secrets
 import socket
 import threading
@@ -14,7 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+    wait,
+)
 from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
@@ -99,7 +107,8 @@ class Rally:
         self._host = host
         self._may_go_on = may_go_on
         self._key = secrets.token_bytes(32)
-        self._listener = Listener((host, 0), backlog=size, authkey=self._key)
+        self._listener = Listener((host, 0), backlog=size)
+        self._arrivals: queue.SimpleQueue[tuple[int, Connection[Any, Any]]] = queue.SimpleQueue()
         self._members: dict[int, Connection[Any, Any]] = {}
         self._life = 0
         # The store of the coming life; the thread of rank 0 hands it to its training process.
@@ -123,28 +132,47 @@ class Rally:
             self._send(Disband(REGROUP, str(error)))
         finally:
             self._listener.close()
+            self._close_store()
+
+    def _close_store(self) -> None:
+        if self.store is not None:
+            self.store.close()
 
     def _meet(self) -> None:
-        late = threading.Timer(_MEET_S, self._listener.close)
-        late.start()
+        """Wait for every supervisor; whoever has not the key, or says nothing, holds up nobody."""
+        threading.Thread(target=self._accept, name="rally door", daemon=True).start()
+        deadline = time.monotonic() + _MEET_S
+        while len(self._members) < self._size:
+            try:
+                rank, member = self._arrivals.get(timeout=max(deadline - time.monotonic(), 0))
+            except queue.Empty:
+                num = len(self._members)
+                raise TimeoutError(
+                    f"{num} of {self._size} supervisors came within {_MEET_S:.0f} s"
+                ) from None
+            self._members[rank] = member
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                stranger = self._listener.accept()
+            except OSError:
+                return  # closed: everybody is here, or it is over
+            threading.Thread(target=self._admit, args=(stranger,), daemon=True).start()
+
+    def _admit(self, stranger: "Connection[Any, Any]") -> None:
         try:
-            while len(self._members) < self._size:
-                try:
-                    member = self._listener.accept()
-                except (AuthenticationError, EOFError):
-                    log.warning("somebody without the key knocked at %s", self._listener.address)
-                    continue
-                self._members[member.recv().rank] = member
-        except OSError:
-            raise TimeoutError(
-                f"only {len(self._members)} of {self._size} supervisors came in {_MEET_S:.0f} s"
-            ) from None
-        finally:
-            late.cancel()
+            deliver_challenge(stranger, self._key)
+            answer_challenge(stranger, self._key)
+            self._arrivals.put((stranger.recv().rank, stranger))
+        except (AuthenticationError, EOFError, OSError) as error:
+            log.warning("somebody without the key knocked: %s", error)
+            stranger.close()
 
     def _live(self) -> Done | Disband | None:
         """One life; None if another one follows."""
         self._life += 1
+        self._close_store()
         self.store = socket.create_server((self._host, 0))
         self._send(Begin(self._life, self.store.getsockname()[1]))
         outcomes: dict[int, Over] = {}

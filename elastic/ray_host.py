@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic.fork_host import address_of, start_host
+from elastic.lease import address_of, start_host
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from ray.train import get_context
 from ray.train.collective import broadcast_from_rank_zero
 
 from elastic import errors
-from elastic.fork_host import Lease, address_of, fork, start_host, wait_for_host
+from elastic.lease import Lease, address_of, fork, start_host, wait_for_host
 from elastic.link import SAVE, SETTLED, STOP, Beat, Ended, Failed, Measured, Order, Settle, Told
 from elastic.patience import Patience
 from elastic.rally import (

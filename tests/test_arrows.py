@@ -20,6 +20,7 @@ TALKS_TO_AIM = {"elastic/tracking.py", "elastic/doctor.py"}
 WITHOUT_RAY = (
     *("elastic/loop.py", "elastic/objective.py", "elastic/weights.py", "elastic/data/*.py"),
     *("elastic/weight_source.py", "elastic/convert.py"),
+    *("elastic/attempt.py", "elastic/fork_host.py", "elastic/link.py", "elastic/rally.py"),
 )
 
 
@@ -99,6 +100,20 @@ def test_all_imports_point_the_right_way() -> None:
     assert wrong_arrows(ROOT) == []
 
 
+# A supervisor starts within seconds because it leaves torch to the fork host.
+WITHOUT_TORCH = ("ray_worker", "ray_policy", "ray_host", "ray_tracker")
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_runs_in_a_supervisor_or_controller_imports_no_torch(name: str) -> None:
+    found = reached(ROOT, ROOT / f"elastic/{name}.py")
+    assert f"elastic/{name}.py" in found
+    heavy = {
+        file for file in found for _, what in _imports(ROOT / file) if what.startswith("torch")
+    }
+    assert not heavy
+
+
 STARTS = sorted(path for pattern in WITHOUT_RAY for path in ROOT.glob(pattern))
 
 
@@ -109,7 +124,7 @@ def test_training_and_data_reach_no_file_that_drives_ray(start: Path) -> None:
 
 def test_what_reaches_ray_is_seen() -> None:
     """The control: the driver of training does."""
-    found = reached(ROOT, ROOT / "elastic/ray_worker.py")
+    found = reached(ROOT, ROOT / "elastic/course.py")
     assert "elastic/loop.py" in found
     assert "elastic/ray_tracker.py" in found
 

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from elastic.attempt import MEMBERS
 from elastic.data.assign import load_members
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
@@ -22,7 +23,6 @@ from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.folders import RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
-from elastic.ray_worker import MEMBERS
 from elastic.record import read_plan
 from stages.stage import AutoencoderStage, Stage
 
