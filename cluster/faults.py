@@ -18,6 +18,7 @@ import psutil
 from cluster.local import processes_of
 
 _LOOK_EVERY_S = 0.002  # between two looks at a folder or a process: a save may take 20 ms
+_REFUSE_S = 10.0
 _FILL = "fill"  # the file that takes what is free of a small disk
 # What Ray calls its processes, in the order in which a name is looked for.
 _ROLES = {
@@ -162,16 +163,16 @@ def small_disk(path: Path, num_bytes: int) -> Iterator[SmallDisk]:
 
 
 @contextmanager
-def refusing_writes(path: Path, within_s: float = 10.0) -> Iterator[None]:
+def refusing_writes(path: Path) -> Iterator[None]:
     """A folder that can be read and not written (EROFS) while the block runs.
 
-    Its files that are open for writing hold the refusal up; TimeoutError if they stay open.
+    Files that were open for writing before stay so, as on a server that stops to take new ones.
     """
     _run("mount", "--bind", str(path), str(path))
     try:
-        refused = when(lambda: _remount_read_only(path), within_s)
-        if not refused:
-            raise TimeoutError(f"{path} had open files for all of {within_s:.0f} s")
+        # Whoever opens a file between the two mounts holds the refusal up until it is closed.
+        if not when(lambda: _remount_read_only(path), _REFUSE_S):
+            raise TimeoutError(f"{path} had files open for all of {_REFUSE_S:.0f} s")
         yield
     finally:
         _run("umount", "--lazy", str(path))

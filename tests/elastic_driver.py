@@ -218,7 +218,7 @@ class Driver:
         """Wait for something; TimeoutError says what, DriverGone if the driver ended first."""
         end = time.monotonic() + within_s
         while not true():
-            if self.process.poll() is not None and not true():
+            if self._has_ended() and not true():
                 raise DriverGone(f"waiting for {what}: {self.end}; {self.log_tail()}")
             if time.monotonic() > end:
                 raise TimeoutError(f"{within_s:.0f} s for {what}; {self.log}: {self.log_tail()}")
@@ -236,9 +236,19 @@ class Driver:
 
     def finish(self, within_s: float) -> dict[str, Any]:
         """Wait for the end of the course: {"end": "finished"} or {"end": "failed", "why": ...}."""
-        self.process.wait(timeout=within_s)
+        over = faults.when(self._has_ended, within_s)
+        if not over:
+            raise TimeoutError(f"{within_s:.0f} s for the end; {self.log}: {self.log_tail()}")
+        return self.farewell()
+
+    def farewell(self) -> dict[str, Any]:
+        """How a driver that has ended, or is about to, did so: as it said, or without a word."""
         faults.when(lambda: self.end is not None, 5)
         return self.end or {"end": "died", "why": self.log_tail()}
+
+    def _has_ended(self) -> bool:
+        # What it says comes first: its cluster takes a while to end.
+        return self.end is not None or self.process.poll() is not None
 
 
 def prepare(spec: Spec, storage: Path) -> Path:

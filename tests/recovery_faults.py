@@ -18,9 +18,9 @@ from cluster import faults
 from cluster.faults import SmallDisk
 from elastic.journal import read_events
 
-HANG_S = 6.0  # silence after which the runs call a hang
+HANG_S = 4.0  # silence after which the runs call a hang
 _MOMENT_S = 60.0  # for a moment that is waited for: a save, a restart
-_AWHILE_S = 4.0  # for which something refuses or is frozen, less than what counts as a hang
+_AWHILE_S = 3.0  # for which something refuses or is frozen, less than what counts as a hang
 
 
 @dataclass

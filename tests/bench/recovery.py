@@ -133,7 +133,7 @@ class Run:
 
     def _ended(self, fault: Fault) -> Row:
         """How the driver ended: what it said, or that it was meant to die."""
-        end = self.scene.driver.finish(30)
+        end = self.scene.driver.farewell()
         if fault.ends_driver:
             return {"outcome": "restarted", "why": str(end.get("why", ""))[-300:]}
         return {
