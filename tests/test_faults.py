@@ -1,7 +1,7 @@
 """The faults are real, and what benches read from a run is what happened in it."""
 
 import errno
-import json
+import importlib.util
 import os
 import signal
 import subprocess
@@ -175,15 +175,15 @@ def test_a_run_has_recovered_only_with_new_updates_of_a_new_attempt() -> None:
 def test_the_replayed_trace_has_the_nodes_that_were_counted() -> None:
     # By its path: on sys.path it would stand before Python's own `trace`.
     path = Path(__file__).parent / "bench" / "trace.py"
-    code = (
-        "import runpy, sys, json; bench = runpy.run_path(sys.argv[1]);"
-        "steps = bench['schedule'](56, 15.0, 0); counts = bench['COUNTS'];"
-        "print(json.dumps([[list(s) for s in steps], [bench['scaled'](c) for c, n in counts"
-        " for _ in range(n)]]))"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    steps, levels = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    spec = importlib.util.spec_from_file_location("bench_trace", path)
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    steps = bench.schedule(56, 15.0, seed=0)
+    levels = [bench.scaled(count) for count, ticks in bench.COUNTS for _ in range(ticks)]
+    assert len(levels) == 56
     for tick, level in enumerate(levels):
         # Just before the next tick, when those drained for it have had their notice.
-        done = [step for step in steps if step[0] <= tick * 15.0]
+        done = [step for step in steps if step.after_s <= tick * 15.0]
         assert 1 + sum(1 if do == "add" else -1 for _, do, _ in done) == level
