@@ -128,8 +128,9 @@ def when(true: Callable[[], bool], within_s: float) -> bool:
 
 def is_saving(stage: Path) -> bool:
     """Whether a checkpoint of this stage's folder is being written now."""
-    folders = (stage / "checkpoints").glob("*.partial")
-    return any(folder.name.count(".") == 2 for folder in folders)
+    names = [folder.name.split(".") for folder in (stage / "checkpoints").glob("*.partial")]
+    # POSITION.ATTEMPT.partial; what is being deleted has a time of 19 digits in the middle.
+    return any(len(name) == 3 and len(name[1]) < 12 for name in names)
 
 
 @dataclass(frozen=True)

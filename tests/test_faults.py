@@ -63,6 +63,17 @@ def test_waiting_for_what_does_not_come_ends() -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_save_is_seen_while_it_is_written_and_not_while_an_old_one_is_deleted(
+    tmp_path: Path,
+) -> None:
+    assert not faults.is_saving(tmp_path)
+    (tmp_path / "checkpoints" / f"160.{time.time_ns()}.partial").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "320").mkdir()
+    assert not faults.is_saving(tmp_path)
+    (tmp_path / "checkpoints" / "480.12.partial").mkdir()
+    assert faults.is_saving(tmp_path)
+
+
 @root_only
 def test_a_small_disk_is_full_until_it_is_freed(tmp_path: Path) -> None:
     with faults.small_disk(tmp_path / "disk", 1_000_000) as disk:
