@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,8 @@ from elastic.world import World
 # Two integers a sum, so many bits each: up to 2^36 squares cannot overflow 63 bits.
 _BITS = 26
 MOST_VALUES = 2**36
-_PIECE = 2**22  # squares at a time: 100 MB of temporary values
+MOST_AT_ONCE = 2**22  # squares, for the sake of memory
+BYTES_A_SQUARE = 36  # of those: the values together, fp64 three times over, integers
 
 
 class InOrder:
@@ -40,7 +42,8 @@ class InOrder:
     def add_flat(self, mine_N: Tensor, world: World) -> None:
         """Add one round of gradients of any length, which `take_whole` puts together."""
         padding = -len(mine_N) % world.size
-        self.add(functional.pad(mine_N, (0, padding)).view(world.size, -1), None)
+        mine_WN = functional.pad(mine_N, (0, padding)).view(world.size, -1)
+        self.add(mine_WN, None, torch.empty_like(mine_WN[0]))
 
     def take_whole(self, length: int, world: World) -> Tensor:
         """The whole sum on every rank; the next one begins."""
@@ -48,29 +51,32 @@ class InOrder:
         total_N, self.total_N = self.total_N, None
         return world.stack(total_N).flatten()[:length]
 
-    def add(self, mine_WN: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def add(self, mine_WN: Tensor, group: dist.ProcessGroup | None, into_N: Tensor) -> None:
         """Add one round: the gradients of as many micro-batches as there are ranks.
 
         A row of `mine` goes to each rank, and as many come back: this rank's part of the gradient
-        of every rank, in the order of the ranks, which is that of the batch. Returns the sum.
+        of every rank, in the order of the ranks, which is that of the batch. The sum is put into
+        `into`, which must stay as it is until the next round.
         """
         theirs_WN = mine_WN
         if len(mine_WN) > 1:
             theirs_WN = torch.empty_like(mine_WN)
             dist.all_to_all_single(theirs_WN, mine_WN, group=group)
-        self.total_N = fold(self.total_N, theirs_WN)
-        return self.total_N
+        fold(self.total_N, theirs_WN, into_N)
+        self.total_N = into_N
 
 
-def fold(total_N: Tensor | None, rows_WN: Tensor) -> Tensor:
-    """((total + row 0) + row 1) + ..., in a new tensor.
+def fold(total_N: Tensor | None, rows_WN: Tensor, into_N: Tensor) -> None:
+    """Put ((total + row 0) + row 1) + ... into a tensor.
 
     It begins with +0, so that no sum is -0: a rank that has nothing left may add zeros of any sign.
     """
-    total_N = torch.zeros_like(rows_WN[0]) if total_N is None else total_N.clone()
+    if total_N is None:
+        into_N.zero_()
+    else:
+        into_N.copy_(total_N)
     for row_N in rows_WN:
-        total_N += row_N
-    return total_N
+        into_N += row_N
 
 
 class _OrderedReduceScatter(ReduceScatter):
@@ -97,8 +103,7 @@ class _OrderedReduceScatter(ReduceScatter):
     ) -> None:
         assert not async_op, "the sum is made here and now"
         assert input_tensor.dtype == torch.float32, f"sums are fp32, not {input_tensor.dtype}"
-        total_N = self.sum.add(input_tensor.view(group.size(), -1), group)
-        output_tensor.copy_(total_N)
+        self.sum.add(input_tensor.view(group.size(), -1), group, output_tensor)
 
 
 class OrderedGradients:
@@ -119,6 +124,9 @@ class OrderedGradients:
             if isinstance(module, FSDPModule):
                 self._scatters.append(_OrderedReduceScatter())
                 module.set_custom_reduce_scatter(self._scatters[-1])
+                # Neither before nor after it: a third of a third is not a ninth.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
     def begin_round(self) -> None:
         """Called before every backward pass of an update."""
@@ -137,7 +145,7 @@ class OrderedGradients:
 
 
 @torch.no_grad()
-def square_sum(tensors: Sequence[Tensor], world: World) -> Tensor:
+def square_sum(tensors: list[Tensor], world: World) -> Tensor:
     """The sum of the squares of all values of all ranks, fp64; NaN if any of them is not finite.
 
     Squares are counted in units of 2^-52 of a power of four just above the largest square, so
@@ -152,23 +160,29 @@ def square_sum(tensors: Sequence[Tensor], world: World) -> Tensor:
     largest = world.max(torch.where(largest.isfinite(), largest, math.inf))
     unit = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0)
     high, low = torch.zeros(2, dtype=torch.int64, device=world.device)
+    scale = _two_to(-unit)
     for piece in _pieces(tensors):
         # Both factors are powers of two: the square of an fp32 value has 48 bits, all kept.
-        scaled = torch.ldexp(piece.double(), -unit).square_().mul_(2.0**_BITS)
+        scaled = piece.double().mul_(scale).square_().mul_(2.0**_BITS)
         whole = scaled.floor()
         high += whole.long().sum()
         low += scaled.sub_(whole).mul_(2.0**_BITS).round_().long().sum()
     high, low = world.sum(torch.stack([high, low]))
-    total = torch.ldexp(high * 2.0**-_BITS + low.double() * 2.0 ** (-2 * _BITS), 2 * unit)
-    return torch.where(largest.isfinite(), total, math.nan)
+    total = high.double() * 2.0**-_BITS + low.double() * 2.0 ** (-2 * _BITS)
+    return torch.where(largest.isfinite(), total * _two_to(2 * unit), math.nan)
 
 
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+def _two_to(exponent: Tensor) -> Tensor:
+    """The power of two, put together from its bits: pow and ldexp may be off, or fp32."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
+def _pieces(tensors: list[Tensor]) -> Iterator[Tensor]:
     """All values, some at a time: a call for each small tensor would cost more than its sum."""
     waiting: list[Tensor] = []
     for tensor in tensors:
-        for part in tensor.flatten().split(_PIECE):
-            if waiting and sum(map(len, waiting)) + len(part) > _PIECE:
+        for part in tensor.flatten().split(MOST_AT_ONCE):
+            if waiting and sum(map(len, waiting)) + len(part) > MOST_AT_ONCE:
                 yield torch.cat(waiting)
                 waiting = []
             waiting.append(part)
@@ -205,15 +219,16 @@ def reproducible(wanted: bool, device: torch.device) -> Iterator[None]:
         return
     # Read when cuBLAS starts: without it torch refuses matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    settings: Any = torch.utils.deterministic  # Any: torch sets its attributes at run time
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]  # a property of the module
+    settings.fill_uninitialized_memory = False  # a help in finding mistakes, and slow
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.set_num_threads(before[1])
+        settings.fill_uninitialized_memory = before[1]
+        torch.set_num_threads(threads)

@@ -149,7 +149,7 @@ class Meter:
         if self._stage.exact:
             return totals(collected, self._world)
         sums = torch.stack([torch.stack(values).double().sum() for values in collected])
-        return self._world.sum(sums).tolist()  # type: ignore[no-any-return]  # floats
+        return self._world.sum(sums).tolist()
 
     def evaluated(self, progress: Progress, values: dict[str, float]) -> None:
         """Write a measurement on the held-out clips."""
