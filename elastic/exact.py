@@ -29,8 +29,11 @@ from elastic.world import World
 # Two integers a sum, so many bits each: up to 2^36 squares cannot overflow 63 bits.
 _BITS = 26
 MOST_VALUES = 2**36
-MOST_AT_ONCE = 2**22  # squares, for the sake of memory
-BYTES_A_SQUARE = 36  # of those: the values together, fp64 three times over, integers
+# Squares made at once: for the cache of a CPU, for the memory of a GPU. Sums of so many numbers of
+# _BITS bits are whole numbers below 2^53, so fp64 adds them without rounding in any order.
+_MOST_ON_CPU = 2**16
+MOST_AT_ONCE = 2**22
+BYTES_A_SQUARE = 28  # the values side by side, and in fp64 three times over
 
 
 class InOrder:
@@ -110,26 +113,28 @@ class OrderedGradients:
     """Adds up the gradients of the micro-batches of an update in the order of the batch.
 
     Each round exchanges its gradients, where a plain stage exchanges once an update. In return no
-    rank keeps whole gradients between rounds. Losses are weighted by 1 / batch: nothing is
-    averaged over ranks.
+    rank keeps whole gradients between rounds. A world of one adds up in that order by itself.
+    Losses are weighted by 1 / batch: nothing is averaged over ranks.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         count = sum(parameter.numel() for parameter in model.parameters())
         assert count <= MOST_VALUES, f"{count:,} parameters: the norm's sums could overflow"
+        assert isinstance(model, FSDPModule), f"not sharded: {type(model)}"
         self._model = model
-        self._world = world
+        self._alone = world.size == 1
         self._scatters: list[_OrderedReduceScatter] = []
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule) and not self._alone:
                 self._scatters.append(_OrderedReduceScatter())
                 module.set_custom_reduce_scatter(self._scatters[-1])
                 # Neither before nor after it: a third of a third is not a ninth.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def begin_round(self) -> None:
-        """Called before every backward pass of an update."""
+    def begin_round(self, is_last: bool) -> None:
+        """Called before every backward pass of an update, its `last` one too."""
+        self._model.set_requires_gradient_sync(is_last or not self._alone)
         if any(scatter.sum.total_N is not None for scatter in self._scatters):
             for parameter in self._model.parameters():
                 parameter.grad = None  # FSDP would add it to the sum, which holds it already
@@ -138,8 +143,8 @@ class OrderedGradients:
         """Called after the last backward pass: the sums are in place."""
         for scatter in self._scatters:
             scatter.sum.total_N = None
-        if self._world.size == 1:
-            # A world of one adds up in order by itself; what is left is the sign of a zero.
+        if self._alone:
+            # Other worlds begin with +0, and have no -0 in their sums.
             gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
             torch._foreach_add_([local(gradient) for gradient in gradients], 0.0)
 
@@ -160,13 +165,13 @@ def square_sum(tensors: list[Tensor], world: World) -> Tensor:
     largest = world.max(torch.where(largest.isfinite(), largest, math.inf))
     unit = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0)
     high, low = torch.zeros(2, dtype=torch.int64, device=world.device)
-    scale = _two_to(-unit)
-    for piece in _pieces(tensors):
-        # Both factors are powers of two: the square of an fp32 value has 48 bits, all kept.
-        scaled = piece.double().mul_(scale).square_().mul_(2.0**_BITS)
+    scale = _two_to(_BITS // 2 - unit)
+    for piece in _pieces(tensors, _MOST_ON_CPU if world.device.type == "cpu" else MOST_AT_ONCE):
+        # By a power of two: the square of an fp32 value has 48 bits, all kept.
+        scaled = piece.double().mul_(scale).square_()
         whole = scaled.floor()
-        high += whole.long().sum()
-        low += scaled.sub_(whole).mul_(2.0**_BITS).round_().long().sum()
+        high += whole.sum().long()
+        low += scaled.sub_(whole).mul_(2.0**_BITS).round_().sum().long()
     high, low = world.sum(torch.stack([high, low]))
     total = high.double() * 2.0**-_BITS + low.double() * 2.0 ** (-2 * _BITS)
     return torch.where(largest.isfinite(), total * _two_to(2 * unit), math.nan)
@@ -177,12 +182,12 @@ def _two_to(exponent: Tensor) -> Tensor:
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
-def _pieces(tensors: list[Tensor]) -> Iterator[Tensor]:
+def _pieces(tensors: list[Tensor], most: int) -> Iterator[Tensor]:
     """All values, some at a time: a call for each small tensor would cost more than its sum."""
     waiting: list[Tensor] = []
     for tensor in tensors:
-        for part in tensor.flatten().split(MOST_AT_ONCE):
-            if waiting and sum(map(len, waiting)) + len(part) > MOST_AT_ONCE:
+        for part in tensor.flatten().split(most):
+            if waiting and sum(map(len, waiting)) + len(part) > most:
                 yield torch.cat(waiting)
                 waiting = []
             waiting.append(part)

@@ -109,9 +109,10 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
         for micro in step.micros:
-            model.set_requires_gradient_sync(stage.exact or micro.is_last)
-            if ordered is not None:
-                ordered.begin_round()
+            if ordered is None:
+                model.set_requires_gradient_sync(micro.is_last)
+            else:
+                ordered.begin_round(micro.is_last)
             losses = objective.losses(model, micro)
             weight_B = micro.samples.weight_B.to(world.device)
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
