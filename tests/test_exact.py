@@ -48,7 +48,7 @@ STOP_AFTER = 2  # updates
 
 # Batches of 5 and 6 in micro-batches of 2 and 4: idle rounds on 2 ranks and on 3.
 SHORT = STAGE.replace(
-    schedule=[Phase(until=44, buckets=STAGE.schedule[0].buckets)],
+    schedule=[Phase(until=33, buckets=STAGE.schedule[0].buckets)],
     optimizer=AdamW(lr=3e-3, warmup=20, weight_decay=0.01),
     log_every=1,
 )
@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
-RESIZED = ("muon-bf16", "judged")
+RESIZED = ("muon-bf16", "judged")  # begun on 2 ranks, ended on 3
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +213,10 @@ class Course(NamedTuple):
 def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     """Everything that needs several ranks, played by three processes that start once."""
     folder = tmp_path_factory.mktemp("course")
+    whole = [("adamw", size) for size in WORLDS] + [(name, 1) for name in RESIZED]
     turns = {
         f"{name}-{size}": Turn(size, _trained, (folder / f"{name}-{size}", name, True))
-        for name in STAGES
-        for size in WORLDS
+        for name, size in whole
     }
     for name in RESIZED:
         resized = folder / f"{name}-resized"
@@ -252,21 +252,20 @@ def _differing(course: Course, one: str, other: str) -> int:
 
 
 @pytest.mark.parametrize("size", WORLDS[1:])
-@pytest.mark.parametrize("name", STAGES)
 def test_every_line_and_every_parameter_has_the_same_bits_on_any_world(
-    course: Course, name: str, size: int
+    course: Course, size: int
 ) -> None:
-    one, other = (course.results[f"{name}-{n}"] for n in (1, size))
+    one, other = (course.results[f"adamw-{n}"] for n in (1, size))
     assert {line["world"] for line in other.lines} == {size}
     contexts = [line["context"] for line in one.lines]
     assert {"subset": "held_out"} in contexts
     assert sum("grad_norm" in line["values"] for line in one.lines) >= 3
     assert _said(other) == _said(one)
-    assert _differing(course, f"{name}-1", f"{name}-{size}") == 0
+    assert _differing(course, "adamw-1", f"adamw-{size}") == 0
 
 
 @pytest.mark.parametrize("name", RESIZED)
-def test_a_resize_leaves_no_trace(course: Course, name: str) -> None:
+def test_two_ranks_and_then_three_leave_no_trace(course: Course, name: str) -> None:
     stopped, rest = course.results[f"{name}-stopped"], course.results[f"{name}-resized"]
     at = stopped.lines[-1]["position"]
     assert rest.events[0] == ("start", at, "resumed")
@@ -316,7 +315,7 @@ def test_layers_computed_again_have_the_same_bits(world: World, tmp_path: Path) 
 
 def test_the_micro_batch_is_a_part_of_an_exact_result_and_of_no_other() -> None:
     larger = STAGES["adamw"].replace(
-        schedule=[Phase(until=44, buckets=[b.replace(micro=5) for b in SHORT.buckets])]
+        schedule=[Phase(until=33, buckets=[b.replace(micro=5) for b in SHORT.buckets])]
     )
     assert description(larger) == description(SHORT)
     exact = [description(stage.replace(exact=True)) for stage in (larger, SHORT)]
