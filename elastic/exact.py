@@ -128,7 +128,7 @@ class OrderedGradients:
             if isinstance(module, FSDPModule) and not self._alone:
                 self._scatters.append(_OrderedReduceScatter())
                 module.set_custom_reduce_scatter(self._scatters[-1])
-                # Neither before nor after it: a third of a third is not a ninth.
+                # Sums, not means: to divide by the ranks rounds otherwise on each world.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
