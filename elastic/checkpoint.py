@@ -8,7 +8,6 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,26 +30,24 @@ from elastic.checkpoint_manifest import (
 )
 from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_read import Origin, Source, causes, restore
-from elastic.checkpoint_store import DAMAGED, Draft, LocalStorage, Storage, storage_of
+from elastic.checkpoint_store import (
+    DAMAGED,
+    DEFAULT_KEEP,
+    Draft,
+    Keep,
+    LocalStorage,
+    Storage,
+    storage_of,
+)
 from elastic.checkpoint_write import CheckpointWriter, Place, Snapshot
 from elastic.ema import local
 from elastic.errors import StageBlocked
 from elastic.state import Progress, TrainState
 from elastic.world import World
 
-__all__ = [
-    "KEEP_LAST",
-    "Checkpoints",
-    "Fence",
-    "Keep",
-    "NothingToRestore",
-    "StaleAttempt",
-    "load_subset",
-    "published",
-]
+__all__ = ["Checkpoints", "Fence", "NothingToRestore", "StaleAttempt", "load_subset", "published"]
 log = logging.getLogger(__name__)
 
-KEEP_LAST = 2
 LAST = ("stop", "finished")  # reasons of a save after which the ranks end: it is waited for
 _RETRY_S = 60.0
 _LONGEST_PAUSE_S = 10.0
@@ -62,24 +59,6 @@ T = TypeVar("T")
 
 class NothingToRestore(StageBlocked):
     """There are checkpoints, and none of them can be used; starting over would hide the loss."""
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which whole checkpoints are not deleted: the `last` so many, and one in `every` samples."""
-
-    last: int = KEEP_LAST
-    every: int | None = None
-
-    def chosen(self, positions: list[int]) -> set[int]:
-        """Of whole checkpoints. For `every`, the first at or after each multiple of it."""
-        kept = set(sorted(positions)[-self.last :])
-        if self.every is not None:
-            first_of: dict[int, int] = {}
-            for position in sorted(positions):
-                first_of.setdefault(position // self.every, position)
-            kept |= {position for window, position in first_of.items() if window}
-        return kept
 
 
 class Checkpoints:
@@ -95,7 +74,7 @@ class Checkpoints:
         world: World,
         fence: Fence,
         event: Event,
-        keep: Keep = Keep(),
+        keep: Keep = DEFAULT_KEEP,
         storage: Storage | None = None,
         ram: RamCopies | None = None,
         retry_s: float = _RETRY_S,
@@ -149,6 +128,14 @@ class Checkpoints:
         if self._flight is not None:
             self._land(None)
 
+    def abandon(self, grace_s: float) -> None:
+        """For a rank that ends by an error: let a save in flight end, but wait no longer than this.
+
+        The threads of the ranks that are still there finish it without their training.
+        """
+        if self._flight is not None:
+            self._flight.join(grace_s)
+
     def _land(self, instead: str | None) -> None:
         """Wait for the save in flight and tell how it ended.
 
@@ -191,6 +178,8 @@ class Checkpoints:
         )
 
     def _failed(self, position: int, error: OSError) -> None:
+        # A newer attempt removes the drafts of older ones, which then fail to write.
+        _on_first(self._world, self._fence.check)
         log.warning("checkpoint %d could not be written: %s", position, error)
         self._event("save_failed", position, str(error))
 

@@ -29,6 +29,10 @@ class Flight:
         """Whether the save has ended on this rank."""
         return not self._thread.is_alive()
 
+    def join(self, timeout_s: float) -> None:
+        """Return when it has ended, or after so many seconds."""
+        self._thread.join(timeout_s)
+
     def wait(self) -> None:
         """Return when it has ended; what it raised is raised here."""
         self._thread.join()

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,7 +18,29 @@ from elastic.files import fsync_dir, write_atomic
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothing deletes it
+KEEP_LAST = 2
 HOME = "checkpoints.url"  # in a stage's folder, if its checkpoints lie elsewhere: where
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which whole checkpoints are not deleted: the `last` so many, and one in `every` samples."""
+
+    last: int = KEEP_LAST
+    every: int | None = None
+
+    def chosen(self, positions: list[int]) -> set[int]:
+        """Of whole checkpoints. For `every`, the first at or after each multiple of it."""
+        kept = set(sorted(positions)[-self.last :])
+        if self.every is not None:
+            first_of: dict[int, int] = {}
+            for position in sorted(positions):
+                first_of.setdefault(position // self.every, position)
+            kept |= {position for window, position in first_of.items() if window}
+        return kept
+
+
+DEFAULT_KEEP = Keep()
 
 
 class Draft(NamedTuple):
@@ -25,10 +48,6 @@ class Draft(NamedTuple):
 
     position: int
     attempt: int
-
-    def file_name(self, number: int) -> str:
-        """Of one of its files: no other attempt writes a file of this name."""
-        return f"{self.attempt}-{number:05d}.safetensors"
 
 
 class Sink(Protocol):
@@ -59,6 +78,9 @@ class Storage(Protocol):
 
     def free_bytes(self) -> int | None:
         """What can still be written; None if there is no limit to be known."""
+
+    def file_name(self, draft: Draft, number: int) -> str:
+        """Of a file of the draft, such that no other attempt writes over it."""
 
     def prepare(self, draft: Draft) -> None:
         """Make room for a draft; what an earlier try of the same draft left is removed."""
@@ -115,6 +137,10 @@ class LocalStorage:
         """What the file system has left for this user."""
         there = next(p for p in (self._folder, *self._folder.absolute().parents) if p.is_dir())
         return shutil.disk_usage(there).free
+
+    def file_name(self, draft: Draft, number: int) -> str:
+        """The folder aside is this attempt's own."""
+        return f"{number:05d}.safetensors"
 
     def prepare(self, draft: Draft) -> None:
         """Make the folder aside, empty."""

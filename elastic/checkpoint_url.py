@@ -65,6 +65,10 @@ class UrlStorage:
     def free_bytes(self) -> None:
         """Nobody says."""
 
+    def file_name(self, draft: Draft, number: int) -> str:
+        """With the attempt's number: drafts of all attempts lie in one folder."""
+        return f"{draft.attempt}-{number:05d}.safetensors"
+
     def prepare(self, draft: Draft) -> None:
         """Remove what an earlier try left; nothing has to be made."""
         self.discard(draft)

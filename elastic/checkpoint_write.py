@@ -109,7 +109,7 @@ class CheckpointWriter(StorageWriter):
         done: Future[list[WriteResult]] = Future()
         results = []
         if plan.items:
-            name = self._place.draft.file_name(plan.storage_data)
+            name = self._place.storage.file_name(self._place.draft, plan.storage_data)
             entry = write_file(self._place, name, self._tensors_of(plan.items))
             results = [WriteResult(MetadataIndex(name), entry.num_bytes, entry)]
         done.set_result(results)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from elastic.checkpoint_store import check_place
 from elastic.errors import InputError, StageBlocked
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
@@ -20,6 +21,7 @@ from stages.videos import Videos
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_KEEPING = ("checkpoints", "keep_last", "keep_every")  # settings of `train` alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             cpus=getattr(flags, "cpus", None),
             aim=False if getattr(flags, "no_aim", False) else None,
             log_level=flags.log_level,
+            **{name: getattr(flags, name, None) for name in _KEEPING},
         )
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
@@ -83,6 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name != "plan":
             _cluster_flags(one)
+            if name == "train":
+                _checkpoint_flags(one)
             continue
         one.add_argument("--gpus", type=_at_least_one, help="for so many GPUs (default: fewest)")
         one.add_argument(
@@ -146,6 +151,16 @@ def _cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", help="Ray cluster (default: one of this machine alone)")
     parser.add_argument("--cpus", type=_at_least_one, help="CPUs of that one (default: all)")
     parser.add_argument("--no-aim", action="store_true", help="do not fill the Aim repository")
+
+
+def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoints", metavar="URL", help="folder or s3:// URL (default: in the run folder)"
+    )
+    parser.add_argument("--keep-last", type=_at_least_one, help="kept a stage (default 2)")
+    parser.add_argument(
+        "--keep-every", type=_at_least_one, metavar="SAMPLES", help="and one in so many for good"
+    )
 
 
 def _at_least_one(text: str) -> int:
@@ -230,6 +245,7 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Do whatever is missing."""
+    check_place(settings.checkpoints)
     plan = read_plan_file(flags)
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan

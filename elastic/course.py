@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ray
 
+from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
 from elastic.data.encode import FIELDS, EncodeJob, Scale, plan_job
 from elastic.data.probe import probe_all
@@ -56,6 +57,8 @@ class Course:
     folder: RunFolder
     tracker: TrackerHandle
     use_gpu: bool
+    keep: Keep = DEFAULT_KEEP
+    checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
 
     @property
     def gpus(self) -> float:
@@ -103,6 +106,7 @@ def train_one(course: Course, stage: Stage) -> None:
         with_absolute_weights(stage), folder, course.tracker.name, latents,
         parent=course.folder.stage(parent.name) if parent else None,
         parent_latents=pinned_latents(course.folder, stage.init),
+        keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     fit_stage(job, course.folder.root / ".ray", course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from cluster.local import LocalCluster, prepare_environment
+from elastic.checkpoint_store import Keep
 from elastic.course import Course
 from elastic.errors import InputError
 from elastic.folders import RunFolder
@@ -142,7 +143,8 @@ def _supervise(
     name = f"tracker-{uuid.uuid4().hex[:12]}"
     tracker = TrackerHandle.launch(name, folder.root, plan.name, budgets, settings.aim)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    course = Course(plan, folder, tracker, use_gpu)
+    keep = Keep(settings.keep_last, settings.keep_every)
+    course = Course(plan, folder, tracker, use_gpu, keep, settings.checkpoints)
     tracker.event("run_start", reason=f"process {os.getpid()}")
     failure: list[BaseException] = []
 

@@ -12,6 +12,8 @@ import torch
 
 from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence
+from elastic.checkpoint_ram import RamCopies
+from elastic.checkpoint_store import DEFAULT_KEEP, Keep, settle
 from elastic.data.assign import load_members
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
@@ -30,6 +32,7 @@ MEMBERS = "clips.parquet"
 # A group that was asked to stop is ended by the controller within seconds; longer means that the
 # resize did not happen, and then the group must start over rather than wait for ever.
 _STOPPED_WAIT_S = 120.0
+_LAST_SAVE_S = 30.0  # what a save in flight may take once its rank has failed
 
 _stop = threading.Event()
 _stopped = threading.Event()
@@ -53,6 +56,8 @@ class WorkerJob:
     latents: Latents | None = None  # of a diffusion stage
     parent: Path | None = None  # folder of the stage that the init policy starts from
     parent_latents: Latents | None = None  # of that stage, where latents are paired
+    keep: Keep = DEFAULT_KEEP
+    checkpoints: str | None = None  # where the checkpoints of all plans lie, if not in the runs
 
 
 def request_stop() -> None:
@@ -89,13 +94,27 @@ def train_worker(config: dict[str, Any]) -> None:
     run = Run(
         folder=job.folder,
         world=world,
-        checkpoints=Checkpoints(job.folder, world, fence, event),
+        checkpoints=Checkpoints(
+            job.folder,
+            world,
+            fence,
+            event,
+            job.keep,
+            settle(job.folder, job.checkpoints),
+            # The parent is the node's raylet, which outlives the workers and their copies' writers.
+            RamCopies(job.folder, owner=os.getppid()),
+        ),
         meter=Meter(job.stage, world, fence.attempt, tracker.metric),
         stop_wanted=_stop.is_set,
         event=event,
         origin=make_origin(job),
     )
-    if train_stage(job.stage, make_objective(job, world.device), run) is Outcome.STOPPED:
+    try:
+        outcome = train_stage(job.stage, make_objective(job, world.device), run)
+    except BaseException:
+        run.checkpoints.abandon(_LAST_SAVE_S)
+        raise
+    if outcome is Outcome.STOPPED:
         _stopped.set()
         _wait_for_the_end()
 
