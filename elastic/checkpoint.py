@@ -8,6 +8,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -178,8 +179,10 @@ class Checkpoints:
         )
 
     def _failed(self, position: int, error: OSError) -> None:
-        # A newer attempt removes the drafts of older ones, which then fail to write.
-        _on_first(self._world, self._fence.check)
+        # A newer attempt removes the drafts of older ones, which then fail to write. Where even the
+        # fence cannot be read, the save has failed and that is all that is known.
+        with suppress(OSError):
+            _on_first(self._world, self._fence.check)
         log.warning("checkpoint %d could not be written: %s", position, error)
         self._event("save_failed", position, str(error))
 

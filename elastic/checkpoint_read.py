@@ -121,7 +121,7 @@ def raise_first(errors: list[Exception]) -> None:
 
 def _verify(source: Source, world: World) -> Verified:
     names = sorted(source.files)
-    hosts = world.gather(os.uname().nodename)
+    hosts = world.gather(host())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
     share = names[here.index(world.rank) :: len(here)]
     copies = {n: p for n in share if (p := source.copy_of(n)) and _is_good(source, n, p)}
@@ -136,6 +136,11 @@ def _verify(source: Source, world: World) -> Verified:
     headers |= {n: header for some, _ in stored for n, header in some.items()}
     parts = {(name, part.offsets): part for file in headers.values() for name, part in file}
     return Verified(parts, copies, frozenset(missing))
+
+
+def host() -> str:
+    """The name of this node: ranks with the same name see the same memory."""
+    return os.uname().nodename
 
 
 def _is_good(source: Source, name: str, copy: Path) -> bool:
