@@ -217,6 +217,7 @@ def place_for(setting: str | None, stage: Path) -> str:
     """
     if setting is None:
         return str(stage / "checkpoints")
+    setting = setting.removeprefix("file://")
     if "://" not in setting:
         return str(Path(setting).expanduser().absolute().joinpath(*stage.parts[-3:], "checkpoints"))
     return "/".join((setting.rstrip("/"), *stage.parts[-3:], "checkpoints"))

@@ -57,7 +57,7 @@ class UrlStorage:
         if not len(into):
             return  # an empty range cannot be asked for
         with _as_os_errors(self._url):
-            data = self._fs.cat_file(self._path(position, name), start, start + len(into))
+            data = self._fs.cat_file(self._path(position, name), start=start, end=start + len(into))
         if len(data) != len(into):
             raise OSError(f"{self._url}: {name} ends at byte {start + len(data)}")
         into[:] = data
