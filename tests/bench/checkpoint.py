@@ -5,7 +5,8 @@ undisturbed updates the state is saved in one of these ways, taking turns: ours 
 (with its copies in the node's memory), `dcp.save`, torch's `dcp.async_save` in a thread, and
 `torch.save` of the gathered state on rank 0. Seconds lost are those from the call until the save
 is done and at least four updates were made, less what so many undisturbed updates take. Ours also
-hashes and flushes what it writes; `torch.save` does neither.
+hashes and flushes what it writes; `torch.save` does neither. `cpu_s` is the processor's time of the
+first rank for the save, threads included, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -153,11 +154,12 @@ def one_save(training: Training, ways: Ways, way: str, undisturbed: int) -> dict
     """Undisturbed updates, then a save by one way and the updates until it is done."""
     ways.clean()
     training.update()
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     for _ in range(undisturbed):
         training.update()
     update_s = (time.monotonic() - began) / undisturbed
-    began = time.monotonic()
+    update_cpu_s = (time.process_time() - cpu) / undisturbed
+    began, cpu = time.monotonic(), time.process_time()
     poll = getattr(ways, way)(training.state)
     stall_s = time.monotonic() - began
     done_s, updates = (0.0, 0) if poll() else (None, 0)
@@ -166,11 +168,14 @@ def one_save(training: Training, ways: Ways, way: str, undisturbed: int) -> dict
         updates += 1
         if done_s is None and poll():
             done_s = time.monotonic() - began - stall_s
-    lost_s = time.monotonic() - began - updates * update_s
     return {
-        "update_s": update_s, "stall_s": stall_s, "background_s": done_s, "lost_s": lost_s,
+        "update_s": update_s,
+        "stall_s": stall_s,
+        "background_s": done_s,
+        "lost_s": time.monotonic() - began - updates * update_s,
+        "cpu_s": time.process_time() - cpu - updates * update_cpu_s,
         "updates": updates,
-    }  # fmt: skip
+    }
 
 
 def measure(world: World, folder: Path, rounds: int, undisturbed: int) -> dict[str, Any]:
