@@ -89,13 +89,19 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         run.event("init", 0, table.policy, table=list(table.lines()))
         if world.is_first:
             publish_table(table, run.folder)
-    run.event("start", progress.samples, "resumed" if progress.samples else "first start")
+    run.event(
+        "start",
+        progress.samples,
+        "resumed" if progress.samples else "first start",
+        restored_from=run.checkpoints.restored_from._asdict(),
+    )
     run.meter.begin(progress.samples)
 
     stream = Stream(stage, objective.source, world, progress.samples)
     saved_at = progress.samples
     evaluated_at = progress.samples or -1  # a fresh stage is measured before its first update
     while True:
+        run.checkpoints.poll()  # of the save that goes on beside the updates
         # Report, save and stop before training, so a resumed run and a finished one use one door.
         finished = progress.samples >= stage.budget
         asked = world.most(_STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0)
