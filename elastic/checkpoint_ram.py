@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SHM = Path("/dev/shm")
 _PREFIX = "restage-"
+_SPARE = "spare"
 _LEFT_FREE = 0.25  # of the node's memory: copies are a convenience, and training is not
 
 
@@ -64,12 +65,16 @@ class RamCopies:
             yield copy
 
     def _open(self, position: int, name: str, num_bytes: int) -> "_Copy | None":
-        if not self._usable or not self._has_room(num_bytes):
+        if not self._usable:
             return None
-        folder = self._folder / str(position)
+        folder, spare = self._folder / str(position), self._folder / _SPARE / name
+        held = spare.stat().st_size if spare.exists() else 0
+        if not self._has_room(max(0, num_bytes - held)):
+            spare.unlink(missing_ok=True)
+            return None
         try:
             folder.mkdir(exist_ok=True)
-            return _Copy(folder / name)
+            return _Copy(folder / name, num_bytes, spare if held else None)
         except OSError as error:
             log.warning("no copy of %s in memory: %s", name, error)
             return None
@@ -88,10 +93,18 @@ class RamCopies:
             return None
 
     def keep_only(self, position: int) -> None:
-        """Forget the copies of every other position."""
+        """Forget the copies of every other position, and keep the memory of one for the next.
+
+        A save needs the memory of two in any case, since the older copies serve until it is done.
+        """
         for folder in self._folder.glob("*/"):
-            if folder.name != str(position):
-                shutil.rmtree(folder, ignore_errors=True)  # ranks of one node do this at once
+            if folder.name in (str(position), _SPARE):
+                continue
+            with suppress(OSError):  # ranks of one node do this at once
+                (self._folder / _SPARE).mkdir(exist_ok=True)
+                for copy in folder.glob("*.safetensors"):
+                    copy.replace(self._folder / _SPARE / copy.name)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
         """Forget everything: the stage is finished."""
@@ -100,23 +113,29 @@ class RamCopies:
 
 
 class _Copy:
-    """A file that gives up, without a word to its writer, where the memory is full."""
+    """A file that gives up, without a word to its writer, where the memory is full.
 
-    def __init__(self, path: Path) -> None:
+    It takes its name when it is whole. `spare` is an older copy whose memory is used again: pages
+    that are there need not be cleared by the kernel, which takes longer than to write them.
+    """
+
+    def __init__(self, path: Path, num_bytes: int, spare: Path | None) -> None:
         self._path = path
-        path.unlink(missing_ok=True)
-        self._file = path.open("xb", buffering=0)
-        self._given_up = False
+        self._aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        if spare is not None:
+            spare.rename(self._aside)
+        self._file = self._aside.open("wb" if spare is None else "r+b", buffering=0)
+        self._file.truncate(num_bytes)
+        self._is_whole = True
 
     def write(self, data: memoryview) -> int:
-        done = len(data) if self._given_up else 0
+        done = 0 if self._is_whole else len(data)
         try:
             while done < len(data):
                 done += self._file.write(data[done:])
         except OSError as error:
             log.warning("the copy %s in memory is given up: %s", self._path, error)
-            self._given_up = True
-            self._path.unlink(missing_ok=True)
+            self._is_whole = False
         return len(data)
 
     def __enter__(self) -> "_Copy":
@@ -124,8 +143,10 @@ class _Copy:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
-        if kind is not None:
-            self._path.unlink(missing_ok=True)
+        if kind is None and self._is_whole:
+            self._aside.replace(self._path)
+        else:
+            self._aside.unlink(missing_ok=True)
 
 
 def _sweep(root: Path, own: Path) -> None:

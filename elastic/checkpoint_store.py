@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from elastic.direct_file import DirectFile
 from elastic.errors import InputError, StageBlocked
 from elastic.files import fsync_dir, write_atomic
 
@@ -150,10 +151,8 @@ class LocalStorage:
     @contextmanager
     def create(self, draft: Draft, name: str) -> Iterator[Sink]:
         """A file aside, flushed to the disk at the end of the block."""
-        with (self._aside(draft) / name).open("xb") as file:
+        with DirectFile(self._aside(draft) / name) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
 
     def publish(self, draft: Draft, manifest: bytes) -> None:
         """Publish last: a reader that sees the folder must see every file in it."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -36,9 +37,8 @@ def _ram(stage: Path, shm: Path) -> RamCopies:
 
 
 def _copies(shm: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(shm)).partition("/")[2] for path in shm.rglob("*.safetensors")
-    )
+    """Position and name of each copy that a restore would look at."""
+    return sorted(f"{p.parent.name}/{p.name}" for p in shm.glob("*/[0-9]*/*"))
 
 
 def _saved(world: World, stage: Path, shm: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_copy_that_is_not_what_was_published_is_not_used(
     world: World, tmp_path: Path, shm: Path, harm: str
 ) -> None:
     _saved(world, tmp_path, shm)
-    (copy,) = shm.rglob("*.safetensors")
+    (copy,) = shm.glob("*/22/*")
     data = bytearray(copy.read_bytes())
     data[-5] ^= 1
     if harm == "gone":
@@ -111,6 +111,22 @@ def test_each_node_reads_what_it_holds_and_the_storage_for_the_rest(
     assert same[1]["ram"] > lost[1]["ram"] > 0
     assert lost[1]["storage"] > same[1]["storage"]
     assert sum(same[1].values()) == sum(lost[1].values()) == sum(swapped[1].values())
+
+
+def test_the_memory_of_an_older_copy_is_used_again_and_no_byte_of_it_is_left(
+    world: World, tmp_path: Path, shm: Path
+) -> None:
+    store = begin(world, tmp_path, ram=_ram(tmp_path, shm))
+    held = set()
+    for samples in (11, 22, 33, 44, 55):
+        store.checkpoints.save(small(world, samples), "due")
+        store.checkpoints.wait()
+        held |= {path.stat().st_ino for path in shm.rglob("*.safetensors")}
+        assert _copies(shm) == [f"{samples}/00000.safetensors"]
+    assert len(held) == 2
+    state, again = restored(world, tmp_path, ram=_ram(tmp_path, shm))
+    assert whole(state) == expected(55)
+    assert again.checkpoints.restored_from.storage == 0
 
 
 def test_a_finished_stage_leaves_nothing_in_memory(world: World, tmp_path: Path, shm: Path) -> None:
@@ -171,8 +187,8 @@ def test_memory_that_fills_up_during_a_save_costs_the_copy_alone(
 
     start = checkpoint_ram._Copy.__init__
 
-    def begins(copy: checkpoint_ram._Copy, path: Path) -> None:
-        start(copy, path)
+    def begins(copy: checkpoint_ram._Copy, *of: Any) -> None:
+        start(copy, *of)
         copy._file.close()
         copy._file = Full()  # type: ignore[assignment]  # a file on a full tmpfs
 
