@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ class LocalCluster:
         finally:
             services.resolve_ip_for_localhost = resolve
 
-    def add_node(self, cpus: int = 1) -> None:
-        """Start one more raylet, and wait until it takes work."""
+    def add_node(self, cpus: int = 1) -> Any:  # Any: Ray's own node record
+        """Start one more raylet, wait until it takes work, and return Ray's record of the node."""
         node = self._cluster.add_node(
             node_ip_address=_LOOPBACK,
             num_cpus=cpus,
@@ -109,6 +110,23 @@ class LocalCluster:
             wait=True,
         )
         self._nodes.append(node)
+        return node
+
+    def drain(self, node: Any, notice_s: float) -> None:
+        """Announce that a node will be gone in `notice_s` seconds, as a spot market does.
+
+        Only the notice is given: who has it ended at the deadline is the caller. RuntimeError if
+        Ray does not take it. From any thread.
+        """
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made by Cython
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = round((time.time() + notice_s) * 1000)
+        client = GcsClient(address=self.address)
+        taken, why = client.drain_node(node.node_id, reason, "announced loss", deadline_ms)
+        if not taken:
+            raise RuntimeError(f"Ray does not drain node {node.node_id}: {why}")
 
     def remove_node(self) -> None:
         """Kill the node that came last, without notice."""
@@ -122,7 +140,7 @@ class LocalCluster:
     def stop(self) -> None:
         """End every process of the cluster and remove its files."""
         self._cluster.shutdown()
-        for process in _processes_of(self.temp_dir):
+        for process in processes_of(self.temp_dir):
             process.kill()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
@@ -138,12 +156,12 @@ def _sweep() -> None:
             continue  # being made by somebody just now, or not ours to read
         if not Path(f"/proc/{owner}").exists():
             log.info("removing %s of a driver that is gone", folder)
-            for process in _processes_of(folder):
+            for process in processes_of(folder):
                 process.kill()
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _processes_of(temp_dir: Path) -> list[psutil.Process]:
+def processes_of(temp_dir: Path) -> list[psutil.Process]:
     """Processes that carry this cluster's mark in their environment, this one aside."""
     found = []
     for process in psutil.process_iter():
