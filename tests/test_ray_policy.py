@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.train import RunConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution import callback
 from ray.train.v2._internal.execution.controller import controller as ray_controller
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, WorkerGroupState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
 from elastic import ray_policy
 from elastic.errors import StageBlocked
@@ -185,6 +187,13 @@ def test_announced_losses_spend_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     policy, _ = policy_with(monkeypatch, [event("drain", age_s=3600)])
     assert not all(decisions(policy, failure(RuntimeError("gone")), 30))
     assert not is_announced([event("crash")], time.time())
+
+
+def test_workers_that_cannot_be_placed_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, told = policy_with(monkeypatch, [])
+    late = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
+    assert all(decisions(policy, late, 30))
+    assert set(told.kinds) == {"waiting"}
 
 
 def test_what_would_only_repeat_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
