@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence
+from elastic.checkpoint_ram import RamCopies
+from elastic.checkpoint_store import DEFAULT_KEEP, Keep, settle
 from elastic.data.assign import load_members
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
@@ -40,6 +42,7 @@ MEMBERS = "clips.parquet"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
 # A rank that is lost is noticed by its supervisor; this is for what nobody can see.
 _COLLECTIVE = timedelta(seconds=600)
+_LAST_SAVE_S = 30.0  # what a save in flight may take once its rank has failed
 
 
 class Latents(NamedTuple):
@@ -59,6 +62,8 @@ class WorkerJob:
     latents: Latents | None = None  # of a diffusion stage
     parent: Path | None = None  # folder of the stage that the init policy starts from
     parent_latents: Latents | None = None  # of that stage, where latents are paired
+    keep: Keep = DEFAULT_KEEP
+    checkpoints: str | None = None  # where the checkpoints of all plans lie, if not in the runs
 
 
 class Phases:
@@ -133,7 +138,15 @@ def run(order: Order, link: Link, listening: int | None) -> str:
     settings = Run(
         folder=job.folder,
         world=world,
-        checkpoints=Checkpoints(job.folder, world, fence, event),
+        checkpoints=Checkpoints(
+            job.folder,
+            world,
+            fence,
+            event,
+            job.keep,
+            settle(job.folder, job.checkpoints),
+            RamCopies(job.folder, owner=order.node),
+        ),
         meter=Meter(job.stage, world, fence.attempt, lambda line: link.send(Measured({**line}))),
         stop_wanted=link.stop_wanted,
         save_wanted=link.save_wanted,
@@ -144,7 +157,11 @@ def run(order: Order, link: Link, listening: int | None) -> str:
     )
     with phases("data"):
         objective = make_objective(job, world.device)
-    outcome = train_stage(job.stage, objective, settings)
+    try:
+        outcome = train_stage(job.stage, objective, settings)
+    except BaseException:
+        settings.checkpoints.abandon(_LAST_SAVE_S)
+        raise
     world.barrier()  # rank 0 keeps the store that the others still need
     return outcome.value
 

@@ -1,191 +1,319 @@
 """Checkpoints that are whole or not there, in safetensors, for any world size.
 
-A checkpoint is written into a folder aside, every file is flushed and listed with its SHA-256 in
-manifest.json, and one rename makes the folder visible. The tensors are written and read by
-torch.distributed.checkpoint through its safetensors storage, so nothing that is read is a pickle.
+Every rank writes its part of the state beside the training; when all parts are there, flushed and
+hashed, the first rank publishes them with a manifest. Nothing that is read is a pickle.
 """
 
-import fcntl
-import hashlib
-import json
+import errno
 import logging
-import os
-import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from elastic.checkpoint_fence import Fence, StaleAttempt
+from elastic.checkpoint_flight import Flight
+from elastic.checkpoint_manifest import (
+    Damaged,
+    FileEntry,
+    encode,
+    fault,
+    misfits,
+    problems,
+    read_manifest,
+)
+from elastic.checkpoint_ram import RamCopies
+from elastic.checkpoint_read import Origin, Source, causes, restore
+from elastic.checkpoint_store import (
+    DAMAGED,
+    DEFAULT_KEEP,
+    Draft,
+    Keep,
+    LocalStorage,
+    Storage,
+    storage_of,
+)
+from elastic.checkpoint_write import CheckpointWriter, Place, Snapshot
+from elastic.ema import local
 from elastic.errors import StageBlocked
-from elastic.files import fsync_dir, write_atomic
 from elastic.state import Progress, TrainState
 from elastic.world import World
 
+__all__ = ["Checkpoints", "Fence", "NothingToRestore", "StaleAttempt", "load_subset", "published"]
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothing deletes it
-KEEP_LAST = 2
+LAST = ("stop", "finished")  # reasons of a save after which the ranks end: it is waited for
+_RETRY_S = 60.0
+_LONGEST_PAUSE_S = 10.0
+# A rank waits so long for the slowest one's file; it is no limit for a save that makes progress.
+_WRITE_TIMEOUT = timedelta(hours=2)
 Event = Callable[..., None]
-
-
-class StaleAttempt(StageBlocked):
-    """A newer attempt at this stage has begun; this one may publish nothing more."""
+T = TypeVar("T")
 
 
 class NothingToRestore(StageBlocked):
     """There are checkpoints, and none of them can be used; starting over would hide the loss."""
 
 
-@dataclass(frozen=True)
-class Fence:
-    """The number of this attempt; a newer attempt raises it and so shuts the older one out."""
-
-    path: Path
-    attempt: int
-
-    @classmethod
-    def take(cls, folder: Path) -> "Fence":
-        """Begin a new attempt at the stage that lives in `folder`."""
-        path = folder / "attempt.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            last = int(json.loads(path.read_text())["attempt"]) if path.exists() else 0
-            write_atomic(path, json.dumps({"attempt": last + 1}).encode())
-        return cls(path, last + 1)
-
-    def check(self) -> None:
-        """Raise StaleAttempt if a newer attempt has begun."""
-        newest = int(json.loads(self.path.read_text())["attempt"])
-        if newest != self.attempt:
-            raise StaleAttempt(
-                f"attempt {self.attempt} at {self.path.parent.name} may not publish: "
-                f"attempt {newest} has begun; leave the stage to that one"
-            )
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Publish inside this block: it is entered by the newest attempt alone, and none begins."""
-        with _alone(self.path):
-            self.check()
-            yield
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel lets go when it dies."""
-    with path.with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 class Checkpoints:
-    """The checkpoints of one stage: `<stage folder>/checkpoints/<position>/`."""
+    """The checkpoints of one stage. Every rank makes one, at the same time.
+
+    They lie in `<stage folder>/checkpoints/<position>/` unless a storage is given. `ram` keeps
+    copies of the newest on the ranks' own nodes. A last save is tried again for `retry_s` seconds.
+    """
 
     def __init__(
-        self, folder: Path, world: World, fence: Fence, event: Event, keep_last: int = KEEP_LAST
+        self,
+        folder: Path,
+        world: World,
+        fence: Fence,
+        event: Event,
+        keep: Keep = DEFAULT_KEEP,
+        storage: Storage | None = None,
+        ram: RamCopies | None = None,
+        retry_s: float = _RETRY_S,
     ) -> None:
-        self._folder = folder / "checkpoints"
+        self._stage = folder.name
+        self._storage = storage or LocalStorage(folder / "checkpoints")
         self._world = world
         self._fence = fence
         self._event = event
-        self._keep_last = keep_last
+        self._keep = keep
+        self._ram = ram
+        self._retry_s = retry_s
+        self._snapshot = Snapshot()
+        self._flight: Flight | None = None
+        # Its messages must not come between those of the training, so it has a group of its own.
+        self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         self.saved_at = -1  # position of the newest checkpoint that this attempt wrote or restored
+        self.restored_from = Origin()  # where the bytes came from that this attempt began with
 
     def save(self, state: TrainState, reason: str) -> None:
-        """Write and publish a checkpoint at the state's position; every rank calls it."""
-        progress = state.progress
-        if progress.samples == self.saved_at:
-            return
-        began = time.monotonic()
-        aside = self._folder / f"{progress.samples}.{self._fence.attempt}.partial"
-        if self._world.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self._world.barrier()
-        _write_tensors(state.tensors(), aside)
-        self._world.barrier()  # every rank's file is there before it is listed
-        files = self._list(aside)
-        if self._world.is_first:
-            self._publish(aside, progress, files)
-        self._world.barrier()  # nobody goes on, or ends, before it is visible
-        self.saved_at = progress.samples
-        seconds = round(time.monotonic() - began, 3)
-        self._event("publish", progress.samples, reason, seconds=seconds)
+        """Save the state as it is now; every rank calls it.
 
-    def _list(self, folder: Path) -> dict[str, Any]:
-        """Flush and hash every file of the folder, each rank its share of them."""
-        paths = sorted(folder.iterdir())[self._world.rank :: self._world.size]
-        shares = self._world.gather({path.name: _entry(path) for path in paths})
-        return {name: entry for share in shares for name, entry in share.items()}
+        Returns when the values are copied and goes on beside the training, where `poll` sees its
+        end; a last save (`stop`, `finished`) returns when it is published, else StageBlocked. One
+        save is in flight at a time: an earlier one is waited for.
+        """
+        began, position = time.monotonic(), state.progress.samples
+        if self._flight is not None:
+            self._land(reason if self._flight.position == position else None)
+        if position != self.saved_at and reason in LAST:
+            self._save_last(state, reason, began)
+        elif position != self.saved_at:
+            tensors, progress = state.tensors(), state.progress.as_json()
+            parts = self._snapshot.take(tensors)
+            stall_s = time.monotonic() - began
+
+            def work() -> None:
+                self._write(tensors, parts, progress)
+
+            self._flight = Flight(position, reason, stall_s, work)
+        if reason == "finished" and self._ram is not None:
+            self._ram.remove()
+
+    def poll(self) -> None:
+        """Tell of a save in flight that has ended on every rank; called once an update by all."""
+        if self._flight is not None and not self._world.most(int(not self._flight.is_over())):
+            self._land(None)
+
+    def wait(self) -> None:
+        """Return when no save is in flight; every rank calls it."""
+        if self._flight is not None:
+            self._land(None)
+
+    def abandon(self, grace_s: float) -> None:
+        """For a rank that ends by an error: let a save in flight end, but wait no longer than this.
+
+        The threads of the ranks that are still there finish it without their training.
+        """
+        if self._flight is not None:
+            self._flight.join(grace_s)
+
+    def _land(self, instead: str | None) -> None:
+        """Wait for the save in flight and tell how it ended.
+
+        With a reason `instead` of its own, training stands still for it and nothing is beside it.
+        """
+        flight, self._flight = self._flight, None
+        assert flight is not None, "no save is in flight"
+        try:
+            flight.wait()
+        except OSError as error:
+            self._failed(flight.position, error)
+            return
+        beside = time.monotonic() - flight.began
+        stall, background = flight.stall_s + beside * bool(instead), beside * (not instead)
+        self._published(flight.position, instead or flight.reason, stall, background)
+
+    def _save_last(self, state: TrainState, reason: str, began: float) -> None:
+        tensors, progress = state.tensors(), state.progress
+        parts = {name: local(tensor) for name, tensor in tensors.items()}
+        pause = 0.5
+        while True:
+            try:
+                self._write(tensors, parts, progress.as_json())
+            except OSError as error:
+                self._failed(progress.samples, error)
+                if self._world.from_first(time.monotonic() - began + pause > self._retry_s):
+                    raise StageBlocked(self._blocked(progress.samples, error)) from None
+                time.sleep(pause)  # nothing says when a full disk or a silent storage is back
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            else:
+                self._published(progress.samples, reason, time.monotonic() - began, 0.0)
+                return
+
+    def _blocked(self, position: int, error: OSError) -> str:
+        newest = f"the one at {self.saved_at} is whole" if self.saved_at >= 0 else "there is none"
+        return (
+            f"stage {self._stage!r}: the checkpoint at {position} could not be written to "
+            f"{self._storage.where} for {self._retry_s:.0f} s ({error}); of those before it, "
+            f"{newest}; put that right and give the same command again"
+        )
+
+    def _failed(self, position: int, error: OSError) -> None:
+        # A newer attempt removes the drafts of older ones, which then fail to write. Where even the
+        # fence cannot be read, the save has failed and that is all that is known.
+        with suppress(OSError):
+            _on_first(self._world, self._fence.check)
+        log.warning("checkpoint %d could not be written: %s", position, error)
+        self._event("save_failed", position, str(error))
+
+    def _published(self, position: int, reason: str, stall: float, background: float) -> None:
+        self.saved_at = position
+        if self._ram is not None:
+            self._ram.keep_only(position)
+        seconds, background = round(stall, 3), round(background, 3)
+        self._event("publish", position, reason, seconds=seconds, background=background)
+
+    def _write(
+        self, tensors: dict[str, Tensor], parts: Mapping[str, Tensor], progress: dict[str, object]
+    ) -> None:
+        """Write and publish; on every rank, and all of them raise or none.
+
+        OSError where the storage refused; StaleAttempt.
+        """
+        draft = Draft(cast(int, progress["samples"]), self._fence.attempt)
+        num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        writer = CheckpointWriter(
+            Place(self._storage, draft, self._ram),
+            parts,
+            begin=lambda: self._begin(draft, num_bytes),
+            publish=lambda files: self._publish(draft, progress, files),
+        )
+        try:
+            dcp.save(
+                cast(dict[str, Any], tensors), storage_writer=writer, process_group=self._group
+            )
+        except CheckpointException as failure:
+            if self._world.is_first:
+                self._discard(draft)
+            errors = causes(failure, OSError, StaleAttempt)
+            raise next((e for e in errors if isinstance(e, StaleAttempt)), errors[0]) from None
+
+    def _begin(self, draft: Draft, num_bytes: int) -> None:
+        self._fence.check()
+        free = self._storage.free_bytes()
+        if free is not None and free < num_bytes * 1.01 + 2**20:  # names, offsets, the manifest
+            raise OSError(
+                errno.ENOSPC,
+                f"checkpoint {draft.position} needs {num_bytes / 1e9:,.3f} GB, {free / 1e9:,.3f} "
+                f"GB are free in {self._storage.where}; make room, or keep fewer (--keep-last)",
+            )
+        self._storage.prepare(draft)
+
+    def _publish(
+        self, draft: Draft, progress: dict[str, object], files: dict[str, FileEntry]
+    ) -> None:
+        manifest = encode(progress, files)
+        with self._fence.held():
+            self._storage.publish(draft, manifest)
+            try:
+                self._delete_old()
+            except OSError as error:  # published all the same
+                log.warning("old checkpoints could not be deleted: %s", error)
+
+    def _discard(self, draft: Draft) -> None:
+        try:
+            self._storage.discard(draft)
+        except OSError as error:  # swept by the next save that succeeds
+            log.warning("a draft could not be removed: %s", error)
+
+    def _delete_old(self) -> None:
+        """Delete what was never published, and the whole checkpoints that are not to be kept."""
+        whole = [
+            position
+            for position in self._storage.positions()
+            if DAMAGED not in self._storage.sizes(position)
+            and not problems(self._storage, position, thorough=False)
+        ]
+        for position in set(whole) - self._keep.chosen(whole):
+            self._storage.delete(position)
+        self._storage.sweep(self._fence.attempt)
 
     def require_current(self) -> None:
         """Raise StaleAttempt on every rank if a newer attempt at the stage has begun."""
         self._fence.check()
-
-    def _publish(self, aside: Path, progress: Progress, files: dict[str, Any]) -> None:
-        manifest = {"schema": SCHEMA, "progress": progress.as_json(), "files": files}
-        manifest["sha256"] = _digest_of(manifest)
-        write_atomic(aside / MANIFEST, json.dumps(manifest, indent=1).encode())
-        final = self._folder / str(progress.samples)
-        with self._fence.held():
-            if final.exists():  # damaged, or left by an attempt that could not restore it: keep it
-                final.rename(final.with_name(f"{final.name}.{time.time_ns()}.replaced"))
-            os.rename(aside, final)
-            fsync_dir(self._folder)
-            self._delete_old()
-
-    def _delete_old(self) -> None:
-        """Delete what was never published, and all but the newest of the whole checkpoints."""
-        folders = [self._folder / str(position) for position in published(self._folder)]
-        whole = [f for f in folders if not (f / DAMAGED).exists() and not problems(f, False)]
-        for folder in whole[self._keep_last :]:
-            # By a rename first: a kill in the middle must not leave a damaged checkpoint.
-            folder.rename(folder.with_name(f"{folder.name}.{time.time_ns()}.partial"))
-        for leftover in self._folder.glob("*.partial"):
-            shutil.rmtree(leftover)
 
     def restore_latest(self, state: TrainState) -> bool:
         """Load the newest valid checkpoint into the state; False if none was ever published.
 
         NothingToRestore if there are some and all of them are damaged.
         """
-        mine = (self._newest_valid(), published(self._folder)) if self._world.is_first else None
-        position, there = self._world.from_first(mine)
-        if position is None and there:
+        there = _on_first(self._world, self._storage.positions)
+        for position in there:
+            try:
+                progress = self._restore(position, state.tensors())
+            except (Damaged, OSError) as error:
+                self._skip(position, fault(error))
+                continue
+            state.restored(progress)
+            self.saved_at = position
+            return True
+        if there:
             raise NothingToRestore(
-                f"none of the checkpoints {', '.join(map(str, there))} in {self._folder} can be "
-                f"restored (each has a {DAMAGED} that says why); put one back from a copy, or move "
-                "that folder away to train the stage from its beginning"
+                f"none of the checkpoints {', '.join(map(str, there))} in {self._storage.where} "
+                f"can be restored (each has a {DAMAGED} that says why); put one back from a copy, "
+                "or move that folder away to train the stage from its beginning"
             )
-        if position is None:
-            return False
-        folder = self._folder / str(position)
-        manifest = json.loads((folder / MANIFEST).read_text())
-        _read_tensors(state.tensors(), folder)
-        state.restored(Progress(**manifest["progress"]))
-        self.saved_at = state.progress.samples
-        return True
+        return False
 
-    def _newest_valid(self) -> int | None:
-        for position in published(self._folder):
-            folder = self._folder / str(position)
-            faults = problems(folder, thorough=True)
-            if not faults:
-                return position
-            message = f"checkpoint {position} is damaged and skipped: {'; '.join(faults)}"
-            log.warning(message)
-            write_atomic(folder / DAMAGED, f"{message}\n".encode())
-            self._event("damaged_checkpoint", position, message)
-        return None
+    def _restore(self, position: int, tensors: dict[str, Tensor]) -> Progress:
+        """Load one checkpoint; storage that does not answer is asked again for a while."""
+        began, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                return self._restore_once(position, tensors)
+            except OSError as error:
+                if self._world.from_first(time.monotonic() - began + pause > self._retry_s):
+                    raise
+                log.warning("checkpoint %d: %s; asking again", position, error)
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _restore_once(self, position: int, tensors: dict[str, Tensor]) -> Progress:
+        progress, files = _on_first(self._world, lambda: _whole(self._storage, position))
+        source = Source(self._storage, position, files, self._ram)
+        self.restored_from = restore(source, tensors, self._world)
+        return Progress(**progress)
+
+    def _skip(self, position: int, faults: str) -> None:
+        if not self._world.is_first:
+            return
+        message = f"checkpoint {position} is damaged and skipped: {faults}"
+        log.warning(message)
+        try:
+            self._storage.note(position, DAMAGED, f"{message}\n")
+        except OSError as error:
+            log.warning("that could not be noted beside it: %s", error)
+        self._event("damaged_checkpoint", position, message)
 
 
 def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: World) -> None:
@@ -193,79 +321,41 @@ def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: W
 
     `stage` is that stage's folder; every rank calls it.
     """
-    folder = stage / "checkpoints" / str(position)
-    faults = problems(folder, thorough=True) if world.is_first else None
-    faults = world.from_first(faults)
-    if faults:
+    storage = storage_of(stage)
+    try:
+        _, files = _on_first(world, lambda: _whole(storage, position))
+        restore(Source(storage, position, files, None), tensors, world)
+    except (Damaged, OSError) as error:
         raise NothingToRestore(
-            f"checkpoint {position} of {stage.name!r} cannot be used: {'; '.join(faults)}; put it "
+            f"checkpoint {position} of {stage.name!r} cannot be used: {fault(error)}; put it "
             f"back, or start from {str(stage / 'weights.safetensors')!r} with FromFile(...)"
-        )
-    _read_tensors(tensors, folder)
+        ) from None
 
 
 def published(folder: Path) -> list[int]:
-    """Positions of the checkpoints, whole or damaged, newest first."""
-    names = [path.name for path in folder.glob("*/")]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    """Positions of the checkpoints in a local folder, whole or damaged, newest first."""
+    return LocalStorage(folder).positions()
 
 
-def problems(folder: Path, thorough: bool) -> list[str]:
-    """What is wrong with a checkpoint; empty if its files are what the manifest says."""
-    try:
-        return _problems(folder, thorough)
-    except OSError as error:
-        return [f"cannot be read: {error}"]
+def _whole(storage: Storage, position: int) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+    """Progress and files of a checkpoint; Damaged if one can see that it is not whole."""
+    manifest = read_manifest(storage, position)
+    faults = misfits(storage, position, manifest)
+    if faults:
+        raise Damaged("; ".join(faults))
+    return manifest
 
 
-def _problems(folder: Path, thorough: bool) -> list[str]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        listed = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read: {error!r}"]
-    if listed != _digest_of(manifest):
-        return [f"{MANIFEST} does not have the SHA-256 that it carries"]
-    if manifest["schema"] != SCHEMA:
-        return [f"schema {manifest['schema']}, this version reads {SCHEMA}"]
-    position, files = manifest["progress"]["samples"], manifest["files"]
-    faults = [] if str(position) == folder.name else [f"manifest is of position {position}"]
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif thorough and _sha256(path) != entry["sha256"]:
-            faults.append(f"{name} does not have the listed SHA-256")
-    return faults
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's own content; Any: JSON."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # DCP's notes about its own defaults
-        dcp.save(cast(dict[str, Any], tensors), storage_writer=writer)
-
-
-def _read_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    reader = HuggingFaceStorageReader(str(folder))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.load(cast(dict[str, Any], tensors), storage_reader=reader)
+def _on_first(world: World, function: Callable[[], T]) -> T:
+    """What the first rank's call returns, or raises, on every rank."""
+    result: T | None = None
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            result = function()
+        except Exception as raised:  # told to the ranks that wait, and raised on all of them
+            error = raised
+    result, error = world.from_first((result, error))
+    if error is not None:
+        raise error
+    return cast(T, result)

@@ -2,13 +2,14 @@
 
 import argparse
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from elastic.checkpoint_store import check_place
 from elastic.errors import InputError, StageBlocked
+from elastic.flags import at_least_one, checkpoint_flags, cluster_flags, finite, gib
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
@@ -27,15 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     flags = parser.parse_args(arguments)
     try:
-        settings = read_settings(
-            storage=flags.storage,
-            ray_address=getattr(flags, "ray_address", None),
-            cpus=getattr(flags, "cpus", None),
-            aim=False if getattr(flags, "no_aim", False) else None,
-            min_stay=getattr(flags, "min_stay", None),
-            hang_after=getattr(flags, "hang_after", None),
-            log_level=flags.log_level,
-        )
+        # Each flag of a setting has its name; a verb has those that mean something to it.
+        settings = read_settings(**{n: getattr(flags, n, None) for n in Settings.model_fields})
         logging.basicConfig(
             level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
         )
@@ -84,18 +78,20 @@ def make_parser() -> argparse.ArgumentParser:
             "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
         )
         if name != "plan":
-            _cluster_flags(one)
+            cluster_flags(one)
+            if name == "train":
+                checkpoint_flags(one)
             continue
-        one.add_argument("--gpus", type=_at_least_one, help="for so many GPUs (default: fewest)")
+        one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
         one.add_argument(
             "--failure-rate",
-            type=_finite,
+            type=finite,
             metavar="R",
             help="faults a GPU-day, for the expected goodput (Llama 3: 0.00047, Meta RSC: 0.003)",
         )
         one.add_argument(
             "--gpu-memory",
-            type=_gib,
+            type=gib,
             metavar="GIB",
             help="refuse what a GPU of this size cannot hold (default: the one here)",
         )
@@ -106,8 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--caption", action="append", required=True, help="may be given many times")
     one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
-    one.add_argument("--steps", type=_at_least_one, default=25, help="Euler steps (default 25)")
-    one.add_argument("--guidance", type=_finite, default=3.0, help="default 3.0; 1 is none")
+    one.add_argument("--steps", type=at_least_one, default=25, help="Euler steps (default 25)")
+    one.add_argument("--guidance", type=finite, default=3.0, help="default 3.0; 1 is none")
     one.add_argument("--seed", type=int, default=0)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
     one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
@@ -148,40 +144,6 @@ def _verb(
     one.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     one.set_defaults(verb=verb)
     return one
-
-
-def _cluster_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ray-address", help="Ray cluster (default: one of this machine alone)")
-    parser.add_argument("--cpus", type=_at_least_one, help="CPUs of that one (default: all)")
-    parser.add_argument("--no-aim", action="store_true", help="do not fill the Aim repository")
-    parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
-    parser.add_argument("--hang-after", help="seconds of silence that are a hang (default: 60)")
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
-    return int(text)
-
-
-def _gib(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be GiB, a number greater than 0")
-    return size
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number, 0 or more")
-    return value
 
 
 def read_plan_file(flags: argparse.Namespace) -> Plan:
@@ -240,6 +202,7 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Do whatever is missing."""
+    check_place(settings.checkpoints)
     plan = read_plan_file(flags)
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan

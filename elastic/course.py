@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 
 from elastic.attempt import MEMBERS, Latents, WorkerJob
+from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
 from elastic.data.encode import FIELDS, EncodeJob, Scale, plan_job
 from elastic.data.probe import probe_all
@@ -58,6 +59,8 @@ class Course:
     tracker: TrackerHandle
     use_gpu: bool  # whether it computes on GPUs
     limits: Limits
+    keep: Keep = DEFAULT_KEEP
+    checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
 
     @property
     def gpus(self) -> float:
@@ -105,6 +108,7 @@ def train_one(course: Course, stage: Stage) -> None:
         with_absolute_weights(stage), folder, latents,
         parent=course.folder.stage(parent.name) if parent else None,
         parent_latents=pinned_latents(course.folder, stage.init),
+        keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
     fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from elastic.data.order import updates_before
+from elastic.exact import InOrder
 from elastic.world import World
 from models.discriminator import critic_loss_B, deception_loss_B
 from models.fresh import fresh_parameters, named_generator
@@ -26,6 +27,7 @@ class Critic:
         self._settings = settings
         self._module = settings.build().to(device)
         self._parameters = dict(self._module.named_parameters())
+        self._sum = InOrder() if stage.exact else None  # else ranks add up once an update
 
         def generator(name: str) -> torch.Generator:
             return named_generator("critic", stage.seed, stage.name, name)
@@ -63,19 +65,31 @@ class Critic:
         return critic_loss_B(self._module(real_BCTHW), self._module(decoded_BCTHW.detach()))
 
     @torch.no_grad()
+    def end_round(self, position: int, world: World) -> None:
+        """Called by every rank after each backward pass of an update."""
+        if self._sum is not None and self.judges_at(position):
+            self._sum.add_flat(self._take_gradient(), world)
+
+    def _take_gradient(self) -> Tensor:
+        parts = [parameter.grad for parameter in self._parameters.values()]
+        self._optimizer.zero_grad(set_to_none=True)
+        return torch.cat([part.flatten() for part in parts if part is not None])
+
+    @torch.no_grad()
     def clip_gradients(self, position: int, world: World) -> dict[str, Tensor]:
-        """Average the gradients over the ranks, as FSDP does, and clip them; their norm by name.
+        """Bring the gradients of all ranks together and clip them; their norm by name.
 
         Every rank calls it. Before the discriminator has begun there is nothing to clip.
         """
         if not self.judges_at(position):
             return {}
-        parts = [parameter.grad for parameter in self._parameters.values()]
-        flat = torch.cat([part.flatten() for part in parts if part is not None])
-        world.sum(flat).div_(world.size)
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        if self._sum is not None:
+            flat = self._sum.take_whole(sum(sizes), world)
+        else:
+            flat = world.sum(self._take_gradient()).div_(world.size)  # as FSDP does
         norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
         flat.mul_((self._stage.optimizer.max_norm / (norm + 1e-6)).clamp(max=1.0).float())
-        sizes = [parameter.numel() for parameter in self._parameters.values()]
         for parameter, part in zip(self._parameters.values(), flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
         return {"critic_grad_norm": norm}

@@ -25,6 +25,7 @@ from stages.stage import DiffusionStage
 from stages.videos import Videos
 
 KILL_IN, GROW_IN = "hunyuan-dit", "dc-ae-dit"
+MIN_STAY_S = 3.0
 _AT = 0.3  # share of the stage after which it happens
 _CHOICES = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
 _KILL, _JOIN = "SIGKILL of one worker", "a node joins"
@@ -70,6 +71,8 @@ def run_demo(settings: Settings) -> int:
     videos = Videos(str(demo_set.table))
     plan = demo_course(videos)
     folder = RunFolder.of(settings.storage_path, plan)
+    if "min_stay" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"min_stay": MIN_STAY_S})  # its stages are short
     # Two nodes of one CPU, whatever the machine has: the story is the same everywhere.
     cluster = start_cluster(settings, cpus=1)
     try:

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from cluster.local import LocalCluster, prepare_environment
+from elastic.checkpoint_store import Keep
 from elastic.course import Course
 from elastic.errors import InputError
 from elastic.folders import RunFolder
@@ -144,8 +145,15 @@ def _supervise(
     name = f"tracker-{uuid.uuid4().hex[:12]}"
     tracker = TrackerHandle.launch(name, folder.root, plan.name, budgets, settings.aim)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    limits = Limits(settings.min_stay, settings.hang_after)
-    course = Course(plan, folder, tracker, use_gpu, limits)
+    course = Course(
+        plan,
+        folder,
+        tracker,
+        use_gpu,
+        Limits(settings.min_stay, settings.hang_after),
+        Keep(settings.keep_last, settings.keep_every),
+        settings.checkpoints,
+    )
     hosts = Hosts()
     tracker.event("run_start", reason=f"process {os.getpid()}")
     failure: list[BaseException] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from elastic.checkpoint import KEEP_LAST
+from elastic.checkpoint_store import KEEP_LAST
 from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
 from elastic.fit import memory_lines, shown, workers_on

@@ -60,6 +60,9 @@ def start_host(address: Path) -> "subprocess.Popen[bytes]":
     """
     # numpy's own threads would make forking unsafe, and training processes do not use them.
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # Ray changes the folder of its workers, and only its own processes find a job's code then.
+    home = str(Path(__file__).parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "elastic.fork_host", str(address)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
 

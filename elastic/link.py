@@ -27,6 +27,7 @@ class Order:
     port: int
     job: bytes  # a pickled WorkerJob: only the training process can afford to load it
     supervisor: int  # pid
+    node: int  # pid of what lives as long as this node takes part: its raylet
     use_gpu: bool = False
     num_threads: int = 1
     env: dict[str, str] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from elastic.checkpoint import Checkpoints
 from elastic.data.load import Stream
 from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
+from elastic.exact import OrderedGradients, reproducible, square_sum
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Objective
@@ -63,12 +64,19 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     Safe to call again from the top after any failure: everything that survives is in the
     checkpoint.
     """
+    with reproducible(stage.exact, run.world.device):
+        return _train(stage, objective, run)
+
+
+def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     world = run.world
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
     with run.phase("build"):
         model = shard(objective.build(), world, precision)
     assert isinstance(model, FSDPModule), f"not sharded: {type(model)}"
-    optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
+    fused = not (stage.exact and world.device.type == "cpu")
+    optimizer = build_optimizer(stage.optimizer, model, held_by(stage), fused)
+    ordered = OrderedGradients(model, world) if stage.exact else None
     ema = EmaWeights(model, stage.ema, samples_carried(stage))
     progress = Progress(stage=stage.name)
     critic = objective.critic  # of an adversarial stage
@@ -81,13 +89,19 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         run.event("init", 0, table.policy, table=list(table.lines()))
         if world.is_first:
             publish_table(table, run.folder)
-    run.event("start", progress.samples, "resumed" if progress.samples else "first start")
+    run.event(
+        "start",
+        progress.samples,
+        "resumed" if progress.samples else "first start",
+        restored_from=run.checkpoints.restored_from._asdict(),
+    )
     run.meter.begin(progress.samples)
 
     stream = Stream(stage, objective.source, world, progress.samples)
     saved_at = progress.samples
     evaluated_at = progress.samples or -1  # a fresh stage is measured before its first update
     while True:
+        run.checkpoints.poll()  # of the save that goes on beside the updates
         # Report, save and stop before training, so a resumed run and a finished one use one door.
         finished = progress.samples >= stage.budget
         asked = world.most(_STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0)
@@ -115,16 +129,24 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
         for micro in step.micros:
-            model.set_requires_gradient_sync(micro.is_last)
+            if ordered is None:
+                model.set_requires_gradient_sync(micro.is_last)
+            else:
+                ordered.begin_round(micro.is_last)
             losses = objective.losses(model, micro)
             weight_B = micro.samples.weight_B.to(world.device)
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
-            ((losses.both_B * weight_B).sum() * (world.size / micro.batch)).backward()
+            share = (1 if stage.exact else world.size) / micro.batch
+            ((losses.both_B * weight_B).sum() * share).backward()
+            if critic is not None:
+                critic.end_round(micro.position, world)
             run.meter.add_losses(micro, losses, weight_B)  # stays on the device
             run.beat("train", progress.samples)
+        if ordered is not None:
+            ordered.finish()
 
         held = None if held_rate else held_by(stage)
-        norm = clip_gradients(model, stage.optimizer.max_norm, world, without=held)
+        norm = clip_gradients(model, stage.optimizer.max_norm, world, held, stage.exact)
         norms = {"grad_norm": norm}
         if critic is not None:
             norms |= critic.clip_gradients(progress.samples, world)
@@ -173,24 +195,30 @@ def held_by(stage: Stage) -> Callable[[str], bool]:
 
 
 def build_optimizer(
-    settings: AdamW, model: nn.Module, waits: Callable[[str], bool] = lambda name: False
+    settings: AdamW,
+    model: nn.Module,
+    waits: Callable[[str], bool] = lambda name: False,
+    fused: bool = True,
 ) -> torch.optim.AdamW:
     """AdamW in one fused call: the plain loop over sharded tensors costs more than a small step.
 
+    On a CPU the fused call rounds the last few values of a tensor, which fill no vector, unlike
+    the others: which values those are follows from the shards, so an exact stage does without it.
     Two groups, `held` or not, so that an init policy can hold what it kept.
     """
     named = list(model.named_parameters())
     parts = {held: [p for name, p in named if waits(name) is held] for held in (False, True)}
     groups = [{"params": part, "held": held} for held, part in parts.items() if part]
     if isinstance(settings, Muon):
-        return MuonAdamW(settings, groups)
+        return MuonAdamW(settings, groups, fused)
     return torch.optim.AdamW(
         groups,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=fused,
+        foreach=not fused,
     )
 
 
@@ -200,20 +228,26 @@ def clip_gradients(
     max_norm: float,
     world: World,
     without: Callable[[str], bool] | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Scale the gradients so that their norm over all ranks is at most `max_norm`; the old norm.
 
-    Gradients of parameters `without` an update are scaled too, and not counted.
+    Gradients of parameters `without` an update are scaled too, and not counted. An `exact` norm
+    has the same bits on any world.
     """
     named = [(n, local(p.grad)) for n, p in model.named_parameters() if p.grad is not None]
     # In a world larger than a parameter has rows, some ranks hold none of it, or nothing at all.
     gradients = [gradient for _, gradient in named if gradient.numel()]
     counted = [g for name, g in named if g.numel() and not (without and without(name))]
-    squares = torch.zeros((), dtype=torch.float64, device=world.device)
-    if counted:
-        norms = torch._foreach_norm(counted, dtype=torch.float64)
-        squares = torch.stack(norms).square().sum()
-    norm = world.sum(squares).sqrt()
+    norm = (square_sum(counted, world) if exact else _square_sum(counted, world)).sqrt()
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).float())
     return norm
+
+
+def _square_sum(gradients: list[Tensor], world: World) -> Tensor:
+    squares = torch.zeros((), dtype=torch.float64, device=world.device)
+    if gradients:
+        norms = torch._foreach_norm(gradients, dtype=torch.float64)
+        squares = torch.stack(norms).square().sum()
+    return world.sum(squares)

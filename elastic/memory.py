@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from elastic.exact import BYTES_A_SQUARE, MOST_AT_ONCE
 from elastic.muon import is_matrix
 from models.blocks import Block
 from models.codec import CodecModule
@@ -44,6 +45,7 @@ class Memory:
     critic: float
     gathered: float
     muon: float
+    exact: float
     activations: float
 
     @property
@@ -66,6 +68,7 @@ def state_memory(stage: Stage, module: nn.Module, workers: int) -> Memory:
         # One worker gathers nothing, but computes with copies in bf16.
         gathered=_gathered(stage, module) if workers > 1 or precision_bytes(stage) < FP32 else 0.0,
         muon=_muon(stage, module),
+        exact=_exact(stage, module, workers) if stage.exact else 0.0,
         activations=0.0,
     )
 
@@ -84,15 +87,31 @@ def _muon(stage: Stage, module: nn.Module) -> float:
     return float(_MUON_COPIES * FP32 * sum(p.numel() for p in module.parameters() if is_matrix(p)))
 
 
-def _gathered(stage: Stage, module: nn.Module) -> float:
-    """The block that computes and the next one, with the gradients of one, and the outer layers."""
+def _exact(stage: Stage, module: nn.Module, workers: int) -> float:
+    """What reproducible sums take: gradients of all ranks for a shard of one group, and the norm.
+
+    The critic's come as a list and are put together.
+    """
+    largest, outer = _groups(module)
+    received = FP32 * max(largest, outer) if workers > 1 else 0
+    shard = sum(parameter.numel() for parameter in module.parameters()) / workers
+    norm = BYTES_A_SQUARE * min(shard, MOST_AT_ONCE)
+    return received + norm + _critic(stage) / 2
+
+
+def _groups(module: nn.Module) -> tuple[int, int]:
+    """Parameters of the largest block, and of all outside of blocks."""
     blocks = [m for m in module.modules() if isinstance(m, Block)]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    outer = sum(p.numel() for p in module.parameters()) - sum(sizes)
-    if not sizes:
+    return max(sizes, default=0), sum(p.numel() for p in module.parameters()) - sum(sizes)
+
+
+def _gathered(stage: Stage, module: nn.Module) -> float:
+    """The block that computes and the next one, with the gradients of one, and the outer layers."""
+    largest, outer = _groups(module)
+    if not largest:
         return float(2 * FP32 * outer)  # one group: all parameters and all gradients
     width = precision_bytes(stage)
-    largest = max(sizes)
     return float(2 * width * largest + (width + FP32) * largest + 2 * width * outer)
 
 

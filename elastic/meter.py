@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elastic.data.load import Micro, Step
 from elastic.errors import StageBlocked
+from elastic.exact import totals
 from elastic.objective import Losses
 from elastic.state import Progress
 from elastic.world import World
@@ -56,8 +57,8 @@ class Meter:
         self._began = time.monotonic()
         self._waited_s = 0.0
         self._num_tokens = 0
-        self._loss: dict[str, Tensor] = {}
-        self._parts: dict[str, Tensor] = {}
+        self._loss: dict[str, list[Tensor]] = {}
+        self._parts: dict[str, list[Tensor]] = {}
         self._parts_since: dict[str, int] = {}
         self._counts: dict[str, int] = {}
         self._latest: dict[str, float | Tensor] = {}
@@ -77,9 +78,9 @@ class Meter:
     def add_losses(self, micro: Micro, losses: Losses, weight_B: Tensor) -> None:
         """Add the losses of one micro-batch; every rank has parts of the same names."""
         bucket = micro.bucket.name
-        self._loss[bucket] = self._loss.get(bucket, 0) + (losses.model_B * weight_B).sum()
+        self._loss.setdefault(bucket, []).append((losses.model_B * weight_B).sum())
         for name, part_B in losses.parts_B.items():
-            self._parts[name] = self._parts.get(name, 0) + (part_B * weight_B).sum()
+            self._parts.setdefault(name, []).append((part_B * weight_B).sum())
             self._parts_since.setdefault(name, micro.position)  # a part may begin in between
 
     def require_finite(self, norms: dict[str, Tensor], progress: Progress) -> None:
@@ -118,7 +119,7 @@ class Meter:
             return {}
         names, parts = sorted(self._counts), sorted(self._parts)
         collected = [self._loss[name] for name in names] + [self._parts[name] for name in parts]
-        sums = self._world.sum(torch.stack(collected).double()).tolist()  # waits for the device
+        sums = self._sums(collected)  # waits for the device
         sums, part_sums = sums[: len(names)], sums[len(names) :]
         elapsed = time.monotonic() - self._began
         num_samples = progress.samples - self._since
@@ -142,6 +143,13 @@ class Meter:
         )
         self._restart(progress.samples)
         return losses
+
+    def _sums(self, collected: list[list[Tensor]]) -> list[float]:
+        """The sum of each list over all ranks."""
+        if self._stage.exact:
+            return totals(collected, self._world)
+        sums = torch.stack([torch.stack(values).double().sum() for values in collected])
+        return self._world.sum(sums).tolist()
 
     def evaluated(self, progress: Progress, measure: Callable[[], dict[str, float]]) -> None:
         """Measure on the held-out clips, and write what came out and how long it took."""

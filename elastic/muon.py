@@ -119,7 +119,9 @@ class MuonAdamW(torch.optim.AdamW):
     Every rank calls `step`: the matrices are gathered, and each is orthogonalised by one rank.
     """
 
-    def __init__(self, settings: Muon, groups: Sequence[dict[str, Any]]) -> None:  # Any: torch's
+    def __init__(
+        self, settings: Muon, groups: Sequence[dict[str, Any]], fused: bool = True
+    ) -> None:  # Any: torch's
         matrices = [
             (p, n) for n, group in enumerate(groups) for p in group["params"] if is_matrix(p)
         ]
@@ -136,7 +138,8 @@ class MuonAdamW(torch.optim.AdamW):
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            fused=True,
+            fused=fused,
+            foreach=not fused,
         )
         self._settings = settings
 

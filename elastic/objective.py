@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from elastic.critic import Critic
 from elastic.data.load import Micro, Source, held_out_rounds
 from elastic.errors import InputError
+from elastic.exact import totals
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.world import World
 from models.codec import Reconstruction
@@ -179,14 +180,16 @@ class FlowMatching:
         self, model: nn.Module, world: World, choice: Choice, buckets: tuple[Bucket, ...]
     ) -> float | None:
         """The mean over the held-out samples of these buckets; None if there are none."""
-        totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+        losses: list[Tensor] = []
+        weights: list[Tensor] = []
         for bucket in buckets:
             for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+                weight_B = micro.samples.weight_B.to(world.device).double()
                 with torch.no_grad():
-                    loss_B = self._loss_B(model, micro, "held-out", choice).cpu().double()
-                weight_B = micro.samples.weight_B.double()
-                totals += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()]).to(totals)
-        total, count = world.sum(totals).tolist()
+                    loss_B = self._loss_B(model, micro, "held-out", choice)
+                losses.append((loss_B * weight_B).sum())
+                weights.append(weight_B.sum())
+        total, count = totals([losses, weights], world)
         return total / count if count else None
 
 
@@ -266,7 +269,7 @@ class Reconstructing:
 
         The loss is that without the critic, which changes with the position.
         """
-        totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+        measured: list[list[Tensor]] = [[], [], [], []]
         for bucket in self._video_buckets():
             for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
                 x_BCTHW = micro.samples.x_BCTHW.to(world.device)
@@ -274,11 +277,11 @@ class Reconstructing:
                     output = model(x_BCTHW, None)
                     loss_B = torch.stack(list(self._parts_B(x_BCTHW, output).values())).sum(0)
                 qualities_B = [q(x_BCTHW, output.x_BCTHW) for q in (psnr_B, ssim_B)]
-                values = torch.stack([*qualities_B, loss_B]).double().cpu()
-                weight_B = micro.samples.weight_B.double()
-                totals[:3] += (values * weight_B).sum(1).to(totals)
-                totals[3] += weight_B.sum().to(totals)
-        psnr, ssim, loss, count = world.sum(totals).tolist()
+                weight_B = micro.samples.weight_B.to(world.device).double()
+                values_B = [*qualities_B, loss_B, torch.ones_like(weight_B)]
+                for values, value_B in zip(measured, values_B, strict=True):
+                    values.append((value_B * weight_B).sum())
+        psnr, ssim, loss, count = totals(measured, world)
         return {"psnr": psnr / count, "ssim": ssim / count, "loss": loss / count} if count else {}
 
     def _video_buckets(self) -> tuple[Bucket, ...]:

@@ -13,6 +13,7 @@ from elastic.lease import address_of, start_host
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
+_KEEP_EVERY_S = 5.0
 
 
 class HostKeeper:
@@ -34,7 +35,7 @@ class Hosts:
 
     def __init__(self) -> None:
         self._keepers: dict[str, Any] = {}  # node id: Ray's actor handle
-        self._looked_at = float("-inf")
+        self._looked_at = self._kept_at = float("-inf")
 
     def keep(self) -> None:
         """Give nodes that came a keeper, forget those that went, and have dead hosts restarted."""
@@ -52,5 +53,8 @@ class Hosts:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             self._keepers[node] = actor.remote(node)
+        if self._looked_at - self._kept_at < _KEEP_EVERY_S:
+            return
+        self._kept_at = self._looked_at
         for keeper in self._keepers.values():
             keeper.keep.remote()

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -243,6 +244,10 @@ class CrashPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
             if isinstance(error, StageBlocked | InputError):
                 self._tell("blocked", str(error))
                 return FailureDecision.RAISE
+        if any(isinstance(error, WorkerGroupStartupTimeoutError) for error in errors):
+            # Somebody else took the machines in between: nothing has broken, and nothing is spent.
+            self._tell("waiting", "the workers could not be placed")
+            return FailureDecision.RETRY
         events = [e for e in read_events(self._run) if e["stage"] == self._stage]
         self._tell("crash", cause_of(errors))
         if is_announced(events, time.time()):

@@ -172,6 +172,7 @@ class Supervisor:
             port=word.port,
             job=self._work.job,
             supervisor=os.getpid(),
+            node=os.getppid(),
             use_gpu=self._work.use_gpu,
             num_threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
             env={"CUDA_VISIBLE_DEVICES": str(gpus[0])} if gpus else {},

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from elastic.checkpoint_store import KEEP_LAST
 from elastic.errors import InputError
 
 
@@ -22,6 +23,12 @@ class Settings(BaseSettings):
     """Ray cluster to use; none means one of this machine alone, for the time of the command."""
     cpus: int | None = Field(default=None, ge=1)
     """CPUs, and so workers, of the cluster that is started; none means all."""
+    checkpoints: str | None = None
+    """Folder or URL (s3://...) below which the checkpoints of all plans lie; none: in the runs."""
+    keep_last: int = Field(default=KEEP_LAST, ge=1)
+    """Checkpoints that are kept of each stage."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep one in so many samples for good, besides the last ones."""
     aim: bool = True
     """Whether to fill the Aim repository in the run folder."""
     min_stay: float = Field(default=30.0, ge=0, allow_inf_nan=False)

@@ -40,6 +40,17 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum over the ranks, in place; what it makes of NaN is not said."""
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def stack(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of all ranks, of one shape, in the order of the ranks: a dimension more."""
+        everyone = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(everyone, values)
+        return torch.stack(everyone)
+
     def from_first(self, value: Any) -> Any:  # Any: whatever the first rank decided
         """The first rank's value, on every rank."""
         box = [value]

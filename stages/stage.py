@@ -55,6 +55,12 @@ class _Stage(Record):
     """Most held-out clips to measure on."""
     recompute: Literal["none", "full"] = "none"
     """Whether layers compute again in the backward pass what they would keep; same result."""
+    exact: bool = False
+    """Whether losses and parameters are the same to the bit on any number of workers.
+
+    Through every resize and restart, with one kind of processor and one version of torch. The
+    micro-batch of a bucket is then a part of the result.
+    """
 
     @property
     def budget(self) -> int:
@@ -302,7 +308,8 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     fields["init"] = {"policy": type(stage.init).__name__} | {
         name: value for name, value in fields["init"].items() if not name.startswith("guard_")
     }
-    for phase in fields["schedule"]:
-        for bucket in phase["buckets"]:
-            del bucket["micro"]
+    if not stage.exact:  # the order in which a batch is added up
+        for phase in fields["schedule"]:
+            for bucket in phase["buckets"]:
+                del bucket["micro"]
     return {"kind": type(stage).__name__, **fields}

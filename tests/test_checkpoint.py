@@ -15,17 +15,10 @@ import torch
 from tiny import HALF, HALF_UPDATES, STAGE, Turn, blank_state, in_turn, whole_bytes, world_of_one
 from worlds import run_world
 
-from elastic import checkpoint
-from elastic.checkpoint import (
-    DAMAGED,
-    MANIFEST,
-    Checkpoints,
-    Fence,
-    NothingToRestore,
-    StaleAttempt,
-    problems,
-    published,
-)
+from elastic import checkpoint_store
+from elastic.checkpoint import Checkpoints, Fence, NothingToRestore, StaleAttempt, published
+from elastic.checkpoint_manifest import problems
+from elastic.checkpoint_store import DAMAGED, MANIFEST, LocalStorage
 from elastic.data.order import updates_before
 from elastic.ema import local
 from elastic.files import write_atomic
@@ -48,7 +41,7 @@ def _open(world: World, folder: Path) -> Store:
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
     events: list[tuple[str, int, str]] = []
 
-    def event(kind: str, position: int, reason: str, seconds: float = 0.0) -> None:
+    def event(kind: str, position: int, reason: str, **more: object) -> None:
         events.append((kind, position, reason))
 
     return Store(Checkpoints(folder, world, fence, event), events, folder / "checkpoints")
@@ -68,7 +61,7 @@ def _filled(world: World, samples: int, digest: str = "ab" * 16) -> TrainState:
 def _save(world: World, folder: Path, *positions: int) -> Store:
     store = _open(world, folder)
     for position in positions:
-        store.checkpoints.save(_filled(world, position), "due")
+        store.checkpoints.save(_filled(world, position), "stop")
     return store
 
 
@@ -81,14 +74,14 @@ def _restored(world: World, folder: Path) -> tuple[TrainState, Store]:
 def _pass_on(world: World, source: Path, folder: Path) -> tuple[dict[str, bytes], Any, set[float]]:
     """Restore from one folder and save to another: tensors in full, progress, update counts."""
     state, _ = _restored(world, source)
-    _open(world, folder).checkpoints.save(state, "passed on")
+    _open(world, folder).checkpoints.save(state, "stop")
     steps = {float(state.optimizer.state[p]["step"]) for p in state.model.parameters()}
     return whole_bytes(state), state.progress.as_json(), steps
 
 
 def _begin(world: World, folder: Path) -> dict[str, bytes]:
     state = _filled(world, HALF)
-    _open(world, folder).checkpoints.save(state, "first")
+    _open(world, folder).checkpoints.save(state, "stop")
     return whole_bytes(state)
 
 
@@ -100,12 +93,12 @@ def _kill_at(world: World, folder: Path, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if point == "before the manifest":
-        checkpoint.write_atomic = die  # type: ignore[attr-defined, assignment]  # this process ends here
+        checkpoint_store.write_atomic = die  # type: ignore[assignment]  # this process ends here
     elif point == "while the manifest is written":
         os.replace = die  # type: ignore[assignment]  # this process ends here
     else:
         os.rename = die  # type: ignore[assignment]  # this process ends here
-    store.checkpoints.save(_filled(world, 22), "due")
+    store.checkpoints.save(_filled(world, 22), "stop")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +160,7 @@ def test_a_kill_while_publishing_leaves_the_checkpoint_before(
     assert whole_bytes(state) == whole_bytes(_filled(world, 11))
     assert store.events == []
     # What the kill left behind hinders nothing and goes away.
-    store.checkpoints.save(_filled(world, 22), "due")
+    store.checkpoints.save(_filled(world, 22), "stop")
     assert sorted(path.name for path in store.folder.iterdir()) == ["11", "22"]
 
 
@@ -228,7 +221,7 @@ def test_a_damaged_checkpoint_is_named_skipped_and_kept(
     assert re.search(expected, message)
     # Later ones come and go; the damaged one stays, with a word about why.
     for samples in (15, 16, 33, 44):
-        store.checkpoints.save(_filled(world, samples), "due")
+        store.checkpoints.save(_filled(world, samples), "stop")
     assert published(store.folder) == [44, 33, 22]
     assert (newest / DAMAGED).read_text().strip() == message
     (newest / DAMAGED).unlink()
@@ -240,11 +233,11 @@ def test_a_checkpoint_at_the_position_of_a_damaged_one_sets_it_aside(
 ) -> None:
     _flip(stage_folder / "checkpoints/22")
     state, store = _restored(world, stage_folder)
-    store.checkpoints.save(_filled(world, 22), "due")
-    assert problems(store.folder / "22", thorough=True) == []
+    store.checkpoints.save(_filled(world, 22), "stop")
+    assert problems(LocalStorage(store.folder), 22, thorough=True) == []
     (aside,) = store.folder.glob("22.*.replaced")
     assert (aside / DAMAGED).exists()
-    assert "SHA-256" in problems(aside, thorough=True)[-1]
+    assert "SHA-256" in (aside / DAMAGED).read_text()
     assert _restored(world, stage_folder)[0].progress.samples == 22
     assert state.progress.samples == 11
 
@@ -257,7 +250,7 @@ def test_many_damaged_ones_do_not_push_out_the_one_just_saved(world: World, tmp_
         _flip(folder / str(position))
     _, store = _restored(world, tmp_path)
     assert [position for _, position, _ in store.events] == [70, 60, 50]
-    store.checkpoints.save(_filled(world, 12), "due")
+    store.checkpoints.save(_filled(world, 12), "stop")
     assert published(folder) == [70, 60, 50, 12, 11]
 
 
@@ -296,7 +289,7 @@ def test_the_last_two_whole_ones_are_kept(world: World, tmp_path: Path) -> None:
 def test_a_position_is_saved_once(world: World, tmp_path: Path) -> None:
     store = _save(world, tmp_path, 11)
     before = (store.folder / "11").stat().st_ino
-    store.checkpoints.save(_filled(world, 11), "again")
+    store.checkpoints.save(_filled(world, 11), "stop")
     assert (store.folder / "11").stat().st_ino == before
     assert [kind for kind, _, _ in store.events] == ["publish"]
 
@@ -307,9 +300,9 @@ def test_an_attempt_that_a_newer_one_replaced_publishes_nothing(
     old = _save(world, tmp_path, 11)
     new = _open(world, tmp_path)
     with pytest.raises(StaleAttempt, match=r"attempt 1 at .* may not publish: attempt 2 has begun"):
-        old.checkpoints.save(_filled(world, 22), "late")
+        old.checkpoints.save(_filled(world, 22), "stop")
     assert published(old.folder) == [11]
-    new.checkpoints.save(_filled(world, 22), "due")
+    new.checkpoints.save(_filled(world, 22), "stop")
     assert published(new.folder) == [22, 11]
 
 

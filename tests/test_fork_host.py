@@ -33,14 +33,16 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def order(rank: int = 0, size: int = 2, job: bytes = b"") -> Order:
     """Rank 0 of 2 waits in the group's store for somebody who never comes."""
-    return Order(rank, size, "127.0.0.1", 1, job, os.getpid(), env={"SEEN": "yes"})
+    return Order(rank, size, "127.0.0.1", 1, job, os.getpid(), os.getppid(), env={"SEEN": "yes"})
 
 
 def waiting(address: Path) -> Lease:
     """A process that lives: its store listens on a port of its own, and nobody joins it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        return fork(address, Order(0, 2, "127.0.0.1", port, b"", os.getpid()), listening)
+        return fork(
+            address, Order(0, 2, "127.0.0.1", port, b"", os.getpid(), os.getppid()), listening
+        )
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
@@ -108,7 +110,7 @@ from pathlib import Path
 from elastic.lease import fork
 from elastic.link import Order
 listening = socket.create_server(("127.0.0.1", 0))
-lease = fork(Path(sys.argv[1]), Order(0, 2, "127.0.0.1", listening.getsockname()[1], b"", 0), listening)
+lease = fork(Path(sys.argv[1]), Order(0, 2, "127.0.0.1", listening.getsockname()[1], b"", 0, 0), listening)
 print(lease.pid, flush=True)
 time.sleep(600)
 """  # noqa: E501

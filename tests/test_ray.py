@@ -40,7 +40,7 @@ from elastic.folders import RunFolder
 from elastic.settings import read_settings
 from stages.plan import load_plan
 
-settings = read_settings(storage=sys.argv[2])
+settings = read_settings(storage=sys.argv[2], min_stay=2)
 plan = load_plan(sys.argv[1])
 cluster = start_cluster(settings, cpus=1)
 try:

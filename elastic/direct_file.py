@@ -1,0 +1,83 @@
+"""A new file written past the page cache, so that writing it takes no time from the processor.
+
+Through the cache the kernel clears a page for each 4 KiB, copies into it, and writes it back later:
+for a checkpoint that is most of what a save costs the updates beside it (measured: 0.2 of 0.4 s of
+processor time for 177 MB). Nobody reads a checkpoint soon, so the cache would be pushed out for
+nothing too.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+
+_BUFFER = 8 * 2**20  # bytes; one write, and so one turn of the device
+_BLOCK = 4096  # what addresses, offsets and lengths have to be multiples of
+
+
+class DirectFile:
+    """Written once from its beginning, flushed to the disk at the end of its block.
+
+    Where the file system knows no direct writes (tmpfs, some network ones) it writes as usual.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self._file = os.open(path, flags | os.O_DIRECT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Some file systems refuse only after they have made the file.
+            path.unlink(missing_ok=True)
+            self._file = os.open(path, flags, 0o644)
+        self._buffer = mmap.mmap(-1, _BUFFER)  # begins on a page
+        self._filled = 0
+
+    def write(self, data: memoryview) -> int:
+        """Append the bytes."""
+        done = 0
+        while done < len(data):
+            count = min(len(data) - done, _BUFFER - self._filled)
+            self._buffer[self._filled : self._filled + count] = data[done : done + count]
+            self._filled += count
+            done += count
+            if self._filled == _BUFFER:
+                self._flush(_BUFFER)
+        return done
+
+    def _flush(self, count: int) -> None:
+        with memoryview(self._buffer) as buffer:
+            done = 0
+            while done < count:
+                with buffer[done:count] as rest:
+                    done += os.write(self._file, rest)
+                if (
+                    done % _BLOCK
+                ):  # a full disk takes less than it was given; the next write says so
+                    self._stop_direct()
+        self._filled = 0
+
+    def _stop_direct(self) -> None:
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+    def __enter__(self) -> "DirectFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._stop_direct()  # the end of the file is no whole block
+                self._flush(self._filled)
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
+            self._buffer.close()
