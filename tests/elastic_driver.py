@@ -76,6 +76,8 @@ class Spec:
     """Of the DiT: 96 is 1.0 M parameters and 45 ms an update on one core, 192 is 4.0 M and 88."""
     workers: tuple[int, int] = (1, 4)
     lr: float = 1e-4
+    exact_codec: bool = False
+    """Whether the codec has the same bits whatever happens, and so the DiT the same latents."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of Settings by name."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -105,6 +107,7 @@ def make_plan(spec: Spec) -> Plan:
         save_every=spec.codec_save_updates * BATCH[CODEC],
         log_every=BATCH[CODEC],
         evaluate_every=spec.codec_updates * BATCH[CODEC],
+        exact=spec.exact_codec,
         held_out=2,
     )
     dit = DiffusionStage(
