@@ -176,13 +176,19 @@ def path_of(root: Path) -> dict[tuple[str, int], tuple[str, float]]:
 
 
 def compare(root: Path, reference: Path) -> Row:
-    """Whether a run has trained each sample that the undisturbed one has, in the same order."""
+    """Whether a run has trained each sample that the undisturbed one has, in the same order.
+
+    A digest covers all samples up to its position, so a line that never reached the journal (its
+    writer was frozen, and then ended) hides none: what counts is that the last one is there.
+    """
     ours, theirs = path_of(root), path_of(reference)
     both = ours.keys() & theirs.keys()
     apart = [abs(ours[k][1] - theirs[k][1]) / max(abs(theirs[k][1]), 1e-12) for k in both]
+    ends = {stage: max(p for s, p in theirs if s == stage) for stage, _ in theirs}
     return {
         "positions": len(theirs),
-        "missing": sorted(map(str, theirs.keys() - ours.keys()))[:10],
+        "not_logged": len(theirs.keys() - ours.keys()),
+        "unfinished": [stage for stage, end in ends.items() if (stage, end) not in ours],
         "unknown": sorted(map(str, ours.keys() - theirs.keys()))[:10],
         "other_order": sorted(str(k) for k in both if ours[k][0] != theirs[k][0])[:10],
         "loss_apart": max(apart, default=1.0),
@@ -191,7 +197,7 @@ def compare(root: Path, reference: Path) -> Row:
 
 def is_same(found: Row) -> bool:
     """Whether no sample was lost or seen twice, and the losses are those of the other run."""
-    wrong = found["missing"] or found["unknown"] or found["other_order"]
+    wrong = found["unfinished"] or found["unknown"] or found["other_order"]
     return not wrong and found["loss_apart"] <= TOLERANCE
 
 
