@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import planned_faults
+import psutil
 from elastic_driver import BATCH, DIT, Driver
 
 from cluster import faults
@@ -132,6 +133,11 @@ def from_inside(kind: str, **more: object) -> Do:
 
 def kill_role(role: str, which: int = -1) -> Do:
     return lambda scene: faults.kill(scene.role(role)[which])
+
+
+def kill_host(scene: Scene) -> None:
+    """Kill the warm process from which a training process was forked."""
+    faults.kill(psutil.Process(scene.driver.pids()[-1]).ppid())
 
 
 def freeze_role(role: str, which: int = -1) -> Do:

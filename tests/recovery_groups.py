@@ -24,6 +24,7 @@ from recovery_faults import (
     kill_after_resize,
     kill_all_ranks,
     kill_first_trainer,
+    kill_host,
     kill_in_resize,
     kill_role,
     kill_twice,
@@ -88,12 +89,12 @@ GROUPS = (
         codec=(
             Fault("supervisor killed", kill_role("supervisor")),
             Fault("tracker killed", kill_role("tracker"), shows="updates"),
-            Fault("fork host killed", kill_role("host")),
+            Fault("fork host killed", kill_host),
         ),
         dit=(
             Fault("supervisor killed", kill_role("supervisor")),
             Fault("supervisor frozen", freeze_role("supervisor")),
-            Fault("fork host killed", kill_role("host")),
+            Fault("fork host killed", kill_host),
             Fault("tracker killed", kill_role("tracker"), shows="updates"),
             Fault("tracker frozen a while", freeze_awhile("tracker"), shows="updates"),
             Fault("coordinator killed", kill_role("coordinator"), shows="updates"),

@@ -106,6 +106,8 @@ class Run:
         except TimeoutError as error:
             row |= {"outcome": "silent", "why": str(error)[-1500:]}
             self._next_driver()
+        except (IndexError, ProcessLookupError) as error:
+            row |= {"outcome": "not met", "why": f"there was no such process: {error!r}"}
         events = read_events(scene.driver.folder.root)
         row |= {
             "seconds": round(time.time() - began, 1),
@@ -144,10 +146,8 @@ class Run:
         end = self.scene.driver.farewell()
         if fault.ends_driver:
             return {"outcome": "restarted", "why": str(end.get("why", ""))[-300:]}
-        return {
-            "outcome": "refused" if end["end"] == "failed" else "died",
-            "why": end["why"][-600:],
-        }
+        outcome = {"failed": "refused", "finished": "without effect"}.get(end["end"], "died")
+        return {"outcome": outcome, "why": str(end.get("why", ""))[-600:]}
 
     def _next_driver(self) -> None:
         """What a person would do: put right what the message names, and start again."""
