@@ -40,6 +40,14 @@ class Keep:
             kept |= {position for window, position in first_of.items() if window}
         return kept
 
+    def most(self, budget: int) -> int:
+        """How many a stage of so many samples may hold at once."""
+        return self.last + (budget // self.every if self.every else 0)
+
+    def __str__(self) -> str:
+        for_good = f" and one in {self.every:,} samples for good" if self.every else ""
+        return f"the last {self.last} of a stage{for_good}"
+
 
 DEFAULT_KEEP = Keep()
 

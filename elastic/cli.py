@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic.checkpoint_store import check_place
+from elastic.checkpoint_store import Keep, check_place
 from elastic.errors import InputError, StageBlocked
-from elastic.flags import at_least_one, checkpoint_flags, cluster_flags, finite, gib
+from elastic.flags import at_least_one, cluster_flags, finite, gib, keep_flags, place_flag
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
@@ -80,8 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
         if name != "plan":
             cluster_flags(one)
             if name == "train":
-                checkpoint_flags(one)
+                place_flag(one)
+                keep_flags(one)
             continue
+        keep_flags(one)
         one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
         one.add_argument(
             "--failure-rate",
@@ -180,7 +182,8 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
-    print(forecast(plan, settings.storage_path, flags.gpus, flags.failure_rate))
+    keep = Keep(settings.keep_last, settings.keep_every)
+    print(forecast(plan, settings.storage_path, flags.gpus, flags.failure_rate, keep))
     device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
     if device_bytes:
         for stage in plan.stages:

@@ -13,8 +13,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-_BUFFER = 8 * 2**20  # bytes; one write, and so one turn of the device
-_BLOCK = 4096  # what addresses, offsets and lengths have to be multiples of
+_BUFFER = 8 * 2**20  # bytes a write; whole blocks of any disk, as direct writes have to be
 
 
 class DirectFile:
@@ -54,10 +53,6 @@ class DirectFile:
             while done < count:
                 with buffer[done:count] as rest:
                     done += os.write(self._file, rest)
-                if (
-                    done % _BLOCK
-                ):  # a full disk takes less than it was given; the next write says so
-                    self._stop_direct()
         self._filled = 0
 
     def _stop_direct(self) -> None:

@@ -19,11 +19,15 @@ def cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hang-after", help="seconds of silence that are a hang (default: 60)")
 
 
-def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """What verbs that write checkpoints take."""
+def place_flag(parser: argparse.ArgumentParser) -> None:
+    """Where checkpoints are written."""
     parser.add_argument(
         "--checkpoints", metavar="URL", help="folder or s3:// URL (default: in the run folder)"
     )
+
+
+def keep_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoints stay."""
     parser.add_argument("--keep-last", type=at_least_one, help="kept a stage (default 2)")
     parser.add_argument(
         "--keep-every", type=at_least_one, metavar="SAMPLES", help="and one in so many for good"

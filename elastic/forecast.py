@@ -3,12 +3,13 @@
 import math
 import os
 from collections.abc import Iterator
+from operator import mul
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from elastic.checkpoint_store import KEEP_LAST
+from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
 from elastic.fit import memory_lines, shown, workers_on
@@ -30,7 +31,11 @@ _BYTES_A_WEIGHT = 4
 
 
 def forecast(
-    plan: Plan, storage: Path, gpus: int | None = None, failure_rate: float | None = None
+    plan: Plan,
+    storage: Path,
+    gpus: int | None = None,
+    failure_rate: float | None = None,
+    keep: Keep = DEFAULT_KEEP,
 ) -> str:
     """The text that `plan` prints, for so many GPUs or the fewest that each stage asks for.
 
@@ -46,20 +51,21 @@ def forecast(
         if failure_rate is not None:
             workers, size = workers_on(stage, gpus), _saved_bytes(stage)
             lines += [f"   {line}" for line in outlook_lines(stage, workers, failure_rate, size)]
-    lines += ["", f"disk: {_disk(plan)}"]
+    lines += ["", f"disk: {_disk(plan, keep)}"]
     if failure_rate is not None:
         largest = max(_saved_bytes(stage) for stage in plan.stages)
         lines += ["", *scale_lines(failure_rate, largest, gpus)]
     return "\n".join(lines)
 
 
-def _disk(plan: Plan) -> str:
+def _disk(plan: Plan, keep: Keep) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
     counts = [_count(stage) for stage in plan.stages]
     saved = [_saved_bytes(stage) for stage in plan.stages]
+    held = [keep.most(stage.budget) for stage in plan.stages]
     parts = [
         f"weights {shown(sum(counts) * _BYTES_A_WEIGHT)}",
-        f"checkpoints {shown(KEEP_LAST * sum(saved))} ({KEEP_LAST} kept a stage), "
+        f"checkpoints {shown(sum(map(mul, held, saved)))} ({keep}), "
         f"{shown(max(saved))} more while one is written",
     ]
     stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import pytest
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from small_state import DEADLINE_S, Gated, Refusing, begin, expected, restored, small, whole
 from tiny import Turn, in_turn, world_of_one
 from worlds import run_world
@@ -229,6 +231,17 @@ def test_a_rank_whose_write_fails_fails_the_save_on_every_rank(tmp_path: Path) -
         ("save_failed", 11), ("publish", 22),
     ]  # fmt: skip
     assert published(tmp_path / "checkpoints") == [22]
+
+
+@given(
+    st.integers(1, 4), st.none() | st.integers(50, 400), st.integers(20, 200), st.integers(1, 40)
+)
+def test_no_more_are_kept_than_plan_counts(
+    last: int, every: int | None, interval: int, num: int
+) -> None:
+    keep = Keep(last, every)
+    positions = [interval * (n + 1) for n in range(num)]
+    assert len(keep.chosen(positions)) <= keep.most(positions[-1])
 
 
 def test_one_in_so_many_samples_is_kept_for_good(world: World, tmp_path: Path) -> None:
