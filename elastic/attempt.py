@@ -1,5 +1,6 @@
 """One life of one training process: join the group, build, train. Runs without Ray."""
 
+import errno
 import faulthandler
 import logging
 import os
@@ -42,6 +43,13 @@ MEMBERS = "clips.parquet"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
 # A rank that is lost is noticed by its supervisor; this is for what nobody can see.
 _COLLECTIVE = timedelta(seconds=600)
+# Of a storage that takes nothing more: another life would meet it again. Checkpoints have a
+# patience of their own; this is for the small files around them.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_MAKE_ROOM = (
+    "the run folder takes no more; make room, or have it mounted for writing, and give the same "
+    "command again: it goes on from the newest checkpoint"
+)
 _LAST_SAVE_S = 30.0  # what a save in flight may take once its rank has failed
 
 
@@ -98,6 +106,11 @@ def main(pipe: "Connection[Any, Any]", listening: int | None) -> int:
         traceback.print_exc()
         kind = "InputError" if isinstance(error, InputError) else "StageBlocked"
         return _tell(link, Failed(kind, str(error)))
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno not in _REFUSALS:
+            return _tell(link, Failed("crash", f"{type(error).__name__}: {last_line(error)}"))
+        return _tell(link, Failed("StageBlocked", f"{error}; {_MAKE_ROOM}"))
     except BaseException as error:
         traceback.print_exc()
         return _tell(link, Failed("crash", f"{type(error).__name__}: {last_line(error)}"))

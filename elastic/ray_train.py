@@ -22,7 +22,15 @@ from ray.util.placement_group import (
 
 from elastic.attempt import WorkerJob
 from elastic.errors import InputError, StageBlocked, StageFailed, last_line
-from elastic.ray_policy import CapacityPolicy, CrashPolicy, ResizeCallback, Teller, errors_of
+from elastic.journal import EVENTS
+from elastic.ray_policy import (
+    CapacityPolicy,
+    CrashPolicy,
+    ResizeCallback,
+    Teller,
+    cause_of,
+    errors_of,
+)
 from elastic.ray_worker import Work, train_worker
 
 MAX_LOST = 4  # controllers, in one call
@@ -116,4 +124,7 @@ def fit_stage(
     for error in errors_of(failure):
         if isinstance(error, StageBlocked | InputError):
             raise error
-    raise StageFailed(f"stage {stage.name!r} failed: {last_line(failure)}") from failure
+    raise StageFailed(
+        f"stage {stage.name!r} failed: {cause_of(errors_of(failure))}; its journal "
+        f"({run / EVENTS}) has what led there"
+    ) from failure
