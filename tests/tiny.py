@@ -229,6 +229,7 @@ def _join(rendezvous: Path, rank: int, size: int) -> None:
         world_size=size,
         timeout=timedelta(seconds=120),
     )
+    dist.barrier()  # one that left at once would break the connections that others still make
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
