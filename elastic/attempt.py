@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 
 from elastic.align import Pairs
-from elastic.checkpoint import Checkpoints, Fence
+from elastic.checkpoint import Checkpoints, Fence, answered
+from elastic.checkpoint_place import open_storage, settle
 from elastic.checkpoint_ram import RamCopies
-from elastic.checkpoint_store import DEFAULT_KEEP, Keep, settle
+from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import load_members
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
@@ -136,6 +137,12 @@ def run(order: Order, link: Link, listening: int | None) -> str:
         job: WorkerJob = pickle.loads(order.job)  # from this run's own driver
         fence = world.from_first(Fence.take(job.folder) if world.is_first else None)
         pids = world.gather((os.getpid(), order.supervisor))
+    with phases("place"):
+        place = answered(
+            world,
+            job.checkpoints or str(job.folder),
+            lambda: world.on_first(lambda: settle(job.folder, job.checkpoints, fence.run)),
+        )
 
     def event(kind: str, position: int, reason: str, **more: Any) -> None:
         if not world.is_first:
@@ -157,7 +164,7 @@ def run(order: Order, link: Link, listening: int | None) -> str:
             fence,
             event,
             job.keep,
-            settle(job.folder, job.checkpoints),
+            open_storage(place),
             RamCopies(job.folder, owner=order.node),
         ),
         meter=Meter(job.stage, world, fence.attempt, lambda line: link.send(Measured({**line}))),

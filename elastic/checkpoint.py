@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,12 +24,14 @@ from elastic.checkpoint_flight import Flight
 from elastic.checkpoint_manifest import (
     Damaged,
     FileEntry,
+    Manifest,
     encode,
     fault,
     misfits,
     problems,
     read_manifest,
 )
+from elastic.checkpoint_place import Register, storage_of
 from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_read import Origin, Source, causes, restore
 from elastic.checkpoint_store import (
@@ -38,7 +41,6 @@ from elastic.checkpoint_store import (
     Keep,
     LocalStorage,
     Storage,
-    storage_of,
 )
 from elastic.checkpoint_write import CheckpointWriter, Place, Snapshot
 from elastic.ema import local
@@ -46,7 +48,10 @@ from elastic.errors import StageBlocked
 from elastic.state import Progress, TrainState
 from elastic.world import World
 
-__all__ = ["Checkpoints", "Fence", "NothingToRestore", "StaleAttempt", "load_subset", "published"]
+__all__ = [
+    "Checkpoints", "Fence", "NothingToRestore", "StaleAttempt", "answered", "load_subset",
+    "published",
+]  # fmt: skip
 log = logging.getLogger(__name__)
 
 LAST = ("stop", "finished")  # reasons of a save after which the ranks end: it is waited for
@@ -82,6 +87,7 @@ class Checkpoints:
     ) -> None:
         self._stage = folder.name
         self._storage = storage or LocalStorage(folder / "checkpoints")
+        self._register = Register(folder)
         self._world = world
         self._fence = fence
         self._event = event
@@ -182,7 +188,7 @@ class Checkpoints:
         # A newer attempt removes the drafts of older ones, which then fail to write. Where even the
         # fence cannot be read, the save has failed and that is all that is known.
         with suppress(OSError):
-            _on_first(self._world, self._fence.check)
+            self._world.on_first(self._fence.check)
         log.warning("checkpoint %d could not be written: %s", position, error)
         self._event("save_failed", position, str(error))
 
@@ -236,9 +242,13 @@ class Checkpoints:
         with self._fence.held():
             self._storage.publish(draft, manifest)
             try:
-                self._delete_old()
+                self._register.add(draft.position)
             except OSError as error:  # published all the same
-                log.warning("old checkpoints could not be deleted: %s", error)
+                log.warning("%s could not be written: %s", self._register.path, error)
+        try:
+            self._delete_old()
+        except (OSError, StaleAttempt) as error:
+            log.warning("old checkpoints could not be deleted: %s", error)
 
     def _discard(self, draft: Draft) -> None:
         try:
@@ -247,16 +257,23 @@ class Checkpoints:
             log.warning("a draft could not be removed: %s", error)
 
     def _delete_old(self) -> None:
-        """Delete what was never published, and the whole checkpoints that are not to be kept."""
+        """Delete what was never published, and the whole checkpoints that are not to be kept.
+
+        The fence is not held while a storage works on that: a newer attempt need not wait.
+        """
         whole = [
             position
             for position in self._storage.positions()
             if DAMAGED not in self._storage.sizes(position)
             and not problems(self._storage, position, thorough=False)
         ]
-        for position in set(whole) - self._keep.chosen(whole):
+        doomed = set(whole) - self._keep.chosen(whole)
+        with self._fence.held():
+            self._register.remove(doomed)
+            listed = self._register.positions()
+        for position in doomed:
             self._storage.delete(position)
-        self._storage.sweep(self._fence.attempt)
+        self._storage.sweep(self._fence.attempt, listed)
 
     def require_current(self) -> None:
         """Raise StaleAttempt on every rank if a newer attempt at the stage has begun."""
@@ -265,14 +282,15 @@ class Checkpoints:
     def restore_latest(self, state: TrainState) -> bool:
         """Load the newest valid checkpoint into the state; False if none was ever published.
 
-        NothingToRestore if there are some and all of them are damaged.
+        NothingToRestore if there are some and all of them are damaged, or all have gone; another
+        StageBlocked where the storage cannot be read.
         """
-        there = _on_first(self._world, self._storage.positions)
+        there = self._answered(lambda: self._world.on_first(self._expected))
         for position in there:
             try:
-                progress = self._restore(position, state.tensors())
-            except (Damaged, OSError) as error:
-                self._skip(position, fault(error))
+                progress = self._answered(partial(self._restore, position, state))
+            except Damaged as error:
+                self._skip(position, str(error))
                 continue
             state.restored(progress)
             self.saved_at = position
@@ -281,28 +299,34 @@ class Checkpoints:
             raise NothingToRestore(
                 f"none of the checkpoints {', '.join(map(str, there))} in {self._storage.where} "
                 f"can be restored (each has a {DAMAGED} that says why); put one back from a copy, "
-                "or move that folder away to train the stage from its beginning"
+                f"or move that folder and {self._register.path} away to train the stage from its "
+                "beginning"
             )
         return False
 
-    def _restore(self, position: int, tensors: dict[str, Tensor]) -> Progress:
-        """Load one checkpoint; storage that does not answer is asked again for a while."""
-        began, pause = time.monotonic(), 0.5
-        while True:
-            try:
-                return self._restore_once(position, tensors)
-            except OSError as error:
-                if self._world.from_first(time.monotonic() - began + pause > self._retry_s):
-                    raise
-                log.warning("checkpoint %d: %s; asking again", position, error)
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+    def _answered(self, ask: Callable[[], T]) -> T:
+        return answered(self._world, self._storage.where, ask, self._retry_s)
 
-    def _restore_once(self, position: int, tensors: dict[str, Tensor]) -> Progress:
-        progress, files = _on_first(self._world, lambda: _whole(self._storage, position))
-        source = Source(self._storage, position, files, self._ram)
-        self.restored_from = restore(source, tensors, self._world)
-        return Progress(**progress)
+    def _expected(self) -> list[int]:
+        """Positions of what is there and of what was published, newest first."""
+        there, listed = self._storage.positions(), self._register.positions()
+        if listed and not there:
+            raise NothingToRestore(
+                f"stage {self._stage!r} has published checkpoints (newest: {max(listed)}) and "
+                f"nothing is in {self._storage.where}; have it mounted or put them back, or remove "
+                f"{self._register.path} to train the stage from its beginning"
+            )
+        return sorted(listed.union(there), reverse=True)
+
+    def _restore(self, position: int, state: TrainState) -> Progress:
+        """Load one checkpoint; Damaged or OSError, on every rank."""
+        manifest = self._world.on_first(lambda: _whole(self._storage, position))
+        progress = manifest.progress
+        if progress.stage != state.progress.stage:
+            raise Damaged(f"it is of stage {progress.stage!r}, not of {state.progress.stage!r}")
+        source = Source(self._storage, position, manifest.files, self._ram)
+        self.restored_from = restore(source, state.tensors(), self._world)
+        return progress
 
     def _skip(self, position: int, faults: str) -> None:
         if not self._world.is_first:
@@ -310,10 +334,31 @@ class Checkpoints:
         message = f"checkpoint {position} is damaged and skipped: {faults}"
         log.warning(message)
         try:
-            self._storage.note(position, DAMAGED, f"{message}\n")
+            if self._storage.sizes(position):
+                self._storage.note(position, DAMAGED, f"{message}\n")
         except OSError as error:
             log.warning("that could not be noted beside it: %s", error)
         self._event("damaged_checkpoint", position, message)
+
+
+def answered(world: World, where: str, ask: Callable[[], T], retry_s: float = _RETRY_S) -> T:
+    """What a storage answers; it is asked again for `retry_s` seconds, then StageBlocked.
+
+    Every rank calls it, and `ask` has to return on all of them or raise OSError on all.
+    """
+    began, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return ask()
+        except OSError as error:
+            if world.from_first(time.monotonic() - began + pause > retry_s):
+                raise StageBlocked(
+                    f"storage unreachable: {where}: {error}; nothing is lost: when it can be read, "
+                    "the same command goes on"
+                ) from None
+            log.warning("%s: %s; asking again", where, error)
+            time.sleep(pause)  # nothing says when a silent storage is back
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: World) -> None:
@@ -323,7 +368,7 @@ def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: W
     """
     storage = storage_of(stage)
     try:
-        _, files = _on_first(world, lambda: _whole(storage, position))
+        _, files = world.on_first(lambda: _whole(storage, position))
         restore(Source(storage, position, files, None), tensors, world)
     except (Damaged, OSError) as error:
         raise NothingToRestore(
@@ -337,25 +382,10 @@ def published(folder: Path) -> list[int]:
     return LocalStorage(folder).positions()
 
 
-def _whole(storage: Storage, position: int) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-    """Progress and files of a checkpoint; Damaged if one can see that it is not whole."""
+def _whole(storage: Storage, position: int) -> Manifest:
+    """What a checkpoint says of itself; Damaged if one can see that it is not whole."""
     manifest = read_manifest(storage, position)
     faults = misfits(storage, position, manifest)
     if faults:
         raise Damaged("; ".join(faults))
     return manifest
-
-
-def _on_first(world: World, function: Callable[[], T]) -> T:
-    """What the first rank's call returns, or raises, on every rank."""
-    result: T | None = None
-    error: Exception | None = None
-    if world.is_first:
-        try:
-            result = function()
-        except Exception as raised:  # told to the ranks that wait, and raised on all of them
-            error = raised
-    result, error = world.from_first((result, error))
-    if error is not None:
-        raise error
-    return cast(T, result)

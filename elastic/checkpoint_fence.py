@@ -2,10 +2,12 @@
 
 import fcntl
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any  # JSON
 
 from elastic.errors import StageBlocked
 from elastic.files import write_atomic
@@ -21,6 +23,7 @@ class Fence:
 
     path: Path
     attempt: int
+    run: str  # of the stage's folder, the same for all of its attempts and for no other run's
 
     @classmethod
     def take(cls, folder: Path) -> "Fence":
@@ -28,9 +31,10 @@ class Fence:
         path = folder / "attempt.json"
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(path):
-            last = int(json.loads(path.read_text())["attempt"]) if path.exists() else 0
-            write_atomic(path, json.dumps({"attempt": last + 1}).encode())
-        return cls(path, last + 1)
+            last: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            attempt, run = int(last.get("attempt", 0)) + 1, str(last.get("run", uuid.uuid4().hex))
+            write_atomic(path, json.dumps({"attempt": attempt, "run": run}).encode())
+        return cls(path, attempt, run)
 
     def check(self) -> None:
         """Raise StaleAttempt if a newer attempt has begun."""

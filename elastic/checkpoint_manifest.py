@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from elastic.checkpoint_store import MANIFEST, Storage
+from elastic.state import Progress
 
 SCHEMA = 1
 _PIECE = 8 * 2**20
@@ -22,7 +23,7 @@ class FileEntry(NamedTuple):
 class Manifest(NamedTuple):
     """A manifest that has the digest which it carries."""
 
-    progress: dict[str, Any]  # Any: JSON, the fields of elastic.state.Progress
+    progress: Progress
     files: dict[str, FileEntry]
 
 
@@ -47,15 +48,24 @@ def read_manifest(storage: Storage, position: int) -> Manifest:
         raise Damaged(f"{MANIFEST} cannot be read: {error!r}") from None
     if listed != _digest_of(content):
         raise Damaged(f"{MANIFEST} does not have the SHA-256 that it carries")
+    try:
+        return _parsed(content, position)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise Damaged(f"{MANIFEST} has not the fields of one: {error!r}") from None
+
+
+def _parsed(content: dict[str, Any], position: int) -> Manifest:
+    """Any error of a lookup or a type where the fields are others than `encode` writes."""
     if content["schema"] != SCHEMA:
         raise Damaged(f"schema {content['schema']}, this version reads {SCHEMA}")
-    if content["progress"]["samples"] != position:
-        raise Damaged(f"manifest is of position {content['progress']['samples']}")
-    files = {n: FileEntry(e["bytes"], e["sha256"]) for n, e in content["files"].items()}
+    progress = Progress(**content["progress"])
+    if progress.samples != position:
+        raise Damaged(f"manifest is of position {progress.samples}")
+    files = {n: FileEntry(int(e["bytes"]), str(e["sha256"])) for n, e in content["files"].items()}
     astray = [name for name in files if "/" in name or "\\" in name or name.startswith(".")]
     if astray:
         raise Damaged(f"{MANIFEST} lists {astray[0]!r}, which is no name of a file of its folder")
-    return Manifest(content["progress"], files)
+    return Manifest(progress, files)
 
 
 def misfits(storage: Storage, position: int, manifest: Manifest) -> list[str]:

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -90,7 +91,11 @@ def restore(source: Source, tensors: dict[str, Tensor], world: World) -> Origin:
     the memory of a node, by a rank of that node, else in the storage, by one rank of the world; and
     in the storage as well, for nodes that have to read it there.
     """
-    reader = CheckpointReader(source, _verify(source, world))
+    verified = _verify(source, world)
+    faults = unfit(verified.parts, tensors)
+    if faults:
+        raise Damaged("; ".join(faults))
+    reader = CheckpointReader(source, verified)
     try:
         dcp.load(cast(dict[str, Any], tensors), storage_reader=reader)
     except CheckpointException as failure:
@@ -125,7 +130,8 @@ def _verify(source: Source, world: World) -> Verified:
     here = [rank for rank, host in enumerate(hosts) if host == hosts[world.rank]]
     share = names[here.index(world.rank) :: len(here)]
     copies = {n: p for n in share if (p := source.copy_of(n)) and _is_good(source, n, p)}
-    headers = {n: _header_of(source, n, partial(read_into, path)) for n, path in copies.items()}
+    headers = _headers_of_copies(source, copies)
+    copies = {name: path for name, path in copies.items() if name in headers}
     everyone = world.gather((copies, headers))
     copies = {n: path for rank in here for n, path in everyone[rank][0].items()}
     headers = {n: header for _, some in everyone for n, header in some.items()}
@@ -149,6 +155,17 @@ def _is_good(source: Source, name: str, copy: Path) -> bool:
     except (Damaged, OSError):
         return False  # the storage has it
     return True
+
+
+def _headers_of_copies(
+    source: Source, copies: dict[str, Path]
+) -> dict[str, list[tuple[str, Part]]]:
+    """Of those that can be read; nothing is raised here, as the other ranks would wait."""
+    headers = {}
+    for name, path in copies.items():
+        with suppress(Damaged, OSError):  # the storage has it
+            headers[name] = _header_of(source, name, partial(read_into, path))
+    return headers
 
 
 def _verify_stored(
@@ -272,6 +289,35 @@ class CheckpointReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | PathLike[str]) -> bool:
         """Places are storages, not names."""
         return False
+
+
+def unfit(parts: Parts, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Why a checkpoint with these parts cannot be loaded into the tensors; empty if it can."""
+    held: dict[str, list[Part]] = {}
+    for (name, _), part in parts.items():
+        held.setdefault(name, []).append(part)
+    faults = ((name, _misfit(held.get(name, []), tensor)) for name, tensor in tensors.items())
+    return [f"{name} {fault}" for name, fault in faults if fault]
+
+
+def _misfit(parts: list[Part], tensor: Tensor) -> str:
+    """Parts are blocks of whole rows, since the first dimension alone is sharded."""
+    if not parts:
+        return "is in none of its files"
+    whole, dtypes = tuple(tensor.shape), {part.dtype for part in parts}
+    if dtypes != {tensor.dtype}:
+        return f"is of {', '.join(sorted(map(str, dtypes)))}, not of {tensor.dtype}"
+    row, num_rows, end = whole[1:], whole[0] if whole else 1, 0
+    for part in sorted(parts, key=lambda part: part.offsets):
+        begin = part.offsets[0] if whole and part.offsets else 0
+        if len(part.shape) != len(whole) or part.shape[1:] != row or any(part.offsets[1:]):
+            return f"has a part of shape {part.shape}, does not fit into {whole}"
+        if begin > end:
+            return f"lacks rows {end} to {begin}"
+        end = max(end, begin + (part.shape[0] if whole else 1))
+    if end > num_rows:
+        return f"has shape {(end, *row)}, not {whole}"
+    return f"lacks rows {end} to {num_rows}" if end < num_rows else ""
 
 
 def _described(parts: list[Part]) -> TensorStorageMetadata:

@@ -7,20 +7,20 @@ published it is a draft, which nothing but its own attempt looks at.
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from elastic.direct_file import DirectFile
-from elastic.errors import InputError, StageBlocked
 from elastic.files import fsync_dir, write_atomic
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothing deletes it
 KEEP_LAST = 2
-HOME = "checkpoints.url"  # in a stage's folder, if its checkpoints lie elsewhere: where
+_A_TIME = 10**12  # nanoseconds since 1970 are more, numbers of attempts are less
+OWNER = "owner.json"  # in a place outside of run folders: whose it is
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ class Storage(Protocol):
     def where(self) -> str:
         """The place in words, for messages."""
 
+    def owner(self) -> bytes:
+        """The mark that says whose the place is; empty if there is none."""
+
+    def claim(self, mark: bytes) -> None:
+        """Leave that mark where there is none; of two at once, one is kept."""
+
     def positions(self) -> list[int]:
         """Positions of what was published, whole or damaged, newest first."""
 
@@ -109,8 +115,11 @@ class Storage(Protocol):
     def delete(self, position: int) -> None:
         """Take back a published checkpoint; a kill in the middle leaves no damaged one."""
 
-    def sweep(self, attempt: int) -> None:
-        """Remove the drafts of ended attempts; `attempt` is the newest, with none in flight."""
+    def sweep(self, attempt: int, listed: Collection[int]) -> None:
+        """Remove the drafts of attempts up to this one, which has none in flight.
+
+        Nothing is a draft that lies at one of the `listed` positions.
+        """
 
 
 class LocalStorage:
@@ -124,15 +133,30 @@ class LocalStorage:
         """The folder."""
         return str(self._folder)
 
+    def owner(self) -> bytes:
+        """A file beside the checkpoints."""
+        with suppress(FileNotFoundError):
+            return (self._folder / OWNER).read_bytes()
+        return b""
+
+    def claim(self, mark: bytes) -> None:
+        """In a new file: the kernel lets only one make it."""
+        self._make_folder()
+        with suppress(FileExistsError), (self._folder / OWNER).open("xb") as file:
+            file.write(mark)
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_dir(self._folder)
+
     def positions(self) -> list[int]:
         """Every folder with a number for a name."""
-        names = [path.name for path in self._folder.glob("*/")]
+        names = [entry.name for entry in _entries(self._folder) if entry.is_dir()]
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def sizes(self, position: int) -> dict[str, int]:
         """Empty where the folder is missing."""
-        files = [path for path in (self._folder / str(position)).glob("*") if path.is_file()]
-        return {path.name: path.stat().st_size for path in files}
+        entries = _entries(self._folder / str(position))
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
     def read(self, position: int, name: str) -> bytes:
         """A small file in full."""
@@ -154,7 +178,8 @@ class LocalStorage:
     def prepare(self, draft: Draft) -> None:
         """Make the folder aside, empty."""
         self.discard(draft)
-        self._aside(draft).mkdir(parents=True)
+        self._make_folder()
+        self._aside(draft).mkdir()
 
     @contextmanager
     def create(self, draft: Draft, name: str) -> Iterator[Sink]:
@@ -186,13 +211,34 @@ class LocalStorage:
         folder.rename(aside)
         shutil.rmtree(aside)
 
-    def sweep(self, attempt: int) -> None:
-        """Remove every folder aside, whoever's it was."""
-        for leftover in self._folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+    def sweep(self, attempt: int, listed: Collection[int]) -> None:
+        """Remove folders aside; where a deletion was killed, a time stands for the attempt."""
+        for entry in _entries(self._folder):
+            _, number, kind = (*entry.name.split("."), "", "")[:3]
+            if kind == "partial" and not attempt < int(number) < _A_TIME:
+                shutil.rmtree(entry.path)
+
+    def _make_folder(self) -> None:
+        """The folder and those above it; each entry survives a loss of power."""
+        missing = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            fsync_dir(folder.parent)
 
     def _aside(self, draft: Draft) -> Path:
         return self._folder / f"{draft.position}.{draft.attempt}.partial"
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder; nothing if it is missing, OSError where it cannot be read.
+
+    Path.glob says "nothing" in both cases.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
 
 
 def read_into(path: Path, start: int, into: memoryview) -> None:
@@ -205,70 +251,3 @@ def read_into(path: Path, start: int, into: memoryview) -> None:
             if not count:
                 raise OSError(f"{path} ends at byte {start + done}, asked for {len(into) - done}")
             done += count
-
-
-def open_storage(place: str) -> Storage:
-    """The storage at a folder or URL; InputError where no program for the URL is installed."""
-    scheme, found, rest = place.partition("://")
-    if not found or scheme == "file":
-        return LocalStorage(Path(rest if found else place).expanduser().absolute())
-    from elastic.checkpoint_url import UrlStorage  # fsspec's back ends take long to import
-
-    return UrlStorage(place)
-
-
-def place_for(setting: str | None, stage: Path) -> str:
-    """Where the setting `checkpoints` puts those of the stage that lives in this folder.
-
-    `<setting>/<plan>/stages/<stage>/checkpoints`; in the stage's own folder without the setting.
-    """
-    if setting is None:
-        return str(stage / "checkpoints")
-    setting = setting.removeprefix("file://")
-    if "://" not in setting:
-        return str(Path(setting).expanduser().absolute().joinpath(*stage.parts[-3:], "checkpoints"))
-    return "/".join((setting.rstrip("/"), *stage.parts[-3:], "checkpoints"))
-
-
-def storage_of(stage: Path) -> Storage:
-    """Where the checkpoints of the stage that lives in this folder lie."""
-    return open_storage(_home(stage))
-
-
-def settle(stage: Path, setting: str | None) -> Storage:
-    """The storage that the setting asks for, noted in the stage's folder.
-
-    StageBlocked if the stage has checkpoints elsewhere: it would silently start over.
-    """
-    home, wanted = _home(stage), place_for(setting, stage)
-    if home == wanted:
-        return open_storage(home)
-    there = open_storage(home).positions()
-    if there:
-        raise StageBlocked(
-            f"stage {stage.name!r} has its checkpoints (newest: {there[0]}) in {home}, the setting "
-            f"`checkpoints` asks for {wanted}; go on with the earlier setting, or move the "
-            f"checkpoints there and write that place into {stage / HOME}"
-        )
-    write_atomic(stage / HOME, wanted.encode())
-    return open_storage(wanted)
-
-
-def _home(stage: Path) -> str:
-    note = stage / HOME
-    return note.read_text().strip() if note.exists() else place_for(None, stage)
-
-
-def check_place(setting: str | None) -> None:
-    """InputError, ahead of any work, where the setting `checkpoints` cannot be used."""
-    if setting is None:
-        return
-    if not setting:
-        raise InputError("checkpoints '': empty; give a folder or a URL such as s3://bucket/runs")
-    try:
-        open_storage(place_for(setting, Path("plan/stages/stage")))
-    except (ImportError, ValueError) as error:
-        raise InputError(
-            f"checkpoints {setting!r}: {error}; for s3:// install the extra: pip install "
-            "'restage[s3]'"
-        ) from None

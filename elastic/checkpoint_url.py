@@ -1,23 +1,27 @@
-"""Checkpoints behind a URL (S3 and whatever else fsspec has a back end for).
+"""Checkpoints behind a URL, by fsspec. Only S3 is tested, with moto for a server.
 
 There is no rename. Files are uploaded under names that hold the number of their attempt, and the
 manifest, put last in one request, is the publication: a folder without one is not a checkpoint.
 
 Guaranteed: what a manifest lists was uploaded before it and is named with its SHA-256; no attempt
-writes over a file of another; the manifest is put only where there is none (a conditional write
-where the back end has one, as S3 does) and, by `Fence`, only while the attempt is the newest.
+writes over a file of another; the manifest is put only where there is none and, by `Fence`, only
+while the attempt is the newest. The put is conditional on AWS S3; a server that takes the condition
+and ignores it leaves that to the fence alone.
 Not guaranteed: that a request whose sender died, or lost the fence while the request was on its
 way, is not carried out later. What it then publishes is whole, and belongs to the older attempt.
+Parts of an upload whose sender was killed are invisible and are paid for: give the bucket a
+lifecycle rule that aborts incomplete multipart uploads after some days.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
 
-from elastic.checkpoint_store import DAMAGED, MANIFEST, Draft, Sink
+from elastic.checkpoint_manifest import Damaged, read_manifest
+from elastic.checkpoint_store import DAMAGED, MANIFEST, OWNER, Draft, Sink
 
 _BLOCK = 16 * 2**20  # bytes of a part of an upload; 10,000 parts are S3's most, so 160 GB a file
 _REPLACED = ".replaced"
@@ -36,6 +40,18 @@ class UrlStorage:
     def where(self) -> str:
         """The URL."""
         return self._url
+
+    def owner(self) -> bytes:
+        """An object beside the checkpoints."""
+        with _as_os_errors(self._url), suppress(FileNotFoundError):
+            return bytes(self._fs.cat_file(f"{self._root}/{OWNER}"))
+        return b""
+
+    def claim(self, mark: bytes) -> None:
+        """By a conditional write."""
+        with _as_os_errors(self._url), suppress(FileExistsError):
+            if not self.owner():
+                self._fs.pipe_file(f"{self._root}/{OWNER}", mark, mode="create")
 
     def positions(self) -> list[int]:
         """Every folder that has a manifest, or had one that was found damaged."""
@@ -92,17 +108,20 @@ class UrlStorage:
         path = self._path(draft.position, MANIFEST)
         with _as_os_errors(self._url):
             if self._fs.exists(path):  # damaged, or left by an attempt that could not restore it
-                kept = f"{path}.{time.time_ns()}{_REPLACED}"
-                self._fs.copy(path, kept)
-                self._fs.rm_file(path)
-                with suppress(FileNotFoundError):
-                    self._fs.rm_file(self._path(draft.position, DAMAGED))
+                self._set_aside(draft.position, MANIFEST)
+            with suppress(FileNotFoundError):
+                self._set_aside(draft.position, DAMAGED)
             try:
                 self._fs.pipe_file(path, manifest, mode="create")
             except Exception:
                 # The answer may be lost where the request was not: what is there says which.
                 if not self._holds(path, manifest):
                     raise
+
+    def _set_aside(self, position: int, name: str) -> None:
+        path = self._path(position, name)
+        self._fs.copy(path, f"{path}.{time.time_ns()}{_REPLACED}")
+        self._fs.rm_file(path)
 
     def _holds(self, path: str, data: bytes) -> bool:
         with suppress(Exception):
@@ -112,9 +131,11 @@ class UrlStorage:
     def discard(self, draft: Draft) -> None:
         """Remove the files of the draft, unless it was published after all."""
         files = self.sizes(draft.position)
+        own = {name for name in files if name.startswith(f"{draft.attempt}-")}
         if MANIFEST in files:
-            return
-        self._remove(draft.position, [n for n in files if n.startswith(f"{draft.attempt}-")])
+            with suppress(Damaged):  # one of before, which lists no file of this draft
+                own -= read_manifest(self, draft.position).files.keys()
+        self._remove(draft.position, own)
 
     def note(self, position: int, name: str, text: str) -> None:
         """Put a word beside the manifest."""
@@ -122,20 +143,20 @@ class UrlStorage:
             self._fs.pipe_file(self._path(position, name), text.encode())
 
     def delete(self, position: int) -> None:
-        """The manifest first: what is left without one is no checkpoint."""
-        files = self.sizes(position)
+        """The manifest first, then what it lists: what was damaged and set aside here is kept."""
+        listed = read_manifest(self, position).files
         self._remove(position, [MANIFEST])
-        self._remove(position, [name for name in files if name != MANIFEST])
+        self._remove(position, listed)
 
-    def sweep(self, attempt: int) -> None:
+    def sweep(self, attempt: int, listed: Collection[int]) -> None:
         """Remove what was never published; a folder with a word about damage in it is kept."""
         for position, files in self._folders().items():
-            is_draft = MANIFEST not in files and DAMAGED not in files
+            is_draft = not {MANIFEST, DAMAGED} & files.keys() and position not in listed
             if is_draft and not any(name.endswith(_REPLACED) for name in files):
                 older = [n for n in files if n.split("-")[0].isdecimal()]
                 self._remove(position, [n for n in older if int(n.split("-")[0]) <= attempt])
 
-    def _remove(self, position: int, names: list[str]) -> None:
+    def _remove(self, position: int, names: Collection[str]) -> None:
         with _as_os_errors(self._url):
             for name in names:
                 with suppress(FileNotFoundError):

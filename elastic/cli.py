@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic.checkpoint_store import Keep, check_place
+from elastic.checkpoint_place import check_place
+from elastic.checkpoint_store import Keep
 from elastic.errors import InputError, StageBlocked
 from elastic.flags import at_least_one, cluster_flags, finite, gib, keep_flags, place_flag
 from elastic.folders import RunFolder

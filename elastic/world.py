@@ -1,11 +1,14 @@
 """The ranks of this attempt, and the few things that they agree on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,20 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What the first rank's call returns, or raises, on every rank."""
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except Exception as raised:  # told to the ranks that wait, and raised on all of them
+                error = raised
+        result, error = self.from_first((result, error))
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def gather(self, value: Any) -> list[Any]:  # Any: whatever each rank has to say
         """Every rank's value, in the order of the ranks."""

@@ -297,9 +297,9 @@ def damage_every(scene: Scene) -> None:
 def begin_another_attempt(scene: Scene) -> None:
     """Another driver has begun the stage, unseen: this one may publish nothing more."""
     path = scene.folder / "attempt.json"
-    number = json.loads(path.read_text())["attempt"]
+    before = json.loads(path.read_text())
     aside = path.with_suffix(".new")
-    aside.write_text(json.dumps({"attempt": number + 1}))
+    aside.write_text(json.dumps({**before, "attempt": before["attempt"] + 1}))
     aside.rename(path)
 
 

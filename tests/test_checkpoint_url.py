@@ -1,50 +1,22 @@
 """Checkpoints on S3: a real server over a socket, and the same promises as on a local path."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_server import BUCKET, s3_server  # noqa: F401  # a fixture
 from small_state import begin, expected, restored, small, whole
 from tiny import world_of_one
 from worlds import run_world
 
 from elastic.checkpoint import NothingToRestore, StaleAttempt, load_subset
-from elastic.checkpoint_store import (
-    DAMAGED,
-    MANIFEST,
-    Draft,
-    Storage,
-    check_place,
-    open_storage,
-    place_for,
-    settle,
-    storage_of,
-)
-from elastic.errors import InputError, StageBlocked
-from elastic.settings import read_settings
+from elastic.checkpoint_manifest import FileEntry, encode
+from elastic.checkpoint_place import open_storage, settle
+from elastic.checkpoint_store import DAMAGED, MANIFEST, Draft
+from elastic.state import Progress
 from elastic.world import World
-
-BUCKET = "restage-test"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Address of an S3 server of this process; the keys stand in the environment alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield os.environ["AWS_ENDPOINT_URL"]
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +39,11 @@ def _names(url: str) -> list[str]:
 def _put(url: str, name: str, data: bytes) -> None:
     key = url.removeprefix(f"s3://{BUCKET}/") + f"/{name}"
     boto3.client("s3").put_object(Bucket=BUCKET, Key=key, Body=data)
+
+
+def _delete(url: str, name: str) -> None:
+    key = url.removeprefix(f"s3://{BUCKET}/") + f"/{name}"
+    boto3.client("s3").delete_object(Bucket=BUCKET, Key=key)
 
 
 def _save(world: World, folder: Path, url: str, *positions: int) -> list[tuple[str, int, str]]:
@@ -105,6 +82,7 @@ def _storage_bytes(url: str, name: str) -> bytes:
 DAMAGES = {
     "a flipped bit": (_flip, "does not have the listed SHA-256"),
     "cut off": (lambda url: _put(url, "22/1-00000.safetensors", b"short"), "has 5 bytes, not"),
+    "no manifest": (lambda url: _delete(url, f"22/{MANIFEST}"), "manifest.json cannot be read"),
     "half a manifest": (lambda url: _put(url, f"22/{MANIFEST}", b'{"schema"'), "cannot be read"),
 }
 
@@ -122,13 +100,28 @@ def test_a_damaged_checkpoint_is_named_skipped_and_kept(
     ((kind, position, reason),) = store.events
     assert (kind, position) == ("damaged_checkpoint", 22)
     assert message in reason
-    for samples in (15, 16, 22, 33):
+    for samples in (15, 16, 22, 33, 44, 55):
         store.checkpoints.save(small(world, samples), "due")
     store.checkpoints.wait()
-    # The manifest that was damaged is set aside for the one at the same position; no file is lost.
+    # What was damaged is set aside for the one at the same position, and outlives that one.
     left = {name.partition(".json")[0] for name in before if name.startswith("22/")}
-    assert left <= {name.partition(".json")[0] for name in _names(url)}
-    assert whole(restored(world, tmp_path, storage=open_storage(url))[0]) == expected(33)
+    kept = {name.partition(".json")[0] for name in _names(url)}
+    assert left <= kept
+    assert any(name.startswith(f"22/{DAMAGED}.") for name in kept)
+    assert {name for name in kept if name.startswith("22/2-")} == set()
+    assert open_storage(url).positions() == [55, 44]
+    assert whole(restored(world, tmp_path, storage=open_storage(url))[0]) == expected(55)
+
+
+def test_a_draft_is_discarded_though_an_older_manifest_lies_at_its_position(url: str) -> None:
+    storage = open_storage(url)
+    entry = FileEntry(1, "")
+    storage.publish(Draft(11, 1), encode(Progress("small", 11).as_json(), {"1-a": entry}))
+    for name in ("1-a", "2-a"):
+        _put(url, f"11/{name}", b"x")
+    storage.discard(Draft(11, 2))
+    storage.discard(Draft(11, 1))  # published after all
+    assert _names(url) == ["11/1-a", f"11/{MANIFEST}"]
 
 
 def test_what_was_never_published_is_not_there_and_goes_away(
@@ -181,7 +174,7 @@ def test_another_stage_starts_from_a_checkpoint_there(
 ) -> None:
     stage = tmp_path / "plan" / "stages" / "small"
     stage.mkdir(parents=True)
-    storage = settle(stage, f"s3://{BUCKET}{tmp_path}")
+    storage = open_storage(settle(stage, f"s3://{BUCKET}{tmp_path}", "me"))
     assert storage.where == f"s3://{BUCKET}{tmp_path}/plan/stages/small/checkpoints"
     begin(world, stage, storage=storage).checkpoints.save(small(world, 11), "stop")
     state = small(world, 1)
@@ -190,46 +183,3 @@ def test_another_stage_starts_from_a_checkpoint_there(
     storage.note(11, MANIFEST, json.dumps({"schema": 1}))
     with pytest.raises(NothingToRestore, match=r"checkpoint 11 of 'small' .* manifest.json"):
         load_subset(stage, 11, state.tensors(), world)
-
-
-def _in_stage(world: World, stage: Path, storage: Storage) -> None:
-    begin(world, stage, storage=storage).checkpoints.save(small(world, 11), "stop")
-
-
-def test_a_setting_that_would_hide_checkpoints_is_refused(world: World, tmp_path: Path) -> None:
-    stage = tmp_path / "plan" / "stages" / "small"
-    stage.mkdir(parents=True)
-    _in_stage(world, stage, settle(stage, None))
-    elsewhere = str(tmp_path / "elsewhere")
-    with pytest.raises(StageBlocked, match=r"'small' has its checkpoints \(newest: 11\) in .*"):
-        settle(stage, elsewhere)
-    assert storage_of(stage).positions() == [11]
-
-
-def test_checkpoints_lie_where_the_setting_says_on_a_local_path_too(
-    world: World, tmp_path: Path
-) -> None:
-    stage = tmp_path / "runs" / "plan" / "stages" / "small"
-    stage.mkdir(parents=True)
-    _in_stage(world, stage, settle(stage, str(tmp_path / "fast")))
-    there = tmp_path / "fast/plan/stages/small/checkpoints"
-    assert (there / "11" / MANIFEST).exists()
-    assert settle(stage, f"file://{tmp_path}/fast").positions() == [11]
-    assert not (there / "11" / DAMAGED).exists()
-
-
-def test_a_place_for_checkpoints_is_checked_before_anything_starts() -> None:
-    settings = read_settings(checkpoints="s3://bucket/runs", keep_last=3, keep_every=1000)
-    assert (settings.checkpoints, settings.keep_last, settings.keep_every) == (
-        "s3://bucket/runs", 3, 1000,
-    )  # fmt: skip
-    place = place_for("s3://bucket/runs/", Path("/x/plan/stages/one"))
-    assert place == "s3://bucket/runs/plan/stages/one/checkpoints"
-    check_place(None)
-    check_place("/fast/disk")
-    with pytest.raises(InputError, match=r"checkpoints 'nosuch://x'"):
-        check_place("nosuch://x")
-    with pytest.raises(InputError, match="empty"):
-        check_place("")
-    with pytest.raises(InputError, match="keep_last"):
-        read_settings(keep_last=0)

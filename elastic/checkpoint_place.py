@@ -1,0 +1,145 @@
+"""Which place holds the checkpoints of a stage, whose it is, and what has to be there."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from elastic.checkpoint_store import OWNER, LocalStorage, Storage
+from elastic.errors import InputError, StageBlocked
+from elastic.files import write_atomic
+
+HOME = "checkpoints.url"  # in a stage's folder, if its checkpoints lie elsewhere: where
+
+
+class Register:
+    """The positions that a stage has published and not deleted, kept in the stage's own folder.
+
+    It says what has to be there when the place itself cannot: a disk that is not mounted, a
+    checkpoint that lost its manifest. Written under the fence. Stages of versions that kept none
+    have an empty one.
+    """
+
+    def __init__(self, stage: Path) -> None:
+        self.path = stage / "published.json"
+
+    def positions(self) -> set[int]:
+        """Damaged ones too."""
+        try:
+            return set(json.loads(self.path.read_text()))
+        except FileNotFoundError:
+            return set()
+        except (ValueError, TypeError) as error:
+            raise OSError(f"{self.path} is no list of positions: {error}") from None
+
+    def add(self, position: int) -> None:
+        """It is published."""
+        self._write(self.positions() | {position})
+
+    def remove(self, positions: Collection[int]) -> None:
+        """They will be deleted."""
+        self._write(self.positions() - set(positions))
+
+    def _write(self, positions: set[int]) -> None:
+        write_atomic(self.path, json.dumps(sorted(positions)).encode())
+
+
+def open_storage(place: str) -> Storage:
+    """The storage at a folder or URL; InputError where no program for the URL is installed."""
+    scheme, found, rest = place.partition("://")
+    if not found or scheme == "file":
+        return LocalStorage(Path(rest if found else place).expanduser().absolute())
+    from elastic.checkpoint_url import UrlStorage  # fsspec's back ends take long to import
+
+    return UrlStorage(place)
+
+
+def place_for(setting: str | None, stage: Path) -> str:
+    """Where the setting `checkpoints` puts those of the stage that lives in this folder.
+
+    `<setting>/<plan>/stages/<stage>/checkpoints`; in the stage's own folder without the setting.
+    """
+    if setting is None:
+        return str(stage / "checkpoints")
+    setting = setting.removeprefix("file://")
+    if "://" not in setting:
+        return str(Path(setting).expanduser().absolute().joinpath(*stage.parts[-3:], "checkpoints"))
+    return "/".join((setting.rstrip("/"), *stage.parts[-3:], "checkpoints"))
+
+
+def storage_of(stage: Path) -> Storage:
+    """Where the checkpoints of the stage that lives in this folder lie."""
+    return open_storage(_home(stage))
+
+
+def settle(stage: Path, setting: str | None, run: str) -> str:
+    """The place that the setting asks for, noted in the stage's folder and marked as this run's.
+
+    `run` is the stage's own word for itself (Fence). StageBlocked if the stage has checkpoints
+    elsewhere, since it would silently start over, or if the place is another run's. OSError where
+    the place cannot be read.
+    """
+    home, wanted = _home(stage), place_for(setting, stage)
+    if home != wanted:
+        _require_none(stage, home, wanted)
+    if wanted != place_for(None, stage):
+        _claim(stage, wanted, run, is_new=home != wanted)
+    if home != wanted:
+        write_atomic(stage / HOME, wanted.encode())
+    return wanted
+
+
+def _require_none(stage: Path, home: str, wanted: str) -> None:
+    there = {*open_storage(home).positions(), *Register(stage).positions()}
+    if there:
+        raise StageBlocked(
+            f"stage {stage.name!r} has its checkpoints (newest: {max(there)}) in {home}, the "
+            f"setting `checkpoints` asks for {wanted}; go on with the earlier setting, or move the "
+            f"checkpoints there and write that place into {stage / HOME}"
+        )
+
+
+def _claim(stage: Path, place: str, run: str, is_new: bool) -> None:
+    """Mark a place outside of the run folder; two runs of one plan may ask for the same one.
+
+    One that is not new was this stage's before marks were made, or is said to be by a person.
+    """
+    storage = open_storage(place)
+    if not storage.owner() and is_new and (there := storage.positions()):
+        _refuse(stage, place, f"checkpoints (newest: {there[0]}) of a run that left no mark")
+    storage.claim(json.dumps({"run": run, "stage": str(stage)}).encode())
+    try:
+        owner = json.loads(storage.owner())
+        is_ours, whose = owner["run"] == run, f"the checkpoints of {owner['stage']}"
+    except (ValueError, LookupError, TypeError) as error:
+        is_ours, whose = False, f"an {OWNER} that cannot be read ({error!r})"
+    if not is_ours:
+        _refuse(stage, place, whose)
+
+
+def _refuse(stage: Path, place: str, whose: str) -> None:
+    raise StageBlocked(
+        f"stage {stage.name!r} would keep its checkpoints in {place}, which holds {whose}; give "
+        "another --checkpoints, or go on in the run folder that they belong to, or move them away "
+        f"to begin anew; if they are this run's, write that place into {stage / HOME} and remove "
+        f"its {OWNER}"
+    )
+
+
+def _home(stage: Path) -> str:
+    note = stage / HOME
+    return note.read_text().strip() if note.exists() else place_for(None, stage)
+
+
+def check_place(setting: str | None) -> None:
+    """InputError, ahead of any work, where the setting `checkpoints` cannot be used."""
+    if setting is None:
+        return
+    if not setting:
+        raise InputError("checkpoints '': empty; give a folder or a URL such as s3://bucket/runs")
+    try:
+        open_storage(place_for(setting, Path("plan/stages/stage")))
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"checkpoints {setting!r}: {error}; for s3:// install the extra: pip install "
+            "'restage[s3]'"
+        ) from None
