@@ -24,6 +24,7 @@ from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence, answered
 from elastic.checkpoint_place import open_storage, settle
 from elastic.checkpoint_ram import RamCopies
+from elastic.checkpoint_read import host
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import load_members
 from elastic.data.sealed import SealedStore
@@ -165,7 +166,7 @@ def run(order: Order, link: Link, listening: int | None) -> str:
             event,
             job.keep,
             open_storage(place),
-            RamCopies(job.folder, owner=order.node),
+            RamCopies(job.folder, owner=order.node, ranks=world.gather(host()).count(host())),
         ),
         meter=Meter(job.stage, world, fence.attempt, lambda line: link.send(Measured({**line}))),
         stop_wanted=link.stop_wanted,

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -29,12 +30,13 @@ _LEFT_FREE = 0.25  # of the node's memory: copies are a convenience, and trainin
 class RamCopies:
     """`<tmpfs>/restage-<digest of the stage's folder>/<position>/<file>`, newest position only."""
 
-    def __init__(self, stage: Path, owner: int, root: Path = SHM) -> None:
+    def __init__(self, stage: Path, owner: int, root: Path = SHM, ranks: int = 1) -> None:
         """The copies of a stage on this node, kept for as long as the process `owner` lives.
 
         `owner` has to outlive the ranks: their node's daemon, not one of them. Copies of owners
-        that are gone are removed here.
+        that are gone are removed here. So many `ranks` of the node keep copies at once.
         """
+        self._ranks = ranks
         digest = hashlib.sha256(str(stage.absolute()).encode()).hexdigest()[:16]
         self._folder = root / f"{_PREFIX}{os.getuid()}-{digest}"
         self._usable = root.is_dir() and self._take(owner)
@@ -80,9 +82,8 @@ class RamCopies:
             return None
 
     def _has_room(self, num_bytes: int) -> bool:
-        memory = psutil.virtual_memory()
-        free = min(shutil.disk_usage(self._folder).free, memory.available)
-        return bool(free - num_bytes >= _LEFT_FREE * memory.total)
+        memory = memory_for(self._folder)
+        return memory.free - num_bytes * self._ranks >= _LEFT_FREE * memory.total
 
     def find(self, position: int, name: str, num_bytes: int) -> Path | None:
         """The copy of a file, if there is one of this size."""
@@ -105,6 +106,10 @@ class RamCopies:
                 for copy in folder.glob("*.safetensors"):
                     copy.replace(self._folder / _SPARE / copy.name)
             shutil.rmtree(folder, ignore_errors=True)
+        for spare in (self._folder / _SPARE).glob("*"):
+            # Of ranks that have gone, or of a copy for which there was no room.
+            if not (self._folder / str(position) / spare.name).exists():
+                spare.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything: the stage is finished."""
@@ -125,8 +130,15 @@ class _Copy:
         if spare is not None:
             spare.rename(self._aside)
         self._file = self._aside.open("wb" if spare is None else "r+b", buffering=0)
-        self._file.truncate(num_bytes)
         self._is_whole = True
+        try:
+            self._file.truncate(num_bytes)
+            # All of it now: a tmpfs gives memory at the first write, when others may have it.
+            os.posix_fallocate(self._file.fileno(), 0, num_bytes)
+        except OSError:
+            self._file.close()
+            self._aside.unlink(missing_ok=True)
+            raise
 
     def write(self, data: memoryview) -> int:
         done = 0 if self._is_whole else len(data)
@@ -147,6 +159,47 @@ class _Copy:
             self._aside.replace(self._path)
         else:
             self._aside.unlink(missing_ok=True)
+
+
+class Memory(NamedTuple):
+    """Bytes that can still be had, and bytes that there are in all."""
+
+    free: int
+    total: int
+
+
+def memory_for(folder: Path) -> Memory:
+    """The memory for a file in a tmpfs folder: the node's, or less by a control group's limit."""
+    node = psutil.virtual_memory()
+    limits = [Memory(node.available, node.total), *group_limits()]
+    free = min(shutil.disk_usage(folder).free, *(limit.free for limit in limits))
+    return Memory(free, min(limit.total for limit in limits))
+
+
+def group_limits(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[Memory]:
+    """The limits (cgroup v2) of this process's group and those above it; empty if there are none.
+
+    Pages of files that nobody has used for a while count as free: the kernel takes them first.
+    """
+    with suppress(OSError):
+        path = next((ln[3:] for ln in own.read_text().splitlines() if ln.startswith("0::")), "/")
+        group = groups / path.strip("/")
+        up = [group, *group.parents]
+        within = up[: up.index(groups) + 1]
+        return [limit for group in within if (limit := _limit_of(group)) is not None]
+    return []
+
+
+def _limit_of(group: Path) -> Memory | None:
+    try:
+        total = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return Memory(total - used + int(fields["inactive_file"]), total)
+    except (OSError, ValueError, LookupError):  # no such group here, or "max"
+        return None
 
 
 def _sweep(root: Path, own: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from elastic.direct_file import DirectFile
-from elastic.files import fsync_dir, write_atomic
+from elastic.files import exchange, fsync_dir, write_atomic
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothing deletes it
@@ -192,8 +192,11 @@ class LocalStorage:
         aside, final = self._aside(draft), self._folder / str(draft.position)
         write_atomic(aside / MANIFEST, manifest)
         if final.exists():  # damaged, or left by an attempt that could not restore it: keep it
-            final.rename(final.with_name(f"{final.name}.{time.time_ns()}.replaced"))
-        os.rename(aside, final)
+            kept = final.with_name(f"{final.name}.{time.time_ns()}.replaced")
+            os.rename(aside, kept)
+            exchange(kept, final)
+        else:
+            os.rename(aside, final)
         fsync_dir(self._folder)
 
     def discard(self, draft: Draft) -> None:

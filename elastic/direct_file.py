@@ -19,7 +19,8 @@ _BUFFER = 8 * 2**20  # bytes a write; whole blocks of any disk, as direct writes
 class DirectFile:
     """Written once from its beginning, flushed to the disk at the end of its block.
 
-    Where the file system knows no direct writes (tmpfs, some network ones) it writes as usual.
+    Where the file system knows no direct writes (tmpfs, some network ones) it writes as usual;
+    some say so when the file is opened, some at the first write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,12 +53,22 @@ class DirectFile:
             done = 0
             while done < count:
                 with buffer[done:count] as rest:
-                    done += os.write(self._file, rest)
+                    done += self._write(rest)
         self._filled = 0
 
-    def _stop_direct(self) -> None:
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._file, data)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._stop_direct():
+                raise
+            return os.write(self._file, data)
+
+    def _stop_direct(self) -> bool:
+        """Write as usual from here on; whether writes were direct before."""
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
 
     def __enter__(self) -> "DirectFile":
         return self

@@ -1,8 +1,13 @@
 """Files that other processes read: written aside, flushed, and published by one rename."""
 
+import ctypes
+import errno
 import os
 import uuid
 from pathlib import Path
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def fsync_dir(folder: Path) -> None:
@@ -24,3 +29,23 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(aside, path)
     fsync_dir(path.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Two files or folders of one file system change names, in one step.
+
+    Where the file system cannot do that (NFS), `other` is missing for a moment, and a kill in it
+    leaves what was `one` under that name.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = (_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    code = errno.ENOSYS  # a C library before 2018 has no such call
+    if hasattr(libc, "renameat2"):
+        code = ctypes.get_errno() if libc.renameat2(*names) else 0
+    if code in _NOT_KNOWN:
+        aside = one.with_name(f"{one.name}.{uuid.uuid4().hex}")
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
+    elif code:
+        raise OSError(code, os.strerror(code), str(one), None, str(other))

@@ -1,10 +1,12 @@
 """Where checkpoints lie and whose the place is; what is damage, and what only does not answer."""
 
+import ctypes
 import errno
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from s3_server import BUCKET, s3_server  # noqa: F401  # a fixture
 from small_state import begin, expected, restored, small, whole
 from tiny import world_of_one
 
+from elastic import checkpoint_store
 from elastic.checkpoint import Fence, NothingToRestore, published
 from elastic.checkpoint_manifest import _digest_of
 from elastic.checkpoint_place import (
@@ -281,3 +284,52 @@ def test_rows_that_are_missing_are_seen_before_anything_is_loaded() -> None:
     assert "rows 1 to 2" in fault_of(part(0, 1), part(2, 2))
     assert "rows 3 to 4" in fault_of(part(0, 3))
     assert "(5, 2)" in fault_of(part(0, 5))
+
+
+class Killed(BaseException):
+    """A process ends here."""
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("last", range(5))
+def test_a_kill_while_one_replaces_another_at_its_position_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, in_one_step: bool
+) -> None:
+    """Killed before the rename of that number; without the exchange there is one weak moment."""
+    storage, folder = LocalStorage(tmp_path / "checkpoints"), tmp_path / "checkpoints"
+    storage.prepare(Draft(22, 1))
+    storage.publish(Draft(22, 1), b"damaged")
+    storage.prepare(Draft(22, 2))
+    left, rename, library = [last], os.rename, ctypes.CDLL(None, use_errno=True)
+
+    def step(do: Callable[..., Any], *args: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return do(*args)
+
+    class Library:
+        if in_one_step:
+
+            def renameat2(self, *args: Any) -> Any:
+                return step(library.renameat2, *args)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library())
+    monkeypatch.setattr(os, "rename", lambda *args: step(rename, *args))
+    with suppress(Killed):
+        storage.publish(Draft(22, 2), b"good")
+    held = {path.parent.name: path.read_bytes() for path in folder.rglob(MANIFEST)}
+    assert sorted(held.values()) == [b"damaged", b"good"]
+    if in_one_step:
+        assert held["22"] == (b"damaged" if last < 2 else b"good")
+    else:
+        assert held.get("22") == {2: None, 3: b"good", 4: b"good"}.get(last, b"damaged")
+
+
+def test_the_folder_that_is_made_survives_a_loss_of_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(checkpoint_store, "fsync_dir", flushed.append)
+    LocalStorage(tmp_path / "run" / "checkpoints").prepare(Draft(11, 1))
+    assert flushed == [tmp_path, tmp_path / "run"]

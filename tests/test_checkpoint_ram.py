@@ -8,15 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from small_state import begin, expected, restored, small, whole
 from tiny import world_of_one
 from worlds import run_world
 
 from elastic import checkpoint_ram, checkpoint_read
-from elastic.checkpoint_ram import RamCopies
+from elastic.checkpoint_ram import Memory, RamCopies, group_limits
 from elastic.world import World
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a node with room, whatever this machine has."""
+    monkeypatch.setattr(checkpoint_ram, "memory_for", _much)
+
+
+def _much(_: Path) -> Memory:
+    return Memory(free=10 * GB, total=10 * GB)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +95,7 @@ def _on_two_nodes(
     world: World, stage: Path, shm: Path
 ) -> list[tuple[dict[str, bytes], dict[str, int]]]:
     """Each rank is a node; then one node of two has lost its memory; then the ranks change."""
+    checkpoint_ram.memory_for = _much
     results = []
     for host in (world.rank, world.rank, 1 - world.rank):
         checkpoint_read.host = lambda host=host: f"node-{host}"  # type: ignore[misc]  # of this process
@@ -166,14 +178,74 @@ def test_an_owner_is_more_than_a_number_that_the_kernel_gives_again(
 def test_where_memory_is_short_there_is_no_copy_and_the_save_goes_on(
     world: World, tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = psutil.virtual_memory()
-    short = memory._replace(available=int(0.2 * memory.total))
-    monkeypatch.setattr(checkpoint_ram.psutil, "virtual_memory", lambda: short)
+    monkeypatch.setattr(checkpoint_ram, "memory_for", lambda _: Memory(free=GB // 5, total=GB))
     _saved(world, tmp_path, shm)
     assert _copies(shm) == []
     state, store = restored(world, tmp_path, ram=_ram(tmp_path, shm))
     assert whole(state) == expected(22)
     assert store.checkpoints.restored_from.ram == 0
+
+
+def test_the_ranks_of_a_node_share_its_memory(tmp_path: Path, shm: Path) -> None:
+    for ranks, num_bytes, has_room in ((1, 7 * GB, True), (4, 7 * GB, False), (4, GB, True)):
+        ram = RamCopies(tmp_path / "stage", os.getpid(), shm, ranks)
+        assert ram._has_room(num_bytes) is has_room
+
+
+def test_the_limit_of_a_control_group_counts_and_so_do_those_above_it(tmp_path: Path) -> None:
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    own.write_text("0::/pod/job\n")
+    for name, limit in ((".", None), ("pod", "1000"), ("pod/job", "max")):
+        folder = groups / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if limit is not None:
+            (folder / "memory.max").write_text(limit)
+            (folder / "memory.current").write_text("700")
+            (folder / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert group_limits(groups, own) == [Memory(free=450, total=1000)]
+    assert group_limits(groups / "missing", tmp_path / "missing") == []
+
+
+def test_memory_is_given_before_a_copy_is_begun_or_the_copy_is_left_out(
+    tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with _ram(tmp_path, shm).create(11, "f.safetensors", 100) as sink:
+        assert sink is None
+    assert list(shm.glob("*/11/*")) == []
+
+
+def test_memory_of_ranks_that_have_gone_is_given_back(tmp_path: Path, shm: Path) -> None:
+    ram = _ram(tmp_path, shm)
+    for position, ranks in ((11, 3), (22, 3), (33, 1)):
+        for rank in range(ranks):
+            with ram.create(position, f"{rank}.safetensors", 1) as sink:
+                assert sink is not None
+                sink.write(memoryview(b"x"))
+        ram.keep_only(position)
+    held = sorted(f"{p.parent.name}/{p.name}" for p in shm.rglob("*.safetensors"))
+    assert held == ["33/0.safetensors", "spare/0.safetensors"]
+
+
+def test_a_copy_that_goes_while_it_is_looked_at_is_not_used(
+    world: World, tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _saved(world, tmp_path, shm)
+    is_good = checkpoint_read._is_good
+
+    def then_gone(source: checkpoint_read.Source, name: str, copy: Path) -> bool:
+        good = is_good(source, name, copy)
+        copy.unlink()
+        return good
+
+    monkeypatch.setattr(checkpoint_read, "_is_good", then_gone)
+    state, store = restored(world, tmp_path, ram=_ram(tmp_path, shm))
+    assert whole(state) == expected(22)
+    assert store.checkpoints.restored_from.ram == 0
+    assert store.events == []
 
 
 def test_memory_that_fills_up_during_a_save_costs_the_copy_alone(

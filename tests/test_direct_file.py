@@ -1,5 +1,7 @@
 """Files written past the page cache hold what was written, whole blocks or not."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -42,3 +44,27 @@ def test_what_the_kernel_takes_in_part_is_written_in_full(
     with DirectFile(tmp_path / "file") as file:
         file.write(memoryview(data))
     assert (tmp_path / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("refused", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_refuses_direct_writes_late_is_written_as_usual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    write, data = os.write, os.urandom(16 * MIB + 10)
+
+    def picky(file: int, part: memoryview) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(refused, os.strerror(refused))
+        return write(file, part)
+
+    path = tmp_path / "file"
+    file = DirectFile(path)
+    fcntl.fcntl(file._file, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)
+    monkeypatch.setattr(os, "write", picky)
+    with file:
+        if refused == errno.EIO:
+            with pytest.raises(OSError, match="Input/output"):
+                file.write(memoryview(data))
+            return
+        file.write(memoryview(data))
+    assert path.read_bytes() == data
