@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from elastic.align import Pairs
-from elastic.checkpoint import Checkpoints, Fence, answered
+from elastic.checkpoint import Checkpoints, Fence
 from elastic.checkpoint_place import open_storage, settle
 from elastic.checkpoint_ram import RamCopies
-from elastic.checkpoint_read import host
+from elastic.checkpoint_read import answered, host
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import load_members
 from elastic.data.sealed import SealedStore

@@ -33,7 +33,15 @@ from elastic.checkpoint_manifest import (
 )
 from elastic.checkpoint_place import Register, storage_of
 from elastic.checkpoint_ram import RamCopies
-from elastic.checkpoint_read import Origin, Source, causes, restore
+from elastic.checkpoint_read import (
+    LONGEST_PAUSE_S,
+    RETRY_S,
+    Origin,
+    Source,
+    answered,
+    causes,
+    restore,
+)
 from elastic.checkpoint_store import (
     DAMAGED,
     DEFAULT_KEEP,
@@ -48,15 +56,10 @@ from elastic.errors import StageBlocked
 from elastic.state import Progress, TrainState
 from elastic.world import World
 
-__all__ = [
-    "Checkpoints", "Fence", "NothingToRestore", "StaleAttempt", "answered", "load_subset",
-    "published",
-]  # fmt: skip
+__all__ = ["Checkpoints", "Fence", "NothingToRestore", "StaleAttempt", "load_subset", "published"]
 log = logging.getLogger(__name__)
 
 LAST = ("stop", "finished")  # reasons of a save after which the ranks end: it is waited for
-_RETRY_S = 60.0
-_LONGEST_PAUSE_S = 10.0
 # A rank waits so long for the slowest one's file; it is no limit for a save that makes progress.
 _WRITE_TIMEOUT = timedelta(hours=2)
 Event = Callable[..., None]
@@ -83,7 +86,7 @@ class Checkpoints:
         keep: Keep = DEFAULT_KEEP,
         storage: Storage | None = None,
         ram: RamCopies | None = None,
-        retry_s: float = _RETRY_S,
+        retry_s: float = RETRY_S,
     ) -> None:
         self._stage = folder.name
         self._storage = storage or LocalStorage(folder / "checkpoints")
@@ -171,7 +174,7 @@ class Checkpoints:
                 if self._world.from_first(time.monotonic() - began + pause > self._retry_s):
                     raise StageBlocked(self._blocked(progress.samples, error)) from None
                 time.sleep(pause)  # nothing says when a full disk or a silent storage is back
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 self._published(progress.samples, reason, time.monotonic() - began, 0.0)
                 return
@@ -211,7 +214,7 @@ class Checkpoints:
         writer = CheckpointWriter(
             Place(self._storage, draft, self._ram),
             parts,
-            begin=lambda: self._begin(draft, num_bytes),
+            begin=lambda largest: self._begin(draft, num_bytes, largest),
             publish=lambda files: self._publish(draft, progress, files),
         )
         try:
@@ -224,8 +227,17 @@ class Checkpoints:
             errors = causes(failure, OSError, StaleAttempt)
             raise next((e for e in errors if isinstance(e, StaleAttempt)), errors[0]) from None
 
-    def _begin(self, draft: Draft, num_bytes: int) -> None:
+    def _begin(self, draft: Draft, num_bytes: int, largest: int) -> None:
+        """For files of so many bytes in all, and in the largest one (names left out)."""
         self._fence.check()
+        limit = self._storage.largest_file
+        if limit is not None and largest + 2**20 > limit:
+            raise OSError(
+                errno.EFBIG,
+                f"checkpoint {draft.position} has a file of {largest / 1e9:,.3f} GB, "
+                f"{limit / 1e9:,.3f} GB are the most in {self._storage.where}; train on more "
+                "workers, each of which writes its part, or give a folder for --checkpoints",
+            )
         free = self._storage.free_bytes()
         if free is not None and free < num_bytes * 1.01 + 2**20:  # names, offsets, the manifest
             raise OSError(
@@ -339,26 +351,6 @@ class Checkpoints:
         except OSError as error:
             log.warning("that could not be noted beside it: %s", error)
         self._event("damaged_checkpoint", position, message)
-
-
-def answered(world: World, where: str, ask: Callable[[], T], retry_s: float = _RETRY_S) -> T:
-    """What a storage answers; it is asked again for `retry_s` seconds, then StageBlocked.
-
-    Every rank calls it, and `ask` has to return on all of them or raise OSError on all.
-    """
-    began, pause = time.monotonic(), 0.5
-    while True:
-        try:
-            return ask()
-        except OSError as error:
-            if world.from_first(time.monotonic() - began + pause > retry_s):
-                raise StageBlocked(
-                    f"storage unreachable: {where}: {error}; nothing is lost: when it can be read, "
-                    "the same command goes on"
-                ) from None
-            log.warning("%s: %s; asking again", where, error)
-            time.sleep(pause)  # nothing says when a silent storage is back
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: World) -> None:

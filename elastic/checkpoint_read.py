@@ -1,15 +1,17 @@
 """How a checkpoint is read: verified first, then each rank the rows that it holds in this world."""
 
 import json
+import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,11 +31,37 @@ from elastic.checkpoint_manifest import Damaged, FileEntry, require_digest
 from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_store import Storage, read_into
 from elastic.checkpoint_write import OFFSETS, SHARDING, WORDS
+from elastic.errors import StageBlocked
 from elastic.world import World
 
+log = logging.getLogger(__name__)
+
+RETRY_S = 60.0  # a storage that does not answer is tried again for so long
+LONGEST_PAUSE_S = 10.0
 _DTYPES = {word: dtype for dtype, word in WORDS.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+T = TypeVar("T")
 ReadInto = Callable[[int, memoryview], None]  # fills memory from a byte of one file on
+
+
+def answered(world: World, where: str, ask: Callable[[], T], retry_s: float = RETRY_S) -> T:
+    """What a storage answers; it is asked again for `retry_s` seconds, then StageBlocked.
+
+    Every rank calls it, and `ask` has to return on all of them or raise OSError on all.
+    """
+    began, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return ask()
+        except OSError as error:
+            if world.from_first(time.monotonic() - began + pause > retry_s):
+                raise StageBlocked(
+                    f"storage unreachable: {where}: {error}; nothing is lost: when it can be read, "
+                    "the same command goes on"
+                ) from None
+            log.warning("%s: %s; asking again", where, error)
+            time.sleep(pause)  # nothing says when a silent storage is back
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 class Part(NamedTuple):

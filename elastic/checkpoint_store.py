@@ -73,6 +73,10 @@ class Storage(Protocol):
     def where(self) -> str:
         """The place in words, for messages."""
 
+    @property
+    def largest_file(self) -> int | None:
+        """Bytes of the largest file that it takes; None if there is no limit to be known."""
+
     def owner(self) -> bytes:
         """The mark that says whose the place is; empty if there is none."""
 
@@ -132,6 +136,10 @@ class LocalStorage:
     def where(self) -> str:
         """The folder."""
         return str(self._folder)
+
+    @property
+    def largest_file(self) -> None:
+        """As large as there is room for."""
 
     def owner(self) -> bytes:
         """A file beside the checkpoints."""

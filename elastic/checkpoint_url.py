@@ -23,7 +23,8 @@ import fsspec
 from elastic.checkpoint_manifest import Damaged, read_manifest
 from elastic.checkpoint_store import DAMAGED, MANIFEST, OWNER, Draft, Sink
 
-_BLOCK = 16 * 2**20  # bytes of a part of an upload; 10,000 parts are S3's most, so 160 GB a file
+_BLOCK = 16 * 2**20  # bytes of a part of an upload
+_MOST_PARTS = 10_000  # S3's own limit
 _REPLACED = ".replaced"
 
 
@@ -40,6 +41,11 @@ class UrlStorage:
     def where(self) -> str:
         """The URL."""
         return self._url
+
+    @property
+    def largest_file(self) -> int:
+        """What the parts of one upload can hold."""
+        return _BLOCK * _MOST_PARTS
 
     def owner(self) -> bytes:
         """An object beside the checkpoints."""

@@ -7,6 +7,7 @@ long, and leaves the SHA-256 to a second reading.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,7 +49,8 @@ class Snapshot:
     """This rank's parts of a state as they were at one moment, in memory that is kept for the next.
 
     The memory is the cost of a short stall: new memory has to be cleared by the kernel first, which
-    takes longer than the copy. Pinned where the state is on a GPU. Bytes: those of the rank's part.
+    takes longer than the copy. It is held from the first save for as long as the process lives, and
+    pinned where the state is on a GPU. Bytes: those of the rank's part (`plan` names them).
     """
 
     def __init__(self) -> None:
@@ -81,7 +83,7 @@ class CheckpointWriter(StorageWriter):
         self,
         place: Place,
         parts: Mapping[str, Tensor],  # this rank's, on any device, unchanged until the save is done
-        begin: Callable[[], None],
+        begin: Callable[[int], None],  # gets the bytes of the largest file
         publish: Callable[[dict[str, FileEntry]], None],
     ) -> None:
         self._place = place
@@ -101,7 +103,7 @@ class CheckpointWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Number the files; in a world larger than a tensor has rows some ranks write none."""
-        self._begin()
+        self._begin(max(map(_bytes_of, plans)))
         return [replace(plan, storage_data=number) for number, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -154,6 +156,11 @@ def write_file(
             for sink in sinks:
                 sink.write(piece)
     return FileEntry(num_bytes, digest.hexdigest())
+
+
+def _bytes_of(plan: SavePlan) -> int:
+    data = (item.tensor_data for item in plan.items)
+    return sum(math.prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data if d)
 
 
 def _header(tensors: Mapping[str, tuple[Tensor, list[int]]]) -> bytes:

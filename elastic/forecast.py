@@ -99,7 +99,7 @@ def text_bytes(stage: DiffusionStage, captions: list[str]) -> int:
 
 
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
-    low, high = stage.workers
+    (low, high), workers = stage.workers, workers_on(stage, gpus)
     module = stage.build()
     count = _count(stage)
     return [
@@ -109,7 +109,8 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
         *_start(stage),
         f"workers     {low} to {high}",
         *memory_lines(stage, module, gpus),
-        f"checkpoint  {shown(_saved_bytes(stage))} every {stage.save_every:,} samples",
+        f"checkpoint  {shown(_saved_bytes(stage))} every {stage.save_every:,} samples, with "
+        f"{shown(_saved_bytes(stage) / workers)} of host memory on each of {workers} workers",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
         *_phases(stage, gpus),
     ]

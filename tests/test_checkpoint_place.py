@@ -333,3 +333,19 @@ def test_the_folder_that_is_made_survives_a_loss_of_power(
     monkeypatch.setattr(checkpoint_store, "fsync_dir", flushed.append)
     LocalStorage(tmp_path / "run" / "checkpoints").prepare(Draft(11, 1))
     assert flushed == [tmp_path, tmp_path / "run"]
+
+
+def test_a_file_that_the_storage_cannot_hold_is_said_before_anything_is_written(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalStorage, "largest_file", 2**20 + 500)
+    store = begin(world, tmp_path)
+    store.checkpoints.save(small(world, 11), "due")
+    store.checkpoints.wait()
+    ((kind, _, reason),) = store.events
+    assert kind == "save_failed"
+    assert "checkpoint 11 has a file of 0.000 GB, 0.001 GB are the most in" in reason
+    assert not store.folder.exists()
+    monkeypatch.setattr(LocalStorage, "largest_file", 2**21)
+    store.checkpoints.save(small(world, 22), "stop")
+    assert published(store.folder) == [22]
