@@ -26,7 +26,6 @@ from elastic.checkpoint_manifest import (
     FileEntry,
     Manifest,
     encode,
-    fault,
     misfits,
     problems,
     read_manifest,
@@ -359,13 +358,17 @@ def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: W
     `stage` is that stage's folder; every rank calls it.
     """
     storage = storage_of(stage)
-    try:
-        _, files = world.on_first(lambda: _whole(storage, position))
+
+    def load() -> None:
+        files = world.on_first(lambda: _whole(storage, position)).files
         restore(Source(storage, position, files, None), tensors, world)
-    except (Damaged, OSError) as error:
+
+    try:
+        answered(world, storage.where, load)
+    except Damaged as error:
         raise NothingToRestore(
-            f"checkpoint {position} of {stage.name!r} cannot be used: {fault(error)}; put it "
-            f"back, or start from {str(stage / 'weights.safetensors')!r} with FromFile(...)"
+            f"checkpoint {position} of {stage.name!r} cannot be used: {error}; put it back, or "
+            f"start from {str(stage / 'weights.safetensors')!r} with FromFile(...)"
         ) from None
 
 
