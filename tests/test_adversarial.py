@@ -15,6 +15,7 @@ from torch import Tensor
 from worlds import run_world
 
 from elastic.checkpoint import published
+from elastic.checkpoint_place import Register
 from elastic.critic import Critic
 from elastic.data.load import Micro, Samples, rounds_of
 from elastic.data.order import Indices, batch_at, updates_before
@@ -99,6 +100,7 @@ def _killed(world: World, folder: Path, updates: int) -> int:
         newest, *_ = published(folder / "checkpoints")
         assert newest % STAGE.save_every, "a checkpoint was due here, and a kill would leave it"
         shutil.rmtree(folder / "checkpoints" / str(newest))
+        Register(folder).remove([newest])
     world.barrier()
     return published(folder / "checkpoints")[0]
 
