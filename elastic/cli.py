@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elastic.checkpoint_store import Keep, check_place
 from elastic.errors import InputError, StageBlocked
-from elastic.flags import at_least_one, cluster_flags, finite, gib, keep_flags, place_flag
+from elastic.flags import at_least_one, cluster_flags, finite, gib, keep_flags, training_flags
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name != "plan":
             cluster_flags(one)
             if name == "train":
-                place_flag(one)
+                training_flags(one)
                 keep_flags(one)
             continue
         keep_flags(one)

@@ -119,8 +119,9 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         if finished or stopping:
             break
 
-        run.beat("train", progress.samples)
+        run.beat("read", progress.samples)  # storage may be slow without being dead
         step = run.meter.waiting(stream.step, progress.samples)
+        run.beat("train", progress.samples)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
         held_rate = rate_at(stage, progress.samples + batch, held=True)
