@@ -6,6 +6,7 @@ Safe to run again from the top at any time: every step looks at what is already 
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
