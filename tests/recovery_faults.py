@@ -222,9 +222,11 @@ def fill_disk_awhile(leave_bytes: int, seconds: float) -> Do:
 
 
 def fill_disk_for_good(scene: Scene) -> None:
+    """And have a save wanted that must not fail: that before a resize."""
     assert scene.disk is not None, "the group has a small disk"
     scene.repair = scene.disk.free
     scene.disk.fill(1_000_000)
+    add_node(scene)
 
 
 def refuse_writes(scene: Scene) -> None:
