@@ -1,5 +1,6 @@
 """The model of goodput against closed forms, against a replayed run, and in `plan`."""
 
+import itertools
 import json
 import math
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replayed_run import UPDATE_S, Replay
 
 from cluster import constants
 from cluster.constants import MEASURED, MEASURED_ON, RESULTS, Measured
@@ -210,109 +212,45 @@ def test_a_fleet_that_cannot_be_is_refused(changed: dict[str, Any], words: str) 
         costs(interval_s=0)
 
 
-class Replay:
-    """Writes the journals of a run on `machines` that meets some faults, with uneven costs."""
-
-    def __init__(self, faults: list[Fault], costs: Costs, machines: int, seed: int) -> None:
-        self.events: list[Any] = []
-        self.metrics: list[Any] = []
-        self.costs, self.machines, self.all = costs, machines, machines
-        self.draw = random.Random(seed)
-        self.now, self.position, self.attempt = 0.0, 0.0, 0
-        self.saved: list[tuple[float, float]] = [(0.0, 0.0)]  # visible from, position
-        self.event("run_start")
-        self.start()
-        returns: list[float] = []
-        for fault in [*faults, Fault(20_000, Kind.PROCESS, 0, 0)]:
-            while returns and min(returns) < fault.at_s:
-                back = min(returns)
-                returns.remove(back)
-                self.until(back)
-                self.resize(+1)
-            self.until(fault.at_s)
-            if fault.kind is Kind.ANNOUNCED:
-                self.resize(-1)
-                returns.append(fault.at_s + fault.away_s)
-            elif fault.at_s < 20_000:
-                self.event("crash", reason="signal 9")
-                self.position = [p for seen, p in self.saved if seen <= self.now][-1]
-                self.restart(costs.process_s)
-        self.publish(0.0, 0.0, "stop")
-        self.event("run_end")
-
-    def event(self, kind: str, **more: Any) -> None:
-        line = {"wall": 1.8e9 + self.now, "kind": kind, "stage": None, "reason": "", **more}
-        self.events.append({"attempt": self.attempt, "world": self.machines, **line})
-
-    def start(self) -> None:
-        self.attempt += 1
-        self.event("start", stage="a", position=round(1000 * self.position))
-        self.saved = [(self.now, self.position)]
-
-    def restart(self, seconds: float) -> None:
-        self.now += seconds * self.draw.uniform(0.5, 1.5)
-        self.start()
-
-    def resize(self, change: int) -> None:
-        self.event("resize_requested", stage="a")
-        self.publish(0.0, 0.0, "stop")
-        self.machines += change
-        self.restart(self.costs.planned_s)
-
-    def publish(self, stall: float, background: float, reason: str) -> None:
-        self.now += stall
-        written = {"seconds": stall, "background": background, "reason": reason}
-        self.now += background
-        self.event("publish", stage="a", position=round(1000 * self.position), **written)
-        self.now -= background
-        self.saved.append((self.now + background, self.position))
-
-    def until(self, end: float) -> None:
-        """Train, and save when it is due; a log line every 10 s."""
-        while self.now < end:
-            due = self.saved[-1][1] + self.costs.interval_s - self.position
-            speed = self.machines / self.all
-            seconds = min(10.0, end - self.now, due / speed)
-            self.now += seconds
-            self.position += seconds * speed
-            values = {"samples_per_s": 1000.0 * speed, "data_wait": 0.0}
-            self.metrics.append(
-                {"wall": 1.8e9 + self.now, "stage": "a", "attempt": self.attempt, "context": {}}
-                | {"position": round(1000 * self.position), "world": 1, "values": values}
-            )
-            if seconds == due / speed:
-                stall = self.costs.save_s * self.draw.uniform(0.5, 1.5)
-                self.publish(stall, self.costs.background_s, "due")
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(6))
 def test_fed_with_a_runs_faults_the_model_gives_its_account(seed: int) -> None:
-    paid = costs(interval_s=200, save_s=6, background_s=20, planned_s=40, process_s=60, machine_s=0)
-    machines = fleet(
-        machines=4, faults_per_day=8.0, announced_share=0.4, machine_share=0.0, return_s=900
+    """Processes, machines and notices, waits and restarts that are struck; the model to the second.
+
+    The run does whole updates, so it may be one behind at each resize, and a crash ends one amid
+    it. Of a save that no crash let be written the journal says nothing: its stall is lost work
+    there, and saving in the model.
+    """
+    paid = costs(
+        interval_s=200, save_s=6, background_s=20, planned_s=40, process_s=60, machine_s=90
     )
-    faults = [f for f in draw_faults_until(machines, 20_000, seed) if f.place < 0.25]
-    replayed = Replay(faults, paid, 4, seed)
-    events = sorted(replayed.events, key=lambda event: event["wall"])
-    told = account(events, replayed.metrics)
-    modelled = run(machines, paid, faults, told.seconds())
-    assert told.goodput() == pytest.approx(modelled.goodput, abs=0.01)
+    some = fleet(
+        machines=4,
+        least=3,
+        faults_per_day=60.0,
+        announced_share=0.3,
+        machine_share=0.5,
+        return_s=400,
+    )
+    end_s = 20_000.0
+    drawn = draw_faults(some, random.Random(seed))
+    faults = list(itertools.takewhile(lambda fault: fault.at_s < end_s, drawn))
+    replayed = Replay(faults, paid, some.machines, some.least, end_s)
+    told = account(replayed.events, replayed.metrics)
+    modelled = run(some, paid, faults, told.seconds())
+    assert {fault.kind for fault in faults} == set(Kind)
+    assert min(modelled.waiting, modelled.lost, modelled.starting) > 500
+    longest_s = UPDATE_S * some.machines / some.least
+    amiss = replayed.num_resyncs * longest_s + replayed.num_unwritten * paid.save_s
+    assert amiss < 0.005 * end_s, "what is allowed is little"
     for activity, seconds in (
+        ("training", modelled.training),
         ("saving", modelled.saving),
         ("lost work", modelled.lost),
         ("starting", modelled.starting),
+        ("waiting for machines", modelled.waiting),
     ):
-        assert told.seconds(activity) == pytest.approx(seconds, rel=0.25, abs=150), activity
-
-
-def draw_faults_until(machines: Fleet, end_s: float, seed: int) -> list[Fault]:
-    found: list[Fault] = []
-    for fault in draw_faults(machines, random.Random(seed)):
-        if fault.at_s > end_s:
-            break
-        if not found or fault.at_s > found[-1].at_s + 300:  # so that each meets a running group
-            found.append(fault)
-    return found
+        assert told.seconds(activity) == pytest.approx(seconds, rel=0, abs=amiss), activity
+    assert told.seconds("down") == told.seconds("other") == 0
 
 
 def test_constants_are_what_the_benchmarks_measured() -> None:
