@@ -218,7 +218,8 @@ def test_fed_with_a_runs_faults_the_model_gives_its_account(seed: int) -> None:
 
     The run does whole updates, so it may be one behind at each resize, and a crash ends one amid
     it. Of a save that no crash let be written the journal says nothing: its stall is lost work
-    there, and saving in the model.
+    there, and saving in the model. (A crash within an update of the moment at which a save can be
+    restored would tip a whole interval; in these runs none does.)
     """
     paid = costs(
         interval_s=200, save_s=6, background_s=20, planned_s=40, process_s=60, machine_s=90
