@@ -28,6 +28,7 @@ _ROLES = {
     "head": "gcs_server",
     "raylet": "raylet/raylet",
     "supervisor": "RayTrainWorker",
+    "keeper": "ray::HostKeeper",
 }
 _HOST = "elastic.fork_host"  # in the command line of a fork host and of what it has forked
 
@@ -94,7 +95,7 @@ def end_all(pids: Iterable[int]) -> None:
 def by_role(temp_dir: Path) -> dict[str, list[int]]:
     """Process ids of a LocalCluster by what they do, in the order in which they were started.
 
-    Ray's: controller, tracker, coordinator, head, raylet, supervisor. Ours: host and trainer.
+    Ray's: controller, tracker, coordinator, head, raylet, supervisor. Ours: keeper, host, trainer.
     """
     found: dict[str, list[int]] = {role: [] for role in (*_ROLES, "host", "trainer")}
     for process in sorted(processes_of(temp_dir), key=lambda process: process.pid):

@@ -63,8 +63,8 @@ class Costs:
     """Seconds that saves and restarts take; ValueError for what cannot be."""
 
     interval_s: float  # of training between two saves, on all machines
-    stall_s: float  # in which a save stops the training
-    background_s: float  # that a save goes on beside it before it can be restored
+    save_s: float  # that a save takes from the training: its stall, and the slow-down after it
+    background_s: float  # after those, until what was saved can be restored
     planned_s: float  # without an update at a resize that was known of, its save included
     process_s: float  # without an update after a process died
     machine_s: float  # without an update after a machine was lost
@@ -115,24 +115,25 @@ class Expected(NamedTuple):
     high: float  # 5 % of the runs have more
     shares: Times  # means, each of one second
     num_runs: int
+    run_s: float  # how long each of them was; less than asked for where faults are very many
 
 
-def best_interval(stall_s: float, crash_mean_s: float) -> float:
+def best_interval(save_s: float, crash_mean_s: float) -> float:
     """Seconds of training between saves that waste the least: Daly's higher-order optimum.
 
-    Of Young's first-order one, sqrt(2 stall mean), it is a correction for long stalls. Infinite
+    Of Young's first-order one, sqrt(2 save mean), it is a correction for long saves. Infinite
     where nothing fails.
     """
     if math.isinf(crash_mean_s):
         return math.inf
-    if stall_s >= 2 * crash_mean_s:
+    if save_s >= 2 * crash_mean_s:
         return crash_mean_s
-    ratio = math.sqrt(stall_s / (2 * crash_mean_s))
-    return math.sqrt(2 * stall_s * crash_mean_s) * (1 + ratio / 3 + ratio**2 / 9) - stall_s
+    ratio = math.sqrt(save_s / (2 * crash_mean_s))
+    return math.sqrt(2 * save_s * crash_mean_s) * (1 + ratio / 3 + ratio**2 / 9) - save_s
 
 
 def expected(fleet: Fleet, costs: Costs, run_s: float, seed: int = 0) -> Expected:
-    """Model many runs of this length; the same seed gives the same answer."""
+    """Model many runs of this length, or of one that can be modelled; a seed is one answer."""
     faults = max(1.0, fleet.machines * fleet.faults_per_day * run_s / DAY_S)
     num_runs = round(min(_MOST_RUNS, max(_LEAST_RUNS, _MOST_FAULTS / faults)))
     # A run that would have more faults than can be modelled is modelled for less long.
@@ -151,7 +152,7 @@ def expected(fleet: Fleet, costs: Costs, run_s: float, seed: int = 0) -> Expecte
             for field in fields(Times)
         }
     )
-    return Expected(mean, math.sqrt(variance / num_runs), low, high, shares, num_runs)
+    return Expected(mean, math.sqrt(variance / num_runs), low, high, shares, num_runs, run_s)
 
 
 def draw_faults(fleet: Fleet, random_: random.Random) -> Iterator[Fault]:
@@ -209,7 +210,8 @@ class _Run:
                 self.spares -= 1
             else:
                 self.machines -= 1
-        self.ready_s = fault.at_s + seconds
+        # A fault amid a restart makes none of what is still to be done any shorter.
+        self.ready_s = max(self.ready_s, fault.at_s + seconds)
 
     def machine_returns(self, at_s: float) -> None:
         """A machine joins the group, or the spares if none is missing."""
@@ -247,7 +249,7 @@ class _Run:
         costs, speed = self.costs, self.machines / self.fleet.machines
         # A save is due after so many samples, and waits until the one before it is written.
         stretch = min(max(costs.interval_s / speed, costs.background_s), seconds + 1.0)
-        cycle = stretch + costs.stall_s
+        cycle = stretch + costs.save_s
         num_cycles = math.floor(seconds / cycle)
         rest = seconds - num_cycles * cycle
         training = num_cycles * stretch + min(rest, stretch)

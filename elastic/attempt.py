@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 MEMBERS = "clips.parquet"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
 # A rank that is lost is noticed by its supervisor; this is for what nobody can see.
+_STORE = timedelta(seconds=300)  # longer than a supervisor waits for a fork host
 _COLLECTIVE = timedelta(seconds=600)
 # Of a storage that takes nothing more: another life would meet it again. Checkpoints have a
 # patience of their own; this is for the small files around them.
@@ -190,14 +191,12 @@ def run(order: Order, link: Link, listening: int | None) -> str:
 def _join(order: Order, listening: int | None) -> None:
     if order.use_gpu:
         torch.cuda.set_device(0)  # the supervisor lets this process see its own GPU alone
-    elif order.host.startswith("127."):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore(
         order.host,
         order.port,
         order.size,
         is_master=order.rank == 0,
-        timeout=timedelta(seconds=120),
+        timeout=_STORE,
         master_listen_fd=listening if order.rank == 0 else None,
     )
     dist.init_process_group(

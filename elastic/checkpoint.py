@@ -155,10 +155,9 @@ class Checkpoints:
         try:
             flight.wait()
         except OSError as error:
-            self._failed(flight.position, error)
+            self._failed(flight.position, error, *flight.took(bool(instead)))
             return
-        beside = time.monotonic() - flight.began
-        stall, background = flight.stall_s + beside * bool(instead), beside * (not instead)
+        stall, background = flight.took(bool(instead))
         self._published(flight.position, instead or flight.reason, stall, background)
 
     def _save_last(self, state: TrainState, reason: str, began: float) -> None:
@@ -169,7 +168,7 @@ class Checkpoints:
             try:
                 self._write(tensors, parts, progress.as_json())
             except OSError as error:
-                self._failed(progress.samples, error)
+                self._failed(progress.samples, error, time.monotonic() - began, 0.0)
                 if self._world.from_first(time.monotonic() - began + pause > self._retry_s):
                     raise StageBlocked(self._blocked(progress.samples, error)) from None
                 time.sleep(pause)  # nothing says when a full disk or a silent storage is back
@@ -186,13 +185,14 @@ class Checkpoints:
             f"{newest}; put that right and give the same command again"
         )
 
-    def _failed(self, position: int, error: OSError) -> None:
+    def _failed(self, position: int, error: OSError, stall: float, background: float) -> None:
         # A newer attempt removes the drafts of older ones, which then fail to write. Where even the
         # fence cannot be read, the save has failed and that is all that is known.
         with suppress(OSError):
             self._world.on_first(self._fence.check)
         log.warning("checkpoint %d could not be written: %s", position, error)
-        self._event("save_failed", position, str(error))
+        seconds, background = round(stall, 3), round(background, 3)
+        self._event("save_failed", position, str(error), seconds=seconds, background=background)
 
     def _published(self, position: int, reason: str, stall: float, background: float) -> None:
         self.saved_at = position

@@ -29,6 +29,14 @@ class Flight:
         """Whether the save has ended on this rank."""
         return not self._thread.is_alive()
 
+    def took(self, has_waited: bool) -> tuple[float, float]:
+        """Seconds, until now: how long training stood still, and how long it went on beside this.
+
+        All of the time, if it `has_waited` for the end.
+        """
+        beside = time.monotonic() - self.began
+        return (self.stall_s + beside, 0.0) if has_waited else (self.stall_s, beside)
+
     def join(self, timeout_s: float) -> None:
         """Return when it has ended, or after so many seconds."""
         self._thread.join(timeout_s)

@@ -6,11 +6,20 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic.checkpoint_place import check_place
 from elastic.checkpoint_store import Keep
 from elastic.errors import InputError, StageBlocked
-from elastic.flags import at_least_one, cluster_flags, finite, gib, keep_flags, place_flag
+from elastic.flags import (
+    at_least_one,
+    cluster_flags,
+    fault_flags,
+    finite,
+    gib,
+    keep_flags,
+    training_flags,
+)
 from elastic.folders import RunFolder
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
@@ -18,6 +27,9 @@ from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
+
+if TYPE_CHECKING:
+    from elastic.outlook import Faults
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
 
@@ -81,17 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
         if name != "plan":
             cluster_flags(one)
             if name == "train":
-                place_flag(one)
+                training_flags(one)
                 keep_flags(one)
             continue
         keep_flags(one)
         one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
-        one.add_argument(
-            "--failure-rate",
-            type=finite,
-            metavar="R",
-            help="faults a GPU-day, for the expected goodput (Llama 3: 0.00047, Meta RSC: 0.003)",
-        )
+        fault_flags(one)
         one.add_argument(
             "--gpu-memory",
             type=gib,
@@ -180,16 +187,29 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.fit import GIB, check_fit, local_device_bytes
     from elastic.forecast import forecast
 
+    faults = _faults(flags)
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     keep = Keep(settings.keep_last, settings.keep_every)
-    print(forecast(plan, settings.storage_path, flags.gpus, flags.failure_rate, keep))
+    print(forecast(plan, settings.storage_path, flags.gpus, faults, keep))
     device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
     if device_bytes:
         for stage in plan.stages:
             check_fit(stage, device_bytes)
     return DONE
+
+
+def _faults(flags: argparse.Namespace) -> "Faults | None":
+    """What is said about faults; InputError where it is said of none."""
+    from elastic.outlook import Faults
+
+    if flags.failure_rate is not None:
+        return Faults(flags.failure_rate, flags.announced or 0.0, flags.spares or 0)
+    for name in ("announced", "spares"):
+        if getattr(flags, name) is not None:
+            raise InputError(f"--{name} was given without --failure-rate; give both or neither")
+    return None
 
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:

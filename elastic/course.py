@@ -6,9 +6,10 @@ Safe to run again from the top at any time: every step looks at what is already 
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -61,6 +62,8 @@ class Course:
     limits: Limits
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
+    # Set when something is to be trained: from then on the driver keeps warm hosts.
+    trains: threading.Event = field(default_factory=threading.Event)
 
     @property
     def gpus(self) -> float:
@@ -95,6 +98,7 @@ def encode_plan(course: Course) -> None:
 
 def train_one(course: Course, stage: Stage) -> None:
     """Train one stage to its budget."""
+    course.trains.set()
     folder = course.folder.stage(stage.name)
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)

@@ -170,7 +170,8 @@ def _supervise(
     line = ProgressLine(budgets)
     try:
         while thread.is_alive():
-            hosts.keep()
+            if course.trains.is_set():
+                hosts.keep()
             latest = tracker.latest()
             line.show(latest)
             if watch is not None:

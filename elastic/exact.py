@@ -24,6 +24,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.nn import functional
 
 from elastic.ema import local
+from elastic.errors import StageBlocked
 from elastic.world import World
 
 # Two integers a sum, so many bits each: up to 2^36 squares cannot overflow 63 bits.
@@ -34,6 +35,16 @@ MOST_VALUES = 2**36
 _MOST_ON_CPU = 2**16
 MOST_AT_ONCE = 2**22
 BYTES_A_SQUARE = 28  # the values side by side, and in fp64 three times over
+
+
+_LAYOUT = (
+    "every micro-batch of an update must have a gradient for the same parameters, as the sums of "
+    "one are kept side by side; use all of them in each forward pass, or exact=False"
+)
+
+
+class ChangedLayout(StageBlocked):
+    """Micro-batches of one update have gradients for other parameters."""
 
 
 class InOrder:
@@ -61,6 +72,11 @@ class InOrder:
         of every rank, in the order of the ranks, which is that of the batch. The sum is put into
         `into`, which must stay as it is until the next round.
         """
+        if self.total_N is not None and self.total_N.shape != into_N.shape:
+            raise ChangedLayout(
+                f"exact=True: a gradient of {into_N.numel():,} values a rank follows one of "
+                f"{self.total_N.numel():,}: {_LAYOUT}"
+            )
         theirs_WN = mine_WN
         if len(mine_WN) > 1:
             theirs_WN = torch.empty_like(mine_WN)
@@ -124,6 +140,7 @@ class OrderedGradients:
         self._model = model
         self._alone = world.size == 1
         self._scatters: list[_OrderedReduceScatter] = []
+        self._moved: set[str] | None = None  # parameters with a gradient in the rounds so far
         for module in model.modules():
             if isinstance(module, FSDPModule) and not self._alone:
                 self._scatters.append(_OrderedReduceScatter())
@@ -136,17 +153,32 @@ class OrderedGradients:
         """Called before every backward pass of an update, its `last` one too."""
         self._model.set_requires_gradient_sync(is_last or not self._alone)
         if any(scatter.sum.total_N is not None for scatter in self._scatters):
+            self._require_layout()
             for parameter in self._model.parameters():
                 parameter.grad = None  # FSDP would add it to the sum, which holds it already
 
     def finish(self) -> None:
         """Called after the last backward pass: the sums are in place."""
+        if not self._alone:
+            self._require_layout()
+            self._moved = None
         for scatter in self._scatters:
             scatter.sum.total_N = None
         if self._alone:
             # Other worlds begin with +0, and have no -0 in their sums.
             gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
             torch._foreach_add_([local(gradient) for gradient in gradients], 0.0)
+
+    def _require_layout(self) -> None:
+        """Raise ChangedLayout unless the round before gave what the rounds before it did.
+
+        Of equal length, gradients of other parameters would be added up without a word.
+        """
+        moved = {name for name, p in self._model.named_parameters() if p.grad is not None}
+        if self._moved is not None and moved != self._moved:
+            names = ", ".join(sorted(moved ^ self._moved))
+            raise ChangedLayout(f"exact=True: only some rounds move {names}: {_LAYOUT}")
+        self._moved = moved
 
 
 @torch.no_grad()
@@ -214,10 +246,11 @@ def _rounded_once(values: list[float]) -> float:
 
 
 @contextmanager
-def reproducible(wanted: bool, device: torch.device) -> Iterator[None]:
+def reproducible(wanted: bool) -> Iterator[None]:
     """Inside this block an operation gives the same bits each time, or raises; if it is `wanted`.
 
-    On a CPU one thread computes, as another count would sum up otherwise.
+    One thread computes on the CPU, as another count would sum up otherwise; beside a GPU too, where
+    an init policy solves for weights on the CPU.
     """
     if not wanted:
         yield
@@ -229,8 +262,7 @@ def reproducible(wanted: bool, device: torch.device) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = False  # a help in finding mistakes, and slow
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from cluster.constants import RATE_LLAMA3, RATE_RSC
+
 
 def cluster_flags(parser: argparse.ArgumentParser) -> None:
     """What verbs that run on a cluster take."""
@@ -15,12 +17,12 @@ def cluster_flags(parser: argparse.ArgumentParser) -> None:
         const=False,
         help="do not fill the Aim repository",
     )
+
+
+def training_flags(parser: argparse.ArgumentParser) -> None:
+    """What training alone takes: when it moves, what is a hang, where checkpoints are written."""
     parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
     parser.add_argument("--hang-after", help="seconds of silence that are a hang (default: 60)")
-
-
-def place_flag(parser: argparse.ArgumentParser) -> None:
-    """Where checkpoints are written."""
     parser.add_argument(
         "--checkpoints", metavar="URL", help="folder or s3:// URL (default: in the run folder)"
     )
@@ -31,6 +33,26 @@ def keep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-last", type=at_least_one, help="kept a stage (default 2)")
     parser.add_argument(
         "--keep-every", type=at_least_one, metavar="SAMPLES", help="and one in so many for good"
+    )
+
+
+def fault_flags(parser: argparse.ArgumentParser) -> None:
+    """What befalls the machines, for the goodput that is expected of a plan."""
+    parser.add_argument(
+        "--failure-rate",
+        type=finite,
+        metavar="R",
+        help="faults a GPU-day, for the expected goodput "
+        f"(Llama 3: {RATE_LLAMA3.value:g}, Meta RSC: {RATE_RSC.value:g})",
+    )
+    parser.add_argument(
+        "--announced",
+        type=share,
+        metavar="SHARE",
+        help="of these faults, which take a machine after a notice that is long enough to save",
+    )
+    parser.add_argument(
+        "--spares", type=at_least_one, metavar="N", help="machines that wait to replace a lost one"
     )
 
 
@@ -60,4 +82,15 @@ def finite(text: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number, 0 or more")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from 0 to 1")
     return value

@@ -15,7 +15,7 @@ from elastic.data.table import read_table
 from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
-from elastic.outlook import outlook_lines, sample_flops, scale_lines
+from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
 from elastic.start import check_origin
 from elastic.weights import finished
 from models.flow import time_shift
@@ -34,12 +34,12 @@ def forecast(
     plan: Plan,
     storage: Path,
     gpus: int | None = None,
-    failure_rate: float | None = None,
+    faults: Faults | None = None,
     keep: Keep = DEFAULT_KEEP,
 ) -> str:
     """The text that `plan` prints, for so many GPUs or the fewest that each stage asks for.
 
-    With the expected goodput, if it is said how many faults a GPU has a day. InputError where a
+    With the expected goodput, if it is said what faults there are. InputError where a
     stage cannot start as its init policy says, or on so few GPUs.
     """
     folder = RunFolder.of(storage, plan)
@@ -48,13 +48,13 @@ def forecast(
         done = "finished" if finished(folder.stage(stage.name)) else "to do"
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
         lines += [f"   {line}" for line in _stage(stage, gpus)]
-        if failure_rate is not None:
+        if faults is not None:
             workers, size = workers_on(stage, gpus), _saved_bytes(stage)
-            lines += [f"   {line}" for line in outlook_lines(stage, workers, failure_rate, size)]
+            lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
-    if failure_rate is not None:
+    if faults is not None:
         largest = max(_saved_bytes(stage) for stage in plan.stages)
-        lines += ["", *scale_lines(failure_rate, largest, gpus)]
+        lines += ["", *scale_lines(faults, largest, gpus)]
     return "\n".join(lines)
 
 

@@ -5,7 +5,8 @@ socket. Each connection orders one process and holds it as a lease: when the con
 because its owner closed it or died, the process is killed. The host itself ends when its standard
 input closes, and everything that it forked ends with it. No Ray here.
 
-A host never touches a GPU and runs no second thread, so that forking it is safe.
+A host never touches a GPU, and the threads of libraries in it sleep and hold no lock (OpenBLAS is
+kept to one; Arrow's allocator has one that only gives memory back), so that forking it is safe.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,17 +29,23 @@ import torch._dynamo
 import torch.distributed.checkpoint.hf_storage  # noqa: F401
 
 from elastic import attempt
+from elastic.lease import WORD, connect
 
 _PR_SET_PDEATHSIG = 1
 _MAX_ORDER_BYTES = 1 << 20
 
 
 class _Host:
-    """The loop of the host: one selector over the standard input, the socket and the leases."""
+    """The loop of the host: one selector over the standard input, the socket and the leases.
+
+    Whatever goes wrong with one order must leave the host, and so all others' processes, alive.
+    """
 
     def __init__(self, server: socket.socket, address: Path, stdin: BinaryIO) -> None:
         self._server = server
         self._address = address
+        self._inode = address.stat().st_ino
+        self._stdin = stdin.fileno()
         self._selector = selectors.DefaultSelector()
         self._selector.register(stdin, selectors.EVENT_READ, self._end)
         self._selector.register(server, selectors.EVENT_READ, self._accept)
@@ -46,40 +54,51 @@ class _Host:
         """Serve for ever."""
         while True:
             for key, _ in self._selector.select():
-                key.data()
+                # An event of this batch may be about what an earlier one of it has closed.
+                if self._selector.get_map().get(key.fd) is key:
+                    self._act(key)
+
+    def _act(self, key: selectors.SelectorKey) -> None:
+        try:
+            key.data()
+        except OSError:  # no process or file to be had, or the owner is gone
+            traceback.print_exc()
 
     def _end(self) -> None:
-        self._address.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._address.stat().st_ino == self._inode:  # not the next host's already
+                self._address.unlink()
         os._exit(0)  # the kernel ends what was forked (PDEATHSIG)
 
     def _accept(self) -> None:
         connection, _ = self._server.accept()
-        self._selector.register(
-            connection, selectors.EVENT_READ, lambda: self._fork_for(connection)
-        )
+        self._watch(connection, lambda: self._fork_for(connection))
+
+    def _watch(self, what: socket.socket | int, act: Callable[[], None]) -> None:
+        self._selector.register(what, selectors.EVENT_READ, act)
 
     def _fork_for(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
+        fds: list[int] = []
         try:
             head, fds, _, _ = socket.recv_fds(connection, _MAX_ORDER_BYTES, 4)
+            if not head:  # only looked whether somebody is here
+                connection.close()
+                return
+            host = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                self._become(host, json.loads(head), fds, connection)
         except OSError:
-            head, fds = b"", []
-        if not head:  # only looked whether somebody is here
             connection.close()
-            return
-        pid = os.fork()
-        if pid == 0:
-            self._become(json.loads(head), fds)
-        for fd in fds:
-            os.close(fd)
-        connection.sendall(str(pid).encode())
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
         gone = os.pidfd_open(pid)
-        self._selector.register(
-            gone, selectors.EVENT_READ, lambda: self._reap(pid, gone, connection)
-        )
-        self._selector.register(
-            connection, selectors.EVENT_READ, lambda: self._revoke(pid, connection)
-        )
+        self._watch(gone, lambda: self._reap(pid, gone, connection))
+        self._watch(connection, lambda: self._revoke(pid, connection))
+        connection.sendall(WORD.pack(pid))
 
     def _revoke(self, pid: int, connection: socket.socket) -> None:
         """The owner is gone, or wants the end."""
@@ -93,18 +112,22 @@ class _Host:
         with contextlib.suppress(KeyError):
             self._selector.unregister(connection)
         with contextlib.suppress(OSError):
-            connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+            connection.sendall(WORD.pack(os.waitstatus_to_exitcode(status)))
         connection.close()
 
-    def _become(self, head: dict[str, Any], fds: list[int]) -> None:
+    def _become(
+        self, host: int, head: dict[str, Any], fds: list[int], connection: socket.socket
+    ) -> None:
         """In the forked process: leave the host's things behind and train. Never returns."""
         code = 1
         try:
-            die_with_parent()
+            die_with(host)
             for key in list(self._selector.get_map().values()):
-                if key.fileobj is not sys.stdin.buffer:
+                if key.fd != self._stdin:
                     os.close(key.fd)
             self._selector.close()
+            connection.close()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(fds[1], 1)
             os.dup2(fds[2], 2)
             os.environ.update(head["env"])
@@ -119,33 +142,26 @@ class _Host:
             os._exit(code)  # no handlers of the host's, and no waiting for threads of libraries
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; Linux only, elsewhere nothing."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel was told
-            os._exit(1)
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends; on Linux, where Ray is used."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)
 
 
 def _sweep(folder: Path) -> None:
     """Remove the sockets of hosts that were killed."""
     for path in folder.glob("*.sock"):
-        with socket.socket(socket.AF_UNIX) as probe:
+        with contextlib.suppress(OSError):
             try:
-                probe.connect(str(path))
+                connect(path).close()
             except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
-            except OSError:
-                pass  # it has gone by itself
+                path.unlink()
 
 
-def main(address: Path) -> None:
+def main(address: Path, owner: int) -> None:
     """Import, listen, serve."""
-    die_with_parent()
-    address.parent.mkdir(mode=0o700, exist_ok=True)
-    if address.parent.stat().st_uid != os.getuid():
-        raise PermissionError(f"{address.parent} belongs to another user")
+    die_with(owner)
     _sweep(address.parent)
     aside = address.with_suffix(f".{os.getpid()}")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -157,4 +173,4 @@ def main(address: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

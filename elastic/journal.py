@@ -27,7 +27,7 @@ class Event(TypedDict):
     resumed_from: NotRequired[int | None]
     path: NotRequired[str]
     seconds: NotRequired[float]
-    background: NotRequired[float]  # of a publish: how long the save went on beside training
+    background: NotRequired[float]  # how long a save went on beside training, failed or not
     phases: NotRequired[dict[str, float]]  # of a start: what its seconds were spent on
     clock: NotRequired[float]  # seconds since the tracker's machine was booted
     world_from: NotRequired[int]

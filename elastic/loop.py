@@ -64,7 +64,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     Safe to call again from the top after any failure: everything that survives is in the
     checkpoint.
     """
-    with reproducible(stage.exact, run.world.device):
+    with reproducible(stage.exact):
         return _train(stage, objective, run)
 
 
@@ -113,14 +113,15 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             evaluated_at = progress.samples
         if finished or asked or is_due(stage.save_every, progress.samples, saved_at):
             run.beat("save", progress.samples)
-            watch(stage, progress, run.meter.flush(progress), run.event)
+            watch(stage, progress, run.meter.flush(progress), False, run.event)
             run.checkpoints.save(state, reason_to_save(finished, asked))
             saved_at = progress.samples
         if finished or stopping:
             break
 
-        run.beat("train", progress.samples)
+        run.beat("read", progress.samples)  # storage may be slow without being dead
         step = run.meter.waiting(stream.step, progress.samples)
+        run.beat("train", progress.samples)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
         held_rate = rate_at(stage, progress.samples + batch, held=True)
@@ -160,7 +161,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         progress.order_digest = chain_digest(progress.order_digest, step.sample_ids)
         ema.update(progress.samples, batch)
         logged = run.meter.stepped(progress, step, rate, norms)
-        watch(stage, progress, logged, run.event)
+        watch(stage, progress, logged, bool(logged), run.event)
 
     stream.close()
     run.beat("export", progress.samples)

@@ -17,6 +17,7 @@ from elastic.world import World
 from stages.schedule import Bucket
 from stages.stage import Stage
 
+Sum = tuple[float, int]  # of the losses of so many samples
 Sink = Callable[[dict[str, Any]], None]  # one metrics.jsonl line
 
 
@@ -97,10 +98,10 @@ class Meter:
 
     def stepped(
         self, progress: Progress, step: Step, rate: float, norms: dict[str, Tensor]
-    ) -> dict[str, float]:
+    ) -> dict[str, Sum]:
         """Count one update; when a log point is passed, write the lines.
 
-        Returns the mean loss of each bucket in the lines written, the same on every rank.
+        Returns what the lines written add up for each bucket, the same on every rank.
         """
         bucket = step.plan.bucket
         self._counts[bucket.name] = self._counts.get(bucket.name, 0) + bucket.batch
@@ -110,10 +111,10 @@ class Meter:
             return self.flush(progress)
         return {}
 
-    def flush(self, progress: Progress) -> dict[str, float]:
-        """Write what was collected since the last log point; every rank calls it.
+    def flush(self, progress: Progress) -> dict[str, Sum]:
+        """Write what was collected since the last line; every rank calls it.
 
-        Returns the mean loss of each bucket.
+        Returns what it adds up for each bucket.
         """
         if not self._counts:
             return {}
@@ -123,9 +124,9 @@ class Meter:
         sums, part_sums = sums[: len(names)], sums[len(names) :]
         elapsed = time.monotonic() - self._began
         num_samples = progress.samples - self._since
-        losses = {n: total / self._counts[n] for n, total in zip(names, sums, strict=True)}
-        for name, loss in losses.items():
-            self._write(progress, {"bucket": name}, {"loss": loss})
+        by_bucket = {n: (total, self._counts[n]) for n, total in zip(names, sums, strict=True)}
+        for name, (total, count) in by_bucket.items():
+            self._write(progress, {"bucket": name}, {"loss": total / count})
         self._write(
             progress,
             {},
@@ -142,7 +143,7 @@ class Meter:
             },
         )
         self._restart(progress.samples)
-        return losses
+        return by_bucket
 
     def _sums(self, collected: list[list[Tensor]]) -> list[float]:
         """The sum of each list over all ranks."""

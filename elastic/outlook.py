@@ -10,11 +10,13 @@ from cluster.constants import (
     MACHINE_GPUS,
     MACHINE_SHARE,
     MEASURED,
+    MEASURED_ON,
     NODE_S,
     PLANNED_S,
     RESULTS,
     RETURN_S,
     RUN_DAYS,
+    SAVE_LOST_S,
     STALL_S,
     STATE_BYTES,
 )
@@ -29,6 +31,14 @@ _LEAST_TIMED_S = 1.0
 SCALES = (1, 10, 100, 1_000, 10_000)
 
 
+class Faults(NamedTuple):
+    """What befalls the GPUs of a run, and what stands by."""
+
+    rate: float  # faults a GPU-day
+    announced: float = 0.0  # share of them that take a machine after a notice
+    spares: int = 0  # machines that wait to take the place of one that is lost
+
+
 class Outlook(NamedTuple):
     """A run of one stage on so many GPUs: what is put into the model, and what comes out."""
 
@@ -38,9 +48,9 @@ class Outlook(NamedTuple):
 
 
 def outlook(
-    gpus: int, least: int, rate: float, saved_bytes: float, interval_s: float | None = None
+    gpus: int, least: int, faults: Faults, saved_bytes: float, interval_s: float | None = None
 ) -> Outlook:
-    """Model a run on `gpus`, of which `least` must be there; `rate` is in faults a GPU-day.
+    """Model a run on `gpus`, of which `least` must be there.
 
     Saves `saved_bytes` on all GPUs together, every `interval_s` or as often as is best.
     """
@@ -49,28 +59,32 @@ def outlook(
     fleet = Fleet(
         machines=machines,
         least=min(machines, -(-least * machines // gpus)),
-        faults_per_day=rate * each,
+        faults_per_day=faults.rate * each,
+        announced_share=faults.announced,
         machine_share=MACHINE_SHARE.value,
+        spares=faults.spares,
         return_s=RETURN_S.value,
     )
     # What a worker saves may take longer than what was measured; that less takes less is not known.
     scale = max(1.0, saved_bytes / gpus / STATE_BYTES.value)
-    stall, background = STALL_S.value * scale, BACKGROUND_S.value * scale
-    best = max(best_interval(stall, fleet.crash_mean_s), background)
+    lost = scale * max(SAVE_LOST_S.value, STALL_S.value)  # a slow-down may drown in the noise
+    written = scale * (STALL_S.value + BACKGROUND_S.value)
+    background = max(0.0, written - lost)
+    best = max(best_interval(lost, fleet.crash_mean_s), background)
     costs = Costs(
         interval_s=interval_s or best,
-        stall_s=stall,
+        save_s=lost,
         background_s=background,
-        planned_s=PLANNED_S.value + stall,
+        planned_s=PLANNED_S.value + written,  # nothing is trained beside a last save
         process_s=CRASH_S.value,
         machine_s=NODE_S.value,
     )
     return Outlook(fleet, costs, expected(fleet, costs, RUN_DAYS.value * DAY_S))
 
 
-def outlook_lines(stage: Stage, gpus: int, rate: float, saved_bytes: float) -> Iterator[str]:
+def outlook_lines(stage: Stage, gpus: int, faults: Faults, saved_bytes: float) -> Iterator[str]:
     """What is expected of one stage on so many GPUs."""
-    best = outlook(gpus, stage.workers[0], rate, saved_bytes)
+    best = outlook(gpus, stage.workers[0], faults, saved_bytes)
     yield f"goodput     {_said(best.expected)} on {gpus:,} GPUs"
     yield f"  {_parts(best)}"
     interval = best.costs.interval_s
@@ -81,7 +95,7 @@ def outlook_lines(stage: Stage, gpus: int, rate: float, saved_bytes: float) -> I
     if each is None or each * stage.save_every < _LEAST_TIMED_S:
         yield f"  best saved every {duration(interval)} (Daly)"
         return
-    own = outlook(gpus, stage.workers[0], rate, saved_bytes, stage.save_every * each)
+    own = outlook(gpus, stage.workers[0], faults, saved_bytes, stage.save_every * each)
     yield (
         f"  best saved every {duration(interval)} (Daly), or {round(interval / each):,} samples; "
         f"save_every={stage.save_every:,} is every {duration(own.costs.interval_s)} at "
@@ -89,30 +103,44 @@ def outlook_lines(stage: Stage, gpus: int, rate: float, saved_bytes: float) -> I
     )
 
 
-def scale_lines(rate: float, saved_bytes: float, gpus: int | None) -> Iterator[str]:
+def scale_lines(faults: Faults, saved_bytes: float, gpus: int | None) -> Iterator[str]:
     """Goodput from one GPU to ten thousand, and what the numbers rest on."""
+    announced = f" ({100 * faults.announced:g} % announced)" if faults.announced else ""
+    spares = f"{faults.spares:,} spare machines, " if faults.spares else ""
     yield (
-        f"goodput by the number of GPUs, {rate:g} faults a GPU-day, runs of {RUN_DAYS.value:.0f} "
-        "days, the largest checkpoint:"
+        f"goodput by the number of GPUs, {faults.rate:g} faults a GPU-day{announced}, {spares}runs "
+        f"of {RUN_DAYS.value:.0f} days, the largest checkpoint:"
     )
     for number in sorted({*SCALES, *([gpus] if gpus else [])}):
-        one = outlook(number, 1, rate, saved_bytes)
+        one = outlook(number, 1, faults, saved_bytes)
         mean = one.fleet.crash_mean_s
         between = "never" if mean == float("inf") else f"every {duration(mean)}"
-        yield f"  {number:>6,}  {_said(one.expected)}; a fault {between}"
+        yield f"  {number:>6,}  {_said(one.expected)}; a fault without notice {between}"
     yield (
         "goodput is the time of training that is kept over all time; the model takes a lost "
         f"machine ({MACHINE_GPUS.value:.0f} GPUs) to be replaced after {duration(RETURN_S.value)}, "
-        f"and {100 * MACHINE_SHARE.value:.0f} % of the faults to take one"
+        f"and {100 * MACHINE_SHARE.value:.0f} % of the faults without notice to take one; saving "
+        "counts in how a save slows the updates beside it"
     )
-    waiting = [name.lower() for name, constant in MEASURED.items() if constant.is_provisional]
-    if waiting:
-        benches = sorted({c.bench for c in MEASURED.values() if c.is_provisional})
-        yield (
-            f"provisional: {', '.join(waiting)} are estimates until "
-            f"{' and '.join(f'tests/bench/{bench}.py' for bench in benches)} have been run and "
-            f"{RESULTS} is copied into cluster/constants.py"
-        )
+    yield from _sources()
+
+
+def _sources() -> Iterator[str]:
+    """What the costs of saves and restarts rest on: machines other than the user's."""
+    for bench, machine in MEASURED_ON.items():
+        of_bench = {name.lower(): c for name, c in MEASURED.items() if c.bench == bench}
+        measured = [name for name, constant in of_bench.items() if not constant.is_provisional]
+        waiting = [name for name, constant in of_bench.items() if constant.is_provisional]
+        if measured:
+            yield (
+                f"measured: {', '.join(measured)} by tests/bench/{bench}.py on {machine}; a larger "
+                "model on GPUs has other times: run it there"
+            )
+        if waiting:
+            yield (
+                f"provisional: {', '.join(waiting)} are estimates until tests/bench/{bench}.py has "
+                f"been run and {RESULTS} is copied into cluster/constants.py"
+            )
 
 
 def sample_flops(stage: DiffusionStage, bucket: Bucket) -> float:
@@ -142,9 +170,11 @@ def seconds_a_sample(stage: Stage, gpus: int) -> float | None:
 
 
 def _said(one: Expected) -> str:
+    asked = RUN_DAYS.value * DAY_S
+    shorter = f"of only {duration(one.run_s)} " if one.run_s < asked else ""
     return (
         f"{100 * one.goodput:.2f} % expected (standard error {100 * one.standard_error:.2f}; "
-        f"90 % of runs {100 * one.low:.1f} to {100 * one.high:.1f})"
+        f"90 % of runs {shorter}{100 * one.low:.1f} to {100 * one.high:.1f})"
     )
 
 

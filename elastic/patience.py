@@ -14,7 +14,8 @@ class Patience:
 
     While it trains, silence is a hang after `hang_after` seconds, or ten times the longest silence
     seen so far in training if that is more; the first update, which may compile, and all other
-    phases have ten times `hang_after`.
+    phases have ten times `hang_after`, which is also the most that training gets, unless a silence
+    twice as short has been normal.
     """
 
     def __init__(self, hang_after: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,20 +28,26 @@ class Patience:
         self._updates = 0
 
     def heard(self, phase: str, position: int) -> None:
-        """A sign of life."""
+        """A sign of life that says what comes next."""
         now = self._clock()
-        if phase == self._phase == _TRAINING:
+        if self._phase == _TRAINING:
             if self._updates > 1:
                 self._longest = max(self._longest, now - self._heard_at)
             self._updates += position != self._position
         self._heard_at, self._phase, self._position = now, phase, position
 
+    def stirred(self) -> None:
+        """Any other sign of life."""
+        self._heard_at = self._clock()
+
     @property
     def limit(self) -> float:
         """Seconds of silence that are allowed now."""
+        most = self._hang_after * _SLOW_FACTOR
         if self._phase != _TRAINING or self._updates < 1:
-            return self._hang_after * _SLOW_FACTOR
-        return max(self._hang_after, self._longest * _LONGEST_FACTOR)
+            return most
+        usual = min(self._longest * _LONGEST_FACTOR, most)
+        return max(self._hang_after, usual, 2 * self._longest)
 
     def complaint(self) -> str | None:
         """What to say when patience is at its end; None while it is not."""

@@ -6,19 +6,20 @@ all are ended and the next life begins, from the newest checkpoint, without a ne
 Only a lost supervisor, or too many losses without progress, gives the group up. No torch, no Ray.
 """
 
+import contextlib
 import logging
+import os
 import queue
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import (
-    Client,
     Connection,
-    Listener,
     answer_challenge,
     deliver_challenge,
     wait,
@@ -29,8 +30,11 @@ log = logging.getLogger(__name__)
 
 REGROUP = "Regroup"
 REPEATS = ("StageBlocked", "InputError")  # errors that another life would only repeat
-_MEET_S = 60.0  # the supervisors start together, on busy machines
-_CLEAR_S = 30.0  # killing a process is quick, unless its disk or GPU hangs
+_MEET_S = 300.0  # the supervisors start together, some on machines that still read torch from disk
+_ADMIT_S = 10
+# Killing a process is quick, unless its disk or GPU hangs, or its supervisor waits for a fork host.
+_CLEAR_S = 120.0
+_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}
 
 
 class Address(NamedTuple):
@@ -107,19 +111,14 @@ class Rally:
         self._host = host
         self._may_go_on = may_go_on
         self._key = secrets.token_bytes(32)
-        self._listener = Listener((host, 0), backlog=size)
+        self._door = _listen(host, size)
         self._arrivals: queue.SimpleQueue[tuple[int, Connection[Any, Any]]] = queue.SimpleQueue()
         self._members: dict[int, Connection[Any, Any]] = {}
         self._life = 0
         # The store of the coming life; the thread of rank 0 hands it to its training process.
         self.store: socket.socket | None = None
-        self._thread = threading.Thread(target=self._run, name="rally", daemon=True)
-        self._thread.start()
-
-    @property
-    def address(self) -> Address:
-        """What the others need to join."""
-        return Address(self._host, self._listener.address[1], self._key)
+        self.address = Address(host, self._door.getsockname()[1], self._key)
+        threading.Thread(target=self._run, name="rally", daemon=True).start()
 
     def _run(self) -> None:
         try:
@@ -128,10 +127,10 @@ class Rally:
             while end is None:
                 end = self._live()
             self._send(end)
-        except (EOFError, OSError) as error:
+        except Exception as error:  # whatever it is: a rally that ends in silence hangs them all
+            log.exception("the rally is over")
             self._send(Disband(REGROUP, str(error)))
         finally:
-            self._listener.close()
             self._close_store()
 
     def _close_store(self) -> None:
@@ -142,38 +141,47 @@ class Rally:
         """Wait for every supervisor; whoever has not the key, or says nothing, holds up nobody."""
         threading.Thread(target=self._accept, name="rally door", daemon=True).start()
         deadline = time.monotonic() + _MEET_S
-        while len(self._members) < self._size:
-            try:
+        try:
+            while len(self._members) < self._size:
                 rank, member = self._arrivals.get(timeout=max(deadline - time.monotonic(), 0))
-            except queue.Empty:
-                num = len(self._members)
-                raise TimeoutError(
-                    f"{num} of {self._size} supervisors came within {_MEET_S:.0f} s"
-                ) from None
-            self._members[rank] = member
+                self._members[rank] = member
+        except queue.Empty:
+            num = len(self._members)
+            raise TimeoutError(
+                f"{num} of {self._size} supervisors came within {_MEET_S:.0f} s"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                self._door.shutdown(socket.SHUT_RDWR)  # closing alone would not wake `accept`
+            self._door.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                stranger = self._listener.accept()
-            except OSError:
-                return  # closed: everybody is here, or it is over
-            threading.Thread(target=self._admit, args=(stranger,), daemon=True).start()
+        with contextlib.suppress(OSError):  # the door is shut
+            while True:
+                stranger, _ = self._door.accept()
+                threading.Thread(target=self._admit, args=(stranger,), daemon=True).start()
 
-    def _admit(self, stranger: "Connection[Any, Any]") -> None:
+    def _admit(self, stranger: socket.socket) -> None:
+        _limit(stranger, _ADMIT_S)
+        _keep_alive(stranger)
+        connection: Connection[Any, Any] = Connection(stranger.detach())
         try:
-            deliver_challenge(stranger, self._key)
-            answer_challenge(stranger, self._key)
-            self._arrivals.put((stranger.recv().rank, stranger))
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            rank = connection.recv().rank
         except (AuthenticationError, EOFError, OSError) as error:
             log.warning("somebody without the key knocked: %s", error)
-            stranger.close()
+            connection.close()
+            return
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            _limit(same, 0)
+        self._arrivals.put((rank, connection))
 
     def _live(self) -> Done | Disband | None:
         """One life; None if another one follows."""
         self._life += 1
         self._close_store()
-        self.store = socket.create_server((self._host, 0))
+        self.store = _listen(self._host, self._size)
         self._send(Begin(self._life, self.store.getsockname()[1]))
         outcomes: dict[int, Over] = {}
         while len(outcomes) < self._size:
@@ -234,6 +242,29 @@ def _explains(word: Over, other: Over) -> bool:
 
 def join(address: Address, rank: int) -> "Connection[Any, Any]":
     """Take part in the rally at `address`; closing the connection leaves it."""
-    member = Client((address.host, address.port), authkey=address.key)
+    found = socket.create_connection((address.host, address.port), timeout=_ADMIT_S)
+    found.settimeout(None)
+    _keep_alive(found)
+    member: Connection[Any, Any] = Connection(found.detach())
+    answer_challenge(member, address.key)
+    deliver_challenge(member, address.key)
     member.send(Hello(rank))
     return member
+
+
+def _listen(host: str, backlog: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, 0), family=family, backlog=backlog)
+
+
+def _limit(connection: socket.socket, seconds: int) -> None:
+    """Have the kernel end a read that takes longer; 0 for no limit."""
+    limit = struct.pack("ll", seconds, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Notice within half a minute that the other machine has lost its power or its network."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEP_ALIVE.items():
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)

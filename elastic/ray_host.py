@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic.lease import address_of, start_host
+from elastic.lease import address_of, start_host, wait_for_host
 
 log = logging.getLogger(__name__)
 
@@ -19,15 +20,22 @@ _KEEP_EVERY_S = 5.0
 class HostKeeper:
     """On one node: owns the host's process, which ends with this actor."""
 
-    def __init__(self, node: str) -> None:
-        self._node = node
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, node: str, job: str) -> None:
+        self._address = address_of(node, job)
+        self._processes: list[subprocess.Popen[bytes]] = []  # the last is the one in use
+        self._has_answered = False
         self.keep()
 
     def keep(self) -> None:
-        """Start the host, or start it again if it has died."""
-        if self._process is None or self._process.poll() is not None:
-            self._process = start_host(address_of(self._node))
+        """Start the host, or another one if it has died or somebody has taken its name.
+
+        One that only lost its name stays: processes that it has forked live as long as it does.
+        """
+        is_up = bool(self._processes) and self._processes[-1].poll() is None
+        answers = is_up and wait_for_host(self._address, 0)
+        if not is_up or (self._has_answered and not answers):
+            self._processes.append(start_host(self._address))
+        self._has_answered = answers  # until it does for the first time, it is still importing
 
 
 class Hosts:
@@ -42,6 +50,13 @@ class Hosts:
         if time.monotonic() - self._looked_at < _LOOK_EVERY_S:
             return
         self._looked_at = time.monotonic()
+        try:
+            self._look()
+        except RayError as error:  # no reason to end a run that is healthy
+            log.warning("the fork hosts could not be looked after: %s", error)
+
+    def _look(self) -> None:
+        job = ray.get_runtime_context().get_job_id()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for node in self._keepers.keys() - alive:
             del self._keepers[node]
@@ -52,7 +67,7 @@ class Hosts:
                 max_restarts=-1,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            self._keepers[node] = actor.remote(node)
+            self._keepers[node] = actor.remote(node, job)
         if self._looked_at - self._kept_at < _KEEP_EVERY_S:
             return
         self._kept_at = self._looked_at

@@ -7,12 +7,15 @@ developer API, so Ray is pinned exactly and tests/test_ray_contract.py names wha
 import logging
 import socket
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray._private.state import available_resources_per_node
+from ray._private.state import state as _state
+from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -24,7 +27,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2._internal.util import time_monotonic
 
-from elastic.budget import Budget
+from elastic.budget import MAX_CRASHES, Budget
 from elastic.errors import InputError, StageBlocked, last_line
 from elastic.journal import Event, read_events
 from elastic.ray_tracker import TrackerHandle
@@ -33,11 +36,11 @@ from elastic.ray_worker import MAX_LIVES, Regroup, has_stopped, request_save, re
 log = logging.getLogger(__name__)
 
 _ASK_S = 5.0
-_WAIT_S = 0.2
+_WAIT_S = 1.0
 _PROBE_S = 1.0
 _PROBES = 64
 _SAVE_DEADLINE_S = 600.0  # of a large model; a process that hangs is found by its supervisor
-_ANNOUNCED_S = 300.0  # for so long after a drain notice a loss is put down to it
+_LAST_CALL_S = 10.0  # before a node goes
 
 
 class Teller:
@@ -51,64 +54,74 @@ class Teller:
         """One event."""
         try:
             TrackerHandle(self._tracker).event(kind, self._stage, None, reason, **more)
-        except ValueError as error:  # the actor is gone; training goes on without it
+        except Exception as error:  # no tracker, or no head: training goes on without it
             log.warning("%s could not be told: %s", kind, error)
 
 
 class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no types
     """As many workers as fit, seen fresh, without what is about to go; and no thrashing.
 
-    Ray Train's own policy trusts a view of the nodes that is up to 20 s old, counts draining nodes
-    as capacity, and grows as soon as anything comes. This one has the coordinator look again each
-    time, leaves out nodes with a drain notice, shrinks at once, and grows only when the group has
-    had its size for `min_stay` seconds and the new capacity has stood for a third of that.
+    Ray Train's own policy trusts a view of the nodes that is up to 20 s old, counts draining and
+    silent nodes as capacity, and grows as soon as anything comes. This one has the coordinator look
+    again each time, asks for as much more as lies on nodes that do not count, leaves a node that
+    has notice at once, and grows only when the group has had its size for `min_stay` seconds and
+    the new capacity has stood, free, for a third of that.
     """
 
     def __init__(self, scaling_config: ScalingConfig, min_stay: float, tell: Teller) -> None:
         super().__init__(scaling_config)
         self._min_stay = min_stay
         self._tell = tell
-        self._draining: set[str] = set()
-        self._warned: set[str] = set()  # draining nodes of the group that it has saved for
+        self._draining: dict[str, float] = {}  # node: wall time of its end, 0 where it is not told
+        self._calls: set[tuple[str, str]] = set()  # saves that were asked for, by node and reason
         self._looked_at = float("-inf")
         self._larger = (0, 0.0)  # a size that the nodes would allow, and since when they do
+        self._num_tries = 0  # to place a group, since one ran
         self._is_waiting = False
-        self._must_probe = True
+        self._num_extra = 0  # workers asked for in place of those on nodes that do not count
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """A group as large as the nodes allow now, or none yet."""
-        self._must_probe = True
-        decision = super().make_decision_for_non_running_worker_group()
-        must_wait = isinstance(decision, NoopDecision)
-        if must_wait and not self._is_waiting:
-            self._tell("waiting", f"for {self.scaling_config.min_workers} workers to be possible")
-        if must_wait:
+        self._maybe_send_resource_request()
+        possible = self._possible(must_answer=True)
+        if possible is not None and self._num_tries:
+            # Somebody else's work is where the last group did not fit in time.
+            possible = min(possible, self._free())
+        if possible is None or possible < self.scaling_config.min_workers:
+            if possible is not None and not self._is_waiting:
+                self._is_waiting = True
+                self._tell("waiting", f"for {self.scaling_config.min_workers} workers to fit")
             time.sleep(_WAIT_S)  # the controller asks again at once, in a busy loop
-        self._is_waiting = must_wait
-        return decision
+            return NoopDecision()
+        self._is_waiting = False
+        self._num_tries += 1
+        return self._get_resize_decision(possible)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> Any:
-        """Shrink at once, grow after a while."""
+        """Leave a node with notice at once, shrink at once, grow after a while."""
+        self._num_tries = 0
         self._maybe_send_resource_request()
         now = time_monotonic()
         if now - self._looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
         self._looked_at = now
-        self._must_probe = False  # of a group that runs, every node answers to somebody
-        reserved, size = self._get_reserved_resources(), worker_group_state.num_workers
-        possible = size if reserved is None else self._count_possible_workers(reserved)
-        going = self._draining.intersection(w.metadata.node_id for w in worker_group_state.workers)
-        if going - self._warned and not self.scaling_config.min_workers <= possible < size:
-            # Too few would be left, or others came: what can be kept just now is the position.
-            for worker in worker_group_state.workers:
-                worker.execute_async(request_save)
-        self._warned = going
-        if possible < self.scaling_config.min_workers or possible == size:
+        possible, size = self._possible(must_answer=False), worker_group_state.num_workers
+        if possible is None:
+            return NoopDecision()
+        going = {w.metadata.node_id for w in worker_group_state.workers} & self._draining.keys()
+        self._announce(going)
+        if possible < self.scaling_config.min_workers:
+            self._save_for(going, worker_group_state)
+            return NoopDecision()
+        if going or possible < size:
+            return self._get_resize_decision(possible)
+        possible = min(possible, size + self._free()) if possible > size else possible
+        if possible == size:
             self._larger = (0, now)
             return NoopDecision()
-        if possible > size and not self._may_grow(possible, now, worker_group_state.start_time):
+        if not self._may_grow(possible, now, worker_group_state.start_time):
             return NoopDecision()
         return self._get_resize_decision(possible)
 
@@ -118,25 +131,56 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         has_stood = now - self._larger[1] >= self._min_stay / 3
         return has_stood and now - began >= self._min_stay
 
-    def _get_reserved_resources(self) -> Any:
-        """The nodes as they are now, without those that are about to go; None if unknown."""
+    def _announce(self, going: set[str]) -> None:
+        new = going - {node for node, _ in self._calls}
+        if new:
+            self._tell("drain", f"{len(new)} nodes of the group have notice", nodes=len(new))
+        self._calls |= {(node, "told") for node in new}
+
+    def _save_for(self, going: set[str], state: WorkerGroupState) -> None:
+        """Have the group save at the notice and shortly before the end: too few would be left."""
+        for node in going:
+            end = self._draining[node]
+            is_near = bool(end) and time.time() > end - _LAST_CALL_S
+            call = (node, "last" if is_near else "first")
+            if call not in self._calls:
+                self._calls.add(call)
+                for worker in state.workers:
+                    worker.execute_async(request_save)
+
+    def _possible(self, must_answer: bool) -> int | None:
+        """How many workers the nodes that count have room for; None if that is unknown now."""
         try:
-            reserved = ray.get(
-                self._autoscaling_coordinator.get_reserved_resources.remote(
-                    self._requester_id, recompute=True
-                ),
-                timeout=_ASK_S,
-            )
-            draining = set(ray._private.state.state.get_draining_nodes())
-        except RayError as error:
+            reserved, draining = self._reserved(), _state.get_draining_nodes()
+            self._draining = {node: end / 1000 for node, end in draining.items()}
+            barred = self._draining.keys() | (unreachable(set(reserved)) if must_answer else set())
+            extra = self._count_possible_workers(_only(reserved, barred))
+            if extra != self._num_extra:
+                self._num_extra = extra
+                self._send_resource_request()
+                reserved = self._reserved()
+        except Exception as error:  # whatever it is: a healthy group must not end by it
             log.warning("the capacity of the cluster is not known just now: %s", error)
             return None
-        if draining - self._draining:
-            num_new = len(draining - self._draining)
-            self._tell("drain", f"{num_new} nodes have notice to go", nodes=num_new)
-        self._draining = draining
-        gone = unreachable(set(reserved)) if self._must_probe else set()
-        return {node: have for node, have in reserved.items() if node not in draining | gone}
+        return int(self._count_possible_workers(_only(reserved, reserved.keys() - barred)))
+
+    def _reserved(self) -> Any:
+        asked = self._autoscaling_coordinator.get_reserved_resources.remote(
+            self._requester_id, recompute=True
+        )
+        return ray.get(asked, timeout=_ASK_S)
+
+    def _free(self) -> int:
+        """How many more workers fit onto what nobody uses now."""
+        free = available_resources_per_node()
+        return int(self._count_possible_workers(_only(free, free.keys() - self._draining.keys())))
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return int(self.scaling_config.max_workers) + self._num_extra
+
+
+def _only(resources: dict[str, Any], nodes: Collection[str]) -> dict[str, Any]:
+    return {node: have for node, have in resources.items() if node in nodes}
 
 
 def unreachable(nodes: set[str]) -> set[str]:
@@ -203,31 +247,33 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
             self._tell("crash", f"the workers could not save before the resize: {error}")
 
     def _save(self, group: Any) -> None:
-        self._ask(group, request_stop)
+        group.execute_async(request_stop)
         deadline = time.monotonic() + _SAVE_DEADLINE_S
         while time.monotonic() < deadline:
-            if all(self._ask(group, has_stopped)):
-                return
             status = group.poll_status(timeout=1)
             if status.errors:
-                reason = last_line(next(iter(status.errors.values())))
-                self._tell("crash", f"while the workers saved before a resize: {reason}")
+                errors = [getattr(error, "_base_exc", error) for error in status.errors.values()]
+                for error in errors:
+                    if isinstance(error, StageBlocked | InputError):
+                        raise error  # to the policy, which ends the stage
+                self._tell("crash", f"while they saved for a resize: {cause_of(errors)}")
                 return
-            if status.finished:
+            if status.finished or self._have_stopped(group):
                 return
             time.sleep(0.05)
         self._tell("crash", f"the workers did not save within {_SAVE_DEADLINE_S:.0f} s")
 
-    def _ask(self, group: Any, function: Any) -> list[Any]:
-        # With a limit: a stopped process answers never, and the controller must not wait for it.
-        answers: list[Any] = ray.get(group.execute_async(function), timeout=_ASK_S)
-        return answers
+    def _have_stopped(self, group: Any) -> bool:
+        try:
+            return all(ray.get(group.execute_async(has_stopped), timeout=_ASK_S))
+        except GetTimeoutError:
+            return False  # slow, or frozen: the poll finds out
 
 
 class CrashPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
     """Another try, unless it would only repeat the failure or the budget is spent.
 
-    What is known of progress and of drain notices comes from the journal: it outlives controllers.
+    Progress, losses and drain notices come from the journal. A node that had notice excuses one.
     """
 
     def __init__(self, run: Path, stage: str, tell: Teller) -> None:
@@ -236,6 +282,7 @@ class CrashPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
         self._stage = stage
         self._tell = tell
         self._budget = Budget()
+        self._num_excused = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         """Tell the crash, and decide."""
@@ -250,11 +297,13 @@ class CrashPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
             return FailureDecision.RETRY
         events = [e for e in read_events(self._run) if e["stage"] == self._stage]
         self._tell("crash", cause_of(errors))
-        if is_announced(events, time.time()):
+        if self._num_excused < num_announced(events):
+            self._num_excused += 1
             return FailureDecision.RETRY
-        # A group that gives itself up has lost that many lives in a row.
+        # The journal outlives controllers; what this one has seen stands in where it has a gap.
         num = MAX_LIVES if all(isinstance(error, Regroup) for error in errors) else 1
-        if self._budget.crashed(newest_published(events), num):
+        is_within = self._budget.crashed(newest_published(events), num)
+        if is_within and crashes_in_a_row(events) < MAX_CRASHES:
             return FailureDecision.RETRY
         return FailureDecision.RAISE
 
@@ -277,6 +326,13 @@ def newest_published(events: list[Event]) -> int:
     return max((e["position"] or 0 for e in events if e["kind"] == "publish"), default=-1)
 
 
-def is_announced(events: list[Event], wall: float) -> bool:
-    """Whether a stage had a drain notice so recently that a loss is put down to it."""
-    return any(e["kind"] == "drain" and abs(wall - e["wall"]) < _ANNOUNCED_S for e in events)
+def crashes_in_a_row(events: list[Event]) -> int:
+    """Losses of a stage that its journal holds since the newest checkpoint."""
+    kinds = [event["kind"] for event in events]
+    newest = max((number for number, kind in enumerate(kinds) if kind == "publish"), default=-1)
+    return sum(kind in ("crash", "hang") for kind in kinds[newest + 1 :])
+
+
+def num_announced(events: list[Event]) -> int:
+    """Nodes of a stage's groups that had notice: so many losses are put down to that."""
+    return sum(event.get("nodes", 0) for event in events if event["kind"] == "drain")

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "restage"
 _CLOSE_S = 120.0
+# What a person should see at once, in place of figures that do not move meanwhile.
+_SHOWN = ("waiting", "drain", "crash", "hang", "save_failed", "damaged_checkpoint")
 _SETTLE_S = 30.0
 
 
@@ -45,6 +47,10 @@ class TrackerService:
         if event["kind"] == "start":
             self._latest = {**event}
             self._pids = event.get("pids", [])
+        elif event["kind"] in _SHOWN:
+            self.progress(
+                str(event["stage"]), f"{event['kind'].replace('_', ' ')}: {event['reason']}"
+            )
         self._events.append(**event, clock=boot_clock())
         self._tracker.event(event)
 

@@ -1,5 +1,6 @@
 """One stage as one Ray Train run: elastic between the stage's fewest and most workers."""
 
+import logging
 import pickle
 import uuid
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from ray._raylet import PlacementGroupID
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import (
@@ -32,6 +33,8 @@ from elastic.ray_policy import (
     errors_of,
 )
 from elastic.ray_worker import Work, train_worker
+
+log = logging.getLogger(__name__)
 
 MAX_LOST = 4  # controllers, in one call
 _ASK_S = 10.0
@@ -62,7 +65,7 @@ class StageTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no typ
             error: BaseException | None = self.fit().error
         except Exception as raised:  # Ray raises many kinds; all of them end the run
             error = raised
-        if isinstance(error, RayActorError):
+        if isinstance(error, ActorDiedError):
             self._clear()
         return error
 
@@ -72,13 +75,16 @@ class StageTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no typ
         Without this its workers keep their CPUs, and its reservation stands for three minutes.
         """
         asker = f"train-{self.train_run_context.run_id}"
-        coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.cancel_request.remote(requester_id=asker), timeout=_ASK_S)
         job = ray.get_runtime_context().get_job_id()
-        for hex_id in placement_group_table():
-            if hex_id.endswith(job):  # the id carries the job, which has one group at a time
-                group = PlacementGroupID(bytes.fromhex(hex_id))
-                remove_placement_group(PlacementGroup(group))
+        try:
+            coordinator = get_or_create_autoscaling_coordinator()
+            ray.get(coordinator.cancel_request.remote(requester_id=asker), timeout=_ASK_S)
+            for hex_id in placement_group_table():
+                if hex_id.endswith(job):  # the id carries the job, which has one group at a time
+                    group = PlacementGroupID(bytes.fromhex(hex_id))
+                    remove_placement_group(PlacementGroup(group))
+        except (RayError, ValueError) as error:  # then the next controller waits for it
+            log.warning("what a lost controller held could not be given back: %s", error)
 
 
 def fit_stage(
@@ -117,7 +123,7 @@ def fit_stage(
         failure = trainer.outcome()
         if failure is None:
             return
-        if not isinstance(failure, RayActorError) or num_lost == MAX_LOST:
+        if not isinstance(failure, ActorDiedError) or num_lost == MAX_LOST:
             break
         tell("crash", f"Ray Train's controller was lost: {last_line(failure)}")
     assert failure is not None, "left by a failure alone"

@@ -21,7 +21,7 @@ import ray
 from ray.train import get_context
 from ray.train.collective import broadcast_from_rank_zero
 
-from elastic import errors
+from elastic.errors import InputError, StageBlocked
 from elastic.lease import Lease, address_of, fork, start_host, wait_for_host
 from elastic.link import SAVE, SETTLED, STOP, Beat, Ended, Failed, Measured, Order, Settle, Told
 from elastic.patience import Patience
@@ -47,11 +47,14 @@ log = logging.getLogger(__name__)
 # resize did not happen, and then the group must start over rather than wait for ever.
 _STOPPED_WAIT_S = 120.0
 _TICK_S = 0.1
-_HOST_S = 20.0  # the node's warm host is being started by the driver
+_HOST_S = 45.0  # the node's warm host is being started by the driver
 _OWN_HOST_S = 180.0
+_OTHER_HOST_S = 60.0  # while the rest of the group waits
 _EXIT_S = 5.0
 _STACKS_S = 0.5
 MAX_LIVES = 3  # lost in a row without a new checkpoint; then a new worker group is tried
+
+_LOST_FIRST = "the supervisor of rank 0 is lost"
 
 _stop = threading.Event()
 _save = threading.Event()
@@ -60,6 +63,9 @@ _stopped = threading.Event()
 
 class Regroup(RuntimeError):
     """This worker group is given up; a new one goes on from the newest checkpoint."""
+
+
+_ENDS = {REGROUP: Regroup, "StageBlocked": StageBlocked, "InputError": InputError}
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,19 @@ class Supervisor:
         self._is_over = False  # this life of the training process
         self._forwarded: set[str] = set()
         self._stopped_at = 0.0
-        host = ray.util.get_node_ip_address()
-        self._kept = Rally(host, size, self._may_go_on) if rank == 0 else None
+        self._host(_OWN_HOST_S)  # before the group counts on this worker
+        self._address_here = ray.util.get_node_ip_address()
+        self._kept = Rally(self._address_here, size, self._may_go_on) if rank == 0 else None
         mine = tuple(self._kept.address) if self._kept else None
         # A plain tuple: Ray's actor in between need not know our classes.
         self._address = Address(*broadcast_from_rank_zero(mine))
         self._rally: Connection[Any, Any] = join(self._address, rank)
+
+    def _say(self, word: Any) -> None:  # Any: one of the rally's words
+        try:
+            self._rally.send(word)
+        except OSError:
+            raise Regroup(_LOST_FIRST) from None
 
     def run(self) -> None:
         """Return when the stage is finished; Regroup, or the error that ended it."""
@@ -139,23 +152,25 @@ class Supervisor:
         self._rally.close()
         if self._own_host:
             self._own_host.kill()
+            self._own_host.communicate()
 
     def _hear_rally(self) -> bool:
         try:
             word = self._rally.recv()
         except (EOFError, OSError):
-            raise Regroup("the supervisor of rank 0 is lost") from None
+            raise Regroup(_LOST_FIRST) from None
         if isinstance(word, Begin):
             self._begin(word)
         elif isinstance(word, Abort):
             if word.is_hang:
                 self._print_stacks()
-            self._end_process()
-            self._rally.send(Clear())
+            try:
+                self._end_process()
+            except TimeoutError as error:  # its GPU or port is not free: nobody may start there
+                raise Regroup(str(error)) from None
+            self._say(Clear())
         elif isinstance(word, Disband):
-            raise {REGROUP: Regroup}.get(word.kind, getattr(errors, word.kind, Regroup))(
-                word.reason
-            )
+            raise _ENDS[word.kind](word.reason)
         return isinstance(word, Done)
 
     def _begin(self, word: Begin) -> None:
@@ -175,14 +190,13 @@ class Supervisor:
             node=os.getppid(),
             use_gpu=self._work.use_gpu,
             num_threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
-            env={"CUDA_VISIBLE_DEVICES": str(gpus[0])} if gpus else {},
+            env=_environment(self._address_here, gpus),
         )
         store = self._kept.store if self._kept else None
         try:
-            self._lease = fork(self._host(), order, store)
+            self._lease = fork(self._host(_OTHER_HOST_S), order, store)
         except OSError as error:
-            self._rally.send(Over("crashed", f"the fork host does not answer: {error}", died=True))
-            self._own_host = self._own_host or _own_host()
+            self._say(Over("crashed", f"the fork host does not answer: {error}", died=True))
             return
         finally:
             if store:
@@ -193,14 +207,19 @@ class Supervisor:
         self._stopped_at = 0.0
         _stopped.clear()
 
-    def _host(self) -> Path:
-        shared = address_of(ray.get_runtime_context().get_node_id())
+    def _host(self, patience_s: float) -> Path:
+        """The address of a host that answers: the node's, or else one of this worker alone."""
+        context = ray.get_runtime_context()
+        shared = address_of(context.get_node_id(), context.get_job_id())
         if self._own_host is None and wait_for_host(shared, _HOST_S):
             return shared
-        self._own_host = self._own_host or _own_host()
-        if not wait_for_host(_own_address(), _OWN_HOST_S):
-            raise ConnectionError(f"no fork host came up within {_OWN_HOST_S:.0f} s")
-        return _own_address()
+        own = address_of(f"own-{os.getpid()}", context.get_job_id())
+        if self._own_host is None or self._own_host.poll() is not None:
+            log.warning("no warm fork host on this node; starting one for this worker alone")
+            self._own_host = start_host(own)
+        if not wait_for_host(own, patience_s):
+            raise ConnectionError(f"no fork host came up within {patience_s:.0f} s")
+        return own
 
     def _hear_process(self) -> None:
         assert self._lease is not None, "heard from a process without a lease"
@@ -209,8 +228,9 @@ class Supervisor:
         except (EOFError, OSError):
             self._is_over = True
             code = self._lease.exit_code(_EXIT_S)
-            self._rally.send(Over("crashed", _explain(code), died=True))
+            self._say(Over("crashed", _explain(code), died=True))
             return
+        self._patience.stirred()
         if isinstance(message, Told):
             self._tracker.event(
                 message.kind, message.stage, message.position, message.reason, **message.more
@@ -226,14 +246,14 @@ class Supervisor:
             self._lease.pipe.send(SETTLED)
         elif isinstance(message, Ended):
             self._is_over = True
-            self._rally.send(Over(message.outcome))
+            self._say(Over(message.outcome))
             if message.outcome == "stopped":
                 self._stopped_at = time.monotonic()
                 _stopped.set()
         elif isinstance(message, Failed):
             self._is_over = True
             outcome = message.kind if message.kind in REPEATS else "crashed"
-            self._rally.send(Over(outcome, message.message))
+            self._say(Over(outcome, message.message))
 
     def _look(self) -> None:
         """What no message brings: requests from the controller, and silence."""
@@ -252,7 +272,7 @@ class Supervisor:
             self._is_over = True
             self._print_stacks()
             state = _state(self._lease.pid)
-            self._rally.send(Over("hung", f"{complaint}; process {state}", died=state == "stopped"))
+            self._say(Over("hung", f"{complaint}; process {state}", died=state == "stopped"))
 
     def _forward(self, request: str) -> None:
         assert self._lease is not None, "nobody to forward to"
@@ -273,9 +293,9 @@ class Supervisor:
         time.sleep(_STACKS_S)  # it prints by itself, and cannot say when it is done
 
     def _end_process(self) -> None:
-        if self._lease is not None:
-            self._lease.close()
-            self._lease = None
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close()
 
     def _may_go_on(self, loss: Loss) -> bool:
         """Tell the loss; called in the rally's thread, by rank 0's supervisor alone."""
@@ -285,13 +305,15 @@ class Supervisor:
         return self._num_lost < MAX_LIVES
 
 
-def _own_address() -> Path:
-    return address_of(f"own-{os.getpid()}")
+def _environment(address: str, gpus: list[Any]) -> dict[str, str]:
+    """What differs between the training processes of a node: its network, and this one's GPU.
 
-
-def _own_host() -> "subprocess.Popen[bytes]":
-    log.warning("no warm fork host on this node; starting one for this worker alone")
-    return start_host(_own_address())
+    Without a word gloo listens where the host's name leads, which is often the loopback address.
+    """
+    found = psutil.net_if_addrs().items()
+    cards = [name for name, own in found if address in {one.address for one in own}]
+    env = {"GLOO_SOCKET_IFNAME": cards[0]} if cards else {}
+    return env | ({"CUDA_VISIBLE_DEVICES": str(gpus[0])} if gpus else {})
 
 
 def _state(pid: int) -> str:

@@ -16,14 +16,15 @@ from stages.stage import Stage
 class Progress:
     """How far a stage has come: samples seen, and the digest of their order.
 
-    `guard` has the lowest loss of each bucket and the lines of the log that are far above it
-    (elastic.spike).
+    `guard` has the lowest loss of each bucket and the log points that are far above it, `unjudged`
+    the sum and the samples since the last log point (elastic.spike).
     """
 
     stage: str
     samples: int = 0
     order_digest: str = EMPTY_DIGEST
     guard: dict[str, list[float]] = field(default_factory=dict)
+    unjudged: dict[str, list[float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
         """The fields by name, for a manifest."""
@@ -68,6 +69,7 @@ class TrainState:
         self.progress.samples = progress.samples
         self.progress.order_digest = progress.order_digest
         self.progress.guard = progress.guard
+        self.progress.unjudged = progress.unjudged
         own = updates_before(self.stage, progress.samples)
         updates = float(updates_carried(self.stage) + own)
         for parameter in self.model.parameters():

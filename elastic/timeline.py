@@ -25,6 +25,7 @@ _NEXT = {
     "waiting": CAPACITY,
     "launch": STARTING,
     "spawn": STARTING,
+    "stopped": STARTING,  # of no journal: see _with_stops
     "start": TRAINING,
     "crash": STARTING,
     "hang": STARTING,
@@ -70,7 +71,7 @@ class Mark(NamedTuple):
 
 def timeline(found: list[Life]) -> list[Span]:
     """The spans of a run's drivers in order, without gap or overlap."""
-    found = [_repaired(life) for life in found]
+    found = [_with_stops(_repaired(life)) for life in found]
     spans: list[Span] = []
     for life in found:
         if spans and life.begin_us > spans[-1].end_us:
@@ -147,6 +148,28 @@ def _repaired(life: Life) -> Life:
     return life._replace(events=kept)
 
 
+def _with_stops(life: Life) -> Life:
+    """The life with a line where a group stopped that had nothing new to save: nothing was said.
+
+    It was asked to stop, and the next group comes without a save or a crash in between. The last
+    line of its log is taken for the end of its training.
+    """
+    events: list[tuple[int, Event]] = []
+    asked: int | None = None  # since when a group is to stop
+    for at, event in life.events:
+        kind = event["kind"]
+        if kind in ("waiting", "launch", "spawn", "start") and asked is not None:
+            logged = [line_at for line_at, _ in life.metrics if asked < line_at <= at]
+            stopped = {**event, "kind": "stopped", "world": None, "wall": 0.0}
+            events.append((max([asked, *logged]), cast(Event, stopped)))
+        if kind == "resize_requested":
+            asked = at
+        elif kind == "publish" or kind in _NEXT:
+            asked = None
+        events.append((at, event))
+    return life._replace(events=events)
+
+
 def _attempt(line: Event | Metric) -> tuple[str | None, int]:
     """Stage and attempt of a line; the attempt is -1 if it is not known."""
     attempt = line.get("attempt")
@@ -194,7 +217,7 @@ def _inside(found: list[Life]) -> list[tuple[str, list[Mark], tuple[str, ...]]]:
     for life in found:
         for at, event in life.events:
             kind, seconds = event["kind"], microseconds(event.get("seconds"))
-            if kind == "publish":
+            if kind in ("publish", "save_failed"):
                 at -= microseconds(event.get("background"))
                 saves.append(Mark(at - seconds, at))
             elif kind == "sample":

@@ -17,6 +17,7 @@ from elastic_driver import BATCH, DIT, Driver
 
 from cluster import faults
 from cluster.faults import SmallDisk
+from elastic.checkpoint_ram import SHM
 from elastic.journal import read_events
 
 HANG_S = 4.0  # silence after which the runs call a hang
@@ -69,12 +70,13 @@ Do = Callable[[Scene], None]
 class Fault:
     """One fault; `shows` is what has to follow before it counts as over.
 
-    `attempt`: new updates by a new attempt; `updates`: new updates; `publish`: a new checkpoint.
+    `attempt`: new updates by a new attempt; `updates`: new updates; `publish`: a new checkpoint;
+    `damage`: a new attempt that has named a damaged checkpoint.
     """
 
     name: str
     do: Do
-    shows: Literal["attempt", "updates", "publish"] = "attempt"
+    shows: Literal["attempt", "updates", "publish", "damage"] = "attempt"
     ends_driver: bool = False
     """Whether the driver itself is what dies: the next one has to go on."""
 
@@ -220,9 +222,11 @@ def fill_disk_awhile(leave_bytes: int, seconds: float) -> Do:
 
 
 def fill_disk_for_good(scene: Scene) -> None:
+    """And have a save wanted that must not fail: that before a resize."""
     assert scene.disk is not None, "the group has a small disk"
     scene.repair = scene.disk.free
     scene.disk.fill(1_000_000)
+    add_node(scene)
 
 
 def refuse_writes(scene: Scene) -> None:
@@ -244,11 +248,19 @@ def damage_newest(damage: Callable[[Path], None]) -> Do:
 
     def do(scene: Scene) -> None:
         scene.wait_for("publish", lambda: None)
+        for pid in scene.driver.pids():
+            faults.freeze(pid)  # so that it stays the newest
         damage(_newest(scene))
-        faults.end_all(scene.role("host"))  # with them what a node keeps in memory
+        forget_copies()
         _all_ranks_if_alive(scene)
 
     return do
+
+
+def forget_copies() -> None:
+    """Remove what the nodes keep in memory, which is read before the storage is."""
+    for folder in SHM.glob(f"restage-{os.getuid()}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _all_ranks_if_alive(scene: Scene) -> None:
@@ -280,6 +292,8 @@ def damage_every(scene: Scene) -> None:
     """Not one is left: starting over in silence would be the worst answer."""
     kept = scene.folder / "kept"
     scene.wait_for("publish", lambda: None)
+    for pid in scene.driver.pids():
+        faults.freeze(pid)
     whole = [p for p in (scene.folder / "checkpoints").glob("*/") if p.name.isdecimal()]
     shutil.copytree(scene.folder / "checkpoints", kept)
     for folder in whole:
@@ -290,7 +304,7 @@ def damage_every(scene: Scene) -> None:
         kept.rename(scene.folder / "checkpoints")
 
     scene.repair = put_back
-    faults.end_all(scene.role("host"))
+    forget_copies()
     _all_ranks_if_alive(scene)
 
 

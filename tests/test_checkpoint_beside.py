@@ -171,6 +171,7 @@ def test_a_failed_save_is_told_and_the_next_one_is_tried(world: World, tmp_path:
         ("publish", 11), ("save_failed", 22), ("publish", 33),
     ]  # fmt: skip
     assert "No space left" in store.events[1][2]
+    assert store.times[1].keys() == store.times[0].keys(), "its time is known as that of others is"
     assert sorted(path.name for path in store.folder.iterdir()) == ["11", "33"]
 
 
@@ -195,6 +196,9 @@ def test_a_last_save_is_tried_until_the_storage_is_back(world: World, tmp_path: 
     store = begin(world, tmp_path, storage=storage)
     store.checkpoints.save(small(world, 11), "finished")
     assert [kind for kind, _, _ in store.events] == ["save_failed", "publish"]
+    failed, done = store.times
+    assert done["seconds"] >= failed["seconds"] + 0.5, "the pause, and what was tried before it"
+    assert failed["background"] == done["background"] == 0.0
     assert whole(restored(world, tmp_path)[0]) == expected(11)
 
 

@@ -1,6 +1,6 @@
 """With exact=True the world leaves no trace: the same bits of losses, parameters and moments."""
 
-import itertools
+import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_adversarial import STAGE as JUDGED
 from test_adversarial import DrawnClips
+from test_exact_sums import bits, drawn
 from tiny import (
     CLIP,
     STAGE,
@@ -22,25 +21,28 @@ from tiny import (
     attempt,
     in_turn,
     objective,
+    restored,
     train,
+    whole_bytes,
     world_of_one,
 )
 from torch import Tensor
 from worlds import run_world
 
 from elastic import shard
-from elastic.data.load import deal
 from elastic.data.order import batch_at
-from elastic.ema import EmaWeights
-from elastic.exact import fold, square_sum, totals
+from elastic.exact import (
+    ChangedLayout,
+    OrderedGradients,
+    square_sum,
+)
 from elastic.fit import memory_lines
-from elastic.loop import build_optimizer
 from elastic.memory import state_memory
 from elastic.meter import NonFiniteLoss
-from elastic.objective import Reconstructing
+from elastic.objective import Objective, Reconstructing
 from elastic.weights import WEIGHTS
 from elastic.world import World
-from stages import AdamW, AutoencoderStage, Bucket, Ema, Muon, Phase, Stage
+from stages import AdamW, AutoencoderStage, Bucket, Muon, Phase, Stage
 from stages.stage import description
 
 WORLDS = (1, 2, 3)
@@ -80,119 +82,30 @@ def _trained(
 ) -> Attempt:
     """One attempt, its layers sharded in groups of their own as those of a large model are."""
     stage = STAGES[name].replace(exact=exact)
+    goal = _goal(stage)
     smallest, shard.SMALLEST_GROUP = shard.SMALLEST_GROUP, 0
     try:
-        if isinstance(stage, AutoencoderStage):
-            goal = Reconstructing(stage, DrawnClips(23, 100), DrawnClips(5, 5000))
-            return attempt(world, folder, stage, goal, stop_after)
-        return train(world, folder, stop_after, stage)
+        return attempt(world, folder, stage, goal, stop_after)
     finally:
         shard.SMALLEST_GROUP = smallest
 
 
-def _values(seed: int, count: int) -> Tensor:
-    """Values of both signs over 80 powers of two, zeros of both signs among them."""
-    generator = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(-60, 20, (count,), generator=generator)
-    values = torch.randn(count, generator=generator).double() * 2.0 ** exponents.double()
-    values[torch.rand(count, generator=generator) < 0.1] = -0.0
-    return values.float()
+def _goal(stage: Stage) -> Objective:
+    if isinstance(stage, AutoencoderStage):
+        return Reconstructing(stage, DrawnClips(23, 100), DrawnClips(5, 5000))
+    return objective(stage)
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.view(torch.int32)
-
-
-def _folded(gradients_MN: Tensor, world: int) -> Tensor:
-    """The sum that a world of this size makes of the gradients of M micro-batches."""
-    dealt = [deal(len(gradients_MN), 1, rank, world) for rank in range(world)]
-    total_N = None
-    for turn in range(len(dealt[0])):
-        rounds = [dealt[rank][turn] for rank in range(world)]
-        rows_WN = torch.stack([gradients_MN[offset] * real for [offset], real in rounds])
-        into_N = torch.empty_like(rows_WN[0])
-        fold(total_N, rows_WN, into_N)
-        total_N = into_N
-    assert total_N is not None
-    return total_N
-
-
-@given(num_micros=st.integers(1, 12), seed=st.integers(0, 2**31))
-def test_gradients_add_up_alike_whoever_computes_which(num_micros: int, seed: int) -> None:
-    gradients_MN = _values(seed, num_micros * 17).view(num_micros, 17)
-    sums = [_bits(_folded(gradients_MN, world)) for world in range(1, 14)]
-    assert all(torch.equal(sums[0], other) for other in sums[1:])
-
-
-@given(num_micros=st.integers(1, 40), seed=st.integers(0, 2**31))
-def test_their_sum_is_off_by_half_an_ulp_an_addition_at_most(num_micros: int, seed: int) -> None:
-    gradients_MN = _values(seed, num_micros * 17).view(num_micros, 17)
-    error_N = (_folded(gradients_MN, 3).double() - gradients_MN.double().sum(0)).abs()
-    size_N = gradients_MN.double().abs().sum(0)
-    assert (error_N <= num_micros * 2.0**-24 * size_N).all()
-
-
-@given(data=st.data(), count=st.integers(1, 200), seed=st.integers(0, 2**31))
-def test_squares_add_up_alike_in_any_order_and_any_parts(
-    world: World, data: st.DataObject, count: int, seed: int
-) -> None:
-    values = _values(seed, count)
-    order = torch.tensor(data.draw(st.permutations(range(count))))
-    cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=6)))
-    ends = itertools.pairwise([0, *cuts, count])
-    parts = [values[order][a:b] for a, b in ends if b > a]
-    total, whole = square_sum(parts, world), square_sum([values], world)
-    assert total.view(torch.int64) == whole.view(torch.int64)
-    exact = math.fsum(float(value) ** 2 for value in values)
-    largest = float(values.abs().max()) ** 2
-    # A unit is 2^-52 of a power of four that is at most four times the largest square.
-    assert abs(float(total) - exact) <= count * 2.0**-51 * largest + 2.0**-50 * exact
-
-
-@pytest.mark.parametrize("size", [2.0**-149, 3e38])
-def test_the_smallest_and_the_largest_values_have_squares(world: World, size: float) -> None:
-    value = torch.full((3,), size)
-    assert float(square_sum([value], world)) == pytest.approx(3 * float(value[0]) ** 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_leaves_no_sum(world: World, bad: float) -> None:
-    assert math.isnan(float(square_sum([torch.tensor([1.0, bad]), torch.ones(2)], world)))
-    assert float(square_sum([torch.zeros(3)], world)) == 0.0
-
-
-@given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=50))
-def test_losses_are_added_with_one_rounding(world: World, values: list[float]) -> None:
-    scalars = [torch.tensor(value) for value in values]
-    forth, back, nothing = totals([scalars, scalars[::-1], []], world)
-    assert forth == back == math.fsum(values)
-    assert nothing == 0.0
-
-
-def test_an_update_does_not_depend_on_where_a_value_lies() -> None:
-    """What a fused AdamW on a CPU does not promise: there it depends on the place in a vector."""
-    rows = 67
-
-    def updated(first: int, last: int) -> Tensor:
-        model = torch.nn.Linear(3, rows, bias=False)
-        with torch.no_grad():
-            model.weight = torch.nn.Parameter(_whole(0)[first:last].clone())
-        average = EmaWeights(model, Ema(halflife=40))
-        stepper = build_optimizer(AdamW(lr=3e-3), model, fused=False)
-        for update in range(1, 4):
-            model.weight.grad = _whole(update)[first:last].clone()
-            stepper.step()
-            average.update(8 * update, 8)
-        return torch.cat([model.weight.detach(), average.tensors["weight"]], dim=1)
-
-    def _whole(seed: int) -> Tensor:
-        return torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
-
-    whole = updated(0, rows)
-    for length in (1, 2, 3, 5, 8, 11, 13, 32):
-        starts = range(0, rows, length)
-        parts = torch.cat([updated(at, min(at + length, rows)) for at in starts])
-        assert torch.equal(_bits(parts), _bits(whole)), length
+def _states(world: World, runs: list[tuple[Path, str]]) -> dict[str, dict[str, str]]:
+    """A digest of each tensor of each run's last checkpoint, read by one rank whoever wrote it."""
+    states = {}
+    for folder, name in runs:
+        state = restored(world, folder, STAGES[name], _goal(STAGES[name]))
+        assert state.progress.samples == STAGES[name].budget
+        states[folder.name] = {
+            tensor: hashlib.sha256(data).hexdigest() for tensor, data in whole_bytes(state).items()
+        }
+    return states
 
 
 def _spread(world: World, values: Tensor) -> tuple[float, float]:
@@ -225,7 +138,11 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     for size in WORLDS[:2]:
         turns[f"plain-{size}"] = Turn(size, _trained, (folder / f"plain-{size}", "adamw", False))
     for size in WORLDS:
-        turns[f"squares-{size}"] = Turn(size, _spread, (_values(5, 1000),))
+        turns[f"squares-{size}"] = Turn(size, _spread, (drawn(5, 1000),))
+    ended = [turn.arguments for name, turn in turns.items() if turn.function is _trained]
+    runs = {folder: name for folder, name, *_ in ended}  # those that were resized have two turns
+    turns["refused"] = Turn(2, _refused, ())
+    turns["states"] = Turn(1, _states, (list(runs.items()),))
     results = run_world(in_turn, max(WORLDS), folder, list(turns.values()))[0]
     return Course(dict(zip(turns, results, strict=True)), folder)
 
@@ -248,7 +165,12 @@ def _differing(course: Course, one: str, other: str) -> int:
     """How many values of the finished weights differ in their bits."""
     weights = [load_file(course.folder / name / WEIGHTS) for name in (one, other)]
     assert weights[0].keys() == weights[1].keys()
-    return sum(int((_bits(w) != _bits(weights[1][name])).sum()) for name, w in weights[0].items())
+    return sum(int((bits(w) != bits(weights[1][name])).sum()) for name, w in weights[0].items())
+
+
+def _same_state(course: Course, one: str, other: str) -> bool:
+    """Whether every tensor of the last checkpoints has the same bits."""
+    return bool(course.results["states"][one] == course.results["states"][other])
 
 
 @pytest.mark.parametrize("size", WORLDS[1:])
@@ -262,6 +184,7 @@ def test_every_line_and_every_parameter_has_the_same_bits_on_any_world(
     assert sum("grad_norm" in line["values"] for line in one.lines) >= 3
     assert _said(other) == _said(one)
     assert _differing(course, "adamw-1", f"adamw-{size}") == 0
+    assert _same_state(course, "adamw-1", f"adamw-{size}")
 
 
 @pytest.mark.parametrize("name", RESIZED)
@@ -274,13 +197,18 @@ def test_two_ranks_and_then_three_leave_no_trace(course: Course, name: str) -> N
     assert _said(stopped) == [line for line in whole if line[0] <= at]
     assert _said(rest) == [line for line in whole if line[0] > at]
     assert _differing(course, f"{name}-1", f"{name}-resized") == 0
+    assert _same_state(course, f"{name}-1", f"{name}-resized")
+    kinds = {tensor.partition("/")[0] for tensor in course.results["states"][f"{name}-1"]}
+    assert {"model", "ema", "exp_avg", "exp_avg_sq"} <= kinds
+    assert ({"critic", "critic_exp_avg", "critic_exp_avg_sq"} <= kinds) == (name == "judged")
 
 
-def test_without_exact_the_world_shows_in_the_last_bits(course: Course) -> None:
+def test_without_exact_the_world_shows_in_the_lastbits(course: Course) -> None:
     """The control: what the comparison of worlds must be able to see."""
     one, two = (course.results[f"plain-{size}"] for size in (1, 2))
     assert _said(one) != _said(two)
     assert _differing(course, "plain-1", "plain-2") > 100
+    assert not _same_state(course, "plain-1", "plain-2")
     # And exact sums are no other training: the numbers agree beyond those bits.
     exact = course.results["adamw-1"]
     for plain, line in zip(one.lines, exact.lines, strict=True):
@@ -305,7 +233,41 @@ def test_a_gradient_that_is_no_number_is_refused(world: World, tmp_path: Path) -
     assert not torch.are_deterministic_algorithms_enabled(), "left behind"
 
 
-def test_layers_computed_again_have_the_same_bits(world: World, tmp_path: Path) -> None:
+class Changing(torch.nn.Module):
+    """Moves one of two layers of one size: sums of their gradients have the same length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    def forward(self, number: int) -> Tensor:
+        return self.layers[number](torch.ones(4)).sum()
+
+
+def _refused(world: World) -> list[str]:
+    """What is said where rounds move the same layer, where they do not, and what follows that."""
+    said = []
+    for numbers in ([0, 0], [0, 1], [1, 1]):
+        model = shard.shard(Changing(), world)
+        ordered = OrderedGradients(model, world)
+        try:
+            for turn, number in enumerate(numbers):
+                ordered.begin_round(turn + 1 == len(numbers))
+                model(number).backward()
+            ordered.finish()
+            said.append("")
+        except ChangedLayout as error:
+            said.append(str(error))
+    return said
+
+
+def test_rounds_that_move_other_parameters_are_refused(course: Course) -> None:
+    same, changed, again = course.results["refused"]
+    assert same == again == ""
+    assert "only some rounds move layers.0.weight, layers.1.weight" in changed
+
+
+def test_layers_computed_again_have_the_samebits(world: World, tmp_path: Path) -> None:
     """`recompute` may change between attempts, with exact=True too."""
     stage = SHORT.replace(exact=True, recompute="full")
     again = train(world, tmp_path, STOP_AFTER, stage)

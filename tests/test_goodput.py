@@ -234,6 +234,68 @@ def test_a_resize_that_was_asked_for_loses_nothing() -> None:
     assert log.spent() == {"training": 50 + 1 + 10, "saving": 3, "starting": 5 + 6}
 
 
+@pytest.mark.parametrize("after", [0.0, 2.0])
+def test_a_group_that_stops_where_it_has_saved_already_is_starting_anew(after: float) -> None:
+    """No save is told then; what it trained between the request and the stop is training."""
+    log = Log()
+    log.event("run_start")
+    log.event("start", 5, 0)
+    log.train(0, 50)
+    log.event("publish", 2, 50, seconds=2.0, reason="due")
+    if after:
+        log.event("resize_requested", 0)
+        log.train(50, 60)
+        log.event("publish", 1, 60, seconds=1.0, reason="due")  # due and then asked to stop
+        log.event("launch", after)
+        log.event("start", 5, 60)
+        assert log.spent() == {"training": 60, "saving": 3, "starting": 5 + after + 5}
+        return
+    log.event("resize_requested", 0)
+    log.event("launch", 7)
+    log.event("start", 5, 50)
+    log.train(50, 60)
+    assert log.spent() == {"training": 60, "saving": 2, "starting": 5 + 7 + 5}
+
+
+def test_what_a_group_trains_after_it_was_asked_to_stop_is_training() -> None:
+    log = Log()
+    log.event("run_start")
+    log.event("start", 5, 0)
+    log.train(0, 50)
+    log.event("resize_requested", 0)
+    log.train(50, 70)
+    assert log.spent() == {"starting": 5, "training": 70}, "it goes on until it stops"
+    log.event("waiting", 3)
+    log.event("launch", 4)
+    log.event("start", 5, 70)
+    assert log.spent() == {
+        "starting": 5 + 3 + 5, "training": 70, "waiting for machines": 4,
+    }  # fmt: skip
+    crashed = Log()
+    crashed.event("run_start")
+    crashed.event("start", 5, 0)
+    crashed.train(0, 50)
+    crashed.event("resize_requested", 0)
+    crashed.event("crash", 6)
+    crashed.event("launch", 1)
+    crashed.event("start", 2, 0)
+    assert crashed.spent() == {"starting": 5 + 3, "lost work": 56}
+
+
+def test_saves_that_fail_take_their_time_too() -> None:
+    log = Log()
+    log.event("run_start")
+    log.event("start", 5, 0)
+    log.train(0, 50)
+    log.event("save_failed", 9, 40, seconds=2.0, background=7.0)  # 7 of training beside it
+    log.event("resize_requested", 0)
+    for waited in (10, 20, 30):  # a last save that is tried again and again
+        log.event("save_failed", 10, 50, seconds=float(waited))
+    log.event("publish", 5, 50, seconds=35.0, reason="stop")
+    log.event("start", 5, 50)
+    assert log.spent() == {"starting": 10, "training": 57, "saving": 37}
+
+
 def test_measuring_and_waiting_for_data_are_no_training() -> None:
     log = Log()
     log.event("run_start")

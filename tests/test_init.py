@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ from elastic.data.order import updates_before
 from elastic.errors import InputError
 from elastic.init_table import Available, init_table
 from elastic.loop import rate_at
-from elastic.spike import PATIENCE, LossSpike, watch
 from elastic.start import Origin, begin, check_origin
-from elastic.state import Progress
 from elastic.weights import WEIGHTS
 from elastic.world import World
 from models import DCAE, DiT, Tiling
@@ -45,7 +42,6 @@ from models.align import PairSums, complete, overlap, paired_cells, signal_momen
 from models.dit import codec_shaped
 from stages import (
     AdamW,
-    Adversarial,
     Align,
     AutoencoderStage,
     Bucket,
@@ -62,7 +58,7 @@ from stages import (
     Videos,
 )
 from stages.init import Init
-from stages.stage import Stage, description
+from stages.stage import description
 
 PARENT = STAGE
 NEW_CLIP = "32px-4f"
@@ -526,43 +522,6 @@ def test_stages_without_a_common_clip_cannot_be_aligned(parent_folder: Path) -> 
     )
     with world_of_one() as world, pytest.raises(InputError, match="no clip is both in bucket"):
         begin(blank_state(world, stage), strangers, world)
-
-
-# The guard
-
-
-def guarded(losses: list[float], stage: Stage = CHILD) -> Iterator[tuple[int, str]]:
-    """Events, and the final error, of a course of losses in one bucket."""
-    progress, events = Progress("child"), []
-    for line, loss in enumerate(losses, 1):
-        progress.samples = line * 6
-        # Through JSON, as a checkpoint would keep it.
-        progress = Progress(**json.loads(json.dumps(progress.as_json())))
-        watch(stage, progress, {NEW_CLIP: loss}, lambda k, at, why: events.append((at, why)))
-    yield from events
-
-
-def test_a_loss_that_stays_far_above_its_lowest_ends_the_stage_with_the_reason() -> None:
-    assert list(guarded([2.0, 1.0, 0.6, 0.7, 1.1, 0.6])) == []
-    spikes = list(guarded([2.0, 0.6, 1.3, 1.4, 0.6, 1.3]))
-    assert [at for at, _ in spikes] == [18, 24, 36]
-    with pytest.raises(LossSpike, match=r"2.2 times the lowest.*guard_factor"):
-        list(guarded([2.0, 0.6, *[1.3] * PATIENCE]))
-
-
-def test_the_guard_keeps_out_where_there_is_no_lowest_loss_to_compare_with() -> None:
-    assert list(guarded([-0.10, -0.12, -0.14, 0.0, 0.1, 0.2])) == []
-    judged = AUTOENCODER.replace(
-        init=FromFile("w.safetensors"), adversarial=Adversarial(start=0, width=8)
-    )
-    assert list(guarded([0.04, 0.09, 0.09, 0.09, 0.09], judged)) == []
-    assert len(list(guarded([0.04, 0.09, 0.09], judged.replace(adversarial=None)))) == 2
-
-
-def test_the_guard_leaves_fresh_starts_and_later_samples_alone() -> None:
-    course = [0.1] + [9.0] * 5
-    assert list(guarded(course, CHILD.replace(init=Fresh()))) == []
-    assert list(guarded(course, CHILD.replace(init=KeepTrunk(PARENT, guard_samples=6)))) == []
 
 
 def test_a_dit_in_pixels_sees_the_distances_of_its_parent() -> None:

@@ -45,7 +45,7 @@ def test_a_sign_of_life_starts_the_count_again() -> None:
 def test_slow_updates_are_no_hang() -> None:
     """A batch of minutes is normal where all of them were."""
     patience, clock = training(hang_after=10.0, pace_s=60.0)
-    clock.now += 599.0
+    clock.now += 119.0
     assert patience.complaint() is None
     clock.now += 2.0
     assert patience.complaint()
@@ -60,6 +60,33 @@ def test_the_first_update_may_compile_and_other_phases_may_take_long() -> None:
         assert patience.complaint() is None, phase
         clock.now += 2.0
         assert patience.complaint(), phase
+
+
+def test_one_long_silence_does_not_make_the_next_hang_invisible() -> None:
+    patience, clock = training(hang_after=10.0)
+    clock.now += 9.0
+    patience.heard("train", 40)
+    assert patience.limit == 90.0
+    clock.now += 60.0
+    patience.heard("train", 48)
+    assert patience.limit == 120.0, "twice what was normal, no longer ten times"
+
+
+def test_slow_storage_is_no_hang() -> None:
+    patience, clock = training(hang_after=10.0)
+    patience.heard("read", 40)
+    clock.now += 99.0
+    assert patience.complaint() is None
+    patience.heard("train", 40)
+    assert patience.limit == 10.0, "and it says nothing of how long an update takes"
+
+
+def test_any_word_is_a_sign_of_life() -> None:
+    patience, clock = training(hang_after=10.0)
+    clock.now += 9.0
+    patience.stirred()
+    clock.now += 9.0
+    assert patience.complaint() is None
 
 
 @given(st.lists(st.floats(0.01, 1000), max_size=30), st.floats(0.5, 100))

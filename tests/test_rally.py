@@ -137,13 +137,30 @@ def test_a_supervisor_that_is_lost_while_processes_are_ended_disbands_the_group(
         assert isinstance(hear(members[0]), Disband)
 
 
-def test_a_stranger_without_the_key_is_turned_away_and_the_group_still_meets() -> None:
+def test_strangers_are_turned_away_and_hold_up_nobody() -> None:
     kept = Rally("127.0.0.1", 1, lambda loss: True)
     host, port, _ = kept.address
     with pytest.raises((AuthenticationError, EOFError, OSError)):
         join(Address(host, port, b"guess"), 0).recv()
-    with socket.create_connection((host, port)) as silent:
-        silent.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    member = join(kept.address, 0)
-    assert isinstance(hear(member), Begin)
+    with (
+        socket.create_connection((host, port)) as talking,
+        socket.create_connection((host, port)),  # says nothing at all
+    ):
+        talking.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        member = join(kept.address, 0)
+        assert isinstance(hear(member), Begin)
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((host, port))
     member.close()
+
+
+def test_an_error_in_the_rally_itself_disbands_the_group() -> None:
+    def broken(loss: Loss) -> bool:
+        raise ValueError("the tracker is gone")
+
+    with rally(1, broken) as members:
+        begun(members)
+        members[0].send(Over("crashed", "exit code 1"))
+        hear(members[0])
+        members[0].send(Clear())
+        assert hear(members[0]) == Disband("Regroup", "the tracker is gone")

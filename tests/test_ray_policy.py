@@ -1,12 +1,16 @@
 """What we put into Ray Train's controller: its decisions, and what we rely on there."""
 
 import inspect
+import socket
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    _AutoscalingCoordinatorActor as Coordinator,
+)
+from ray.exceptions import GetTimeoutError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution import callback
@@ -20,8 +24,10 @@ from ray.train.v2.api.exceptions import ControllerError
 from elastic import ray_policy
 from elastic.errors import StageBlocked
 from elastic.journal import Event
-from elastic.ray_policy import CapacityPolicy, CrashPolicy, cause_of, is_announced, unreachable
+from elastic.ray_policy import CapacityPolicy, CrashPolicy, ResizeCallback, cause_of
 from elastic.ray_worker import Regroup
+
+unreachable = ray_policy.unreachable  # the tests of decisions put another in its place
 
 
 class Told:
@@ -35,23 +41,42 @@ class Told:
 
 
 class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
-    """The policy with nodes of one CPU each that the test sets, and the test's clock."""
+    """The policy on made-up nodes of one CPU each, with Ray's own coordinator in this process."""
 
-    def __init__(self, min_stay: float = 30.0) -> None:
+    def __init__(self, min_stay: float = 30.0, workers: tuple[int, int] = (2, 4)) -> None:
         self.told = Told()
-        scaling = ScalingConfig(num_workers=(2, 4), elastic_resize_monitor_interval_s=1)
+        scaling = ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=1)
         super().__init__(scaling, min_stay, self.told)  # type: ignore[arg-type]
         self.nodes = ["a", "b"]
+        self.draining: dict[str, int] = {}
+        self.taken: set[str] = set()  # by somebody else
         self.saved: list[str] = []
+        self._members = ""
+        self._coordinator = Coordinator(
+            send_resources_request=lambda bundles, labels=None: None,
+            get_cluster_nodes=lambda: [
+                {"NodeID": node, "Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}
+                for node in self.nodes
+            ],
+        )
+        self._send_resource_request()
 
     def _maybe_send_resource_request(self) -> None:
         pass
 
-    def _get_reserved_resources(self) -> Any:
-        return {node: {"CPU": 1.0} for node in self.nodes if node not in self._draining}
+    def _send_resource_request(self) -> None:
+        asked = [{"CPU": 1.0}] * self._get_num_workers_for_resource_request()
+        self._coordinator.request_resources(requester_id="r", resources=asked, expire_after_s=1e6)
+
+    def _reserved(self) -> Any:
+        return self._coordinator.get_reserved_resources("r", recompute=True)
+
+    def _free(self) -> int:
+        return len(set(self.nodes) - set(self._members) - self.taken - self._draining.keys())
 
     def size_of(self, members: str, began: float) -> int | None:
         """The size that it wants for a running group; None to leave it."""
+        self._members = members
         workers = [
             SimpleNamespace(
                 metadata=SimpleNamespace(node_id=node),
@@ -63,12 +88,28 @@ class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
         decision = self.make_decision_for_running_worker_group(state, None)  # type: ignore[arg-type]
         return None if isinstance(decision, NoopDecision) else int(decision.num_workers)
 
+    def size_now(self) -> int | None:
+        """The size that it wants where no group runs; None to wait."""
+        self._members = ""
+        decision = self.make_decision_for_non_running_worker_group()
+        return None if isinstance(decision, NoopDecision) else int(decision.num_workers)
+
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(s=1000.0)
     monkeypatch.setattr(ray_policy, "time_monotonic", lambda: clock.s)
     return clock
+
+
+@pytest.fixture(autouse=True)
+def notices(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Nodes with notice, and milliseconds of the wall clock at which they go."""
+    told: dict[str, int] = {}
+    monkeypatch.setattr(ray_policy, "_state", SimpleNamespace(get_draining_nodes=lambda: told))
+    monkeypatch.setattr(ray_policy, "_WAIT_S", 0.0)
+    monkeypatch.setattr(ray_policy, "unreachable", lambda nodes: nodes & {"silent"})
+    return told
 
 
 def test_a_group_grows_only_after_its_stay_and_onto_nodes_that_have_stood(
@@ -97,39 +138,94 @@ def test_flapping_capacity_moves_nothing(now: SimpleNamespace) -> None:
         assert cluster.size_of("ab", began) is None
 
 
-def test_a_node_with_notice_is_left_at_once(now: SimpleNamespace) -> None:
+def test_a_node_with_notice_is_left_at_once(now: SimpleNamespace, notices: dict[str, int]) -> None:
     cluster = Cluster()
     cluster.nodes = ["a", "b", "c"]
-    now.s += 2
-    cluster._draining = {"c"}
-    assert cluster.size_of("abc", now.s - 1) == 2
+    notices["c"] = 0
+    assert cluster.size_of("abc", now.s) == 2
+    assert cluster.told.kinds == ["drain"]
     assert cluster.saved == [], "the resize itself saves"
 
 
-def test_where_the_rest_would_be_too_few_the_group_saves_once_and_stays(
-    now: SimpleNamespace,
+def test_a_node_with_notice_is_left_for_another_one_though_the_size_stays(
+    now: SimpleNamespace, notices: dict[str, int]
 ) -> None:
+    """The nodes that go must not take the places of those that are free either."""
+    cluster = Cluster(workers=(2, 2))
+    cluster.nodes = ["a", "b", "c"]
+    notices["a"] = 0
+    assert cluster.size_of("ab", now.s) == 2
+    now.s += 2
+    assert cluster.size_of("bc", now.s) is None
+
+
+def test_where_the_rest_would_be_too_few_the_group_saves_at_the_notice_and_near_the_end(
+    now: SimpleNamespace, notices: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = SimpleNamespace(s=5000.0)
+    monkeypatch.setattr(ray_policy.time, "time", lambda: wall.s)
     cluster = Cluster()
-    cluster._draining = {"b"}
+    notices["b"] = 5_060_000
     for _ in range(3):
         now.s += 2
         assert cluster.size_of("ab", now.s) is None
     assert cluster.saved == ["a", "b"]
+    wall.s += 55
+    for _ in range(3):
+        now.s += 2
+        assert cluster.size_of("ab", now.s) is None
+    assert cluster.saved == ["a", "b"] * 2
+
+
+def test_a_node_that_somebody_else_uses_is_no_reason_to_grow(now: SimpleNamespace) -> None:
+    cluster = Cluster(min_stay=1)
+    cluster.nodes, cluster.taken = ["a", "b", "c"], {"c"}
+    for _ in range(5):
+        now.s += 10
+        assert cluster.size_of("ab", 0.0) is None
+    cluster.taken = set()
+    now.s += 10
+    cluster.size_of("ab", 0.0)
+    now.s += 10
+    assert cluster.size_of("ab", 0.0) == 3
+
+
+def test_a_group_that_could_not_be_placed_is_tried_on_what_is_free() -> None:
+    cluster = Cluster()
+    cluster.nodes = ["a", "b", "c"]
+    assert cluster.size_now() == 3
+    cluster.taken = {"c"}
+    assert cluster.size_now() == 2
+    cluster.taken = {"b", "c"}
+    assert cluster.size_now() is None
+    assert cluster.told.kinds == ["waiting"]
+
+
+def test_a_silent_node_takes_no_place_from_one_that_answers() -> None:
+    cluster = Cluster(workers=(1, 2))
+    cluster.nodes = ["a", "silent", "b"]
+    assert cluster.size_now() == 2
 
 
 def test_a_group_waits_for_its_fewest_workers_and_says_so_once() -> None:
     cluster = Cluster()
     cluster.nodes = ["a"]
     for _ in range(3):
-        assert isinstance(cluster.make_decision_for_non_running_worker_group(), NoopDecision)
+        assert cluster.size_now() is None
     assert cluster.told.kinds == ["waiting"]
     cluster.nodes = ["a", "b", "c"]
-    assert cluster.make_decision_for_non_running_worker_group().num_workers == 3
+    assert cluster.size_now() == 3
+
+
+def test_a_view_that_fails_moves_nothing(now: SimpleNamespace) -> None:
+    cluster = Cluster()
+    cluster._reserved = lambda: 1 / 0
+    assert cluster.size_of("ab", now.s) is None
+    assert cluster.size_now() is None
+    assert cluster.told.kinds == []
 
 
 def test_a_node_that_takes_no_connection_is_no_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as raylet, socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound, and not listening
         ports = {"up": raylet.getsockname()[1], "down": nobody.getsockname()[1], "other": 1}
@@ -181,12 +277,19 @@ def test_a_group_that_gave_itself_up_has_spent_several_lives(
     assert decisions(policy, failure(Regroup("rank 1: exit code 1")), 3) == [True, True, False]
 
 
-def test_announced_losses_spend_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, _ = policy_with(monkeypatch, [event("drain", age_s=60)])
-    assert all(decisions(policy, failure(RuntimeError("gone")), 30))
-    policy, _ = policy_with(monkeypatch, [event("drain", age_s=3600)])
-    assert not all(decisions(policy, failure(RuntimeError("gone")), 30))
-    assert not is_announced([event("crash")], time.time())
+def test_each_node_that_had_notice_excuses_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    notice = event("drain")
+    notice["nodes"] = 2
+    policy, _ = policy_with(monkeypatch, [notice])
+    assert decisions(policy, failure(RuntimeError("gone")), 11) == [True] * 10 + [False]
+
+
+def test_another_controller_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [event("crash"), event("publish", 100), *[event("crash"), event("hang")] * 4]
+    policy, _ = policy_with(monkeypatch, events)
+    assert decisions(policy, failure(RuntimeError("gone")), 1) == [False]
+    policy, _ = policy_with(monkeypatch, events[:-1])
+    assert decisions(policy, failure(RuntimeError("gone")), 1) == [True]
 
 
 def test_workers_that_cannot_be_placed_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +303,62 @@ def test_what_would_only_repeat_is_not_tried_again(monkeypatch: pytest.MonkeyPat
     policy, told = policy_with(monkeypatch, [])
     assert decisions(policy, failure(StageBlocked("lower optimizer.lr")), 1) == [False]
     assert told.kinds == ["blocked"]
+
+
+class Group:
+    """Workers that answer as the test says."""
+
+    def __init__(self, answers: list[Any], errors: dict[int, BaseException] | None = None) -> None:
+        self._answers = answers
+        self._errors = errors or {}
+
+    def get_workers(self) -> list[int]:
+        return [0, 1]
+
+    def execute_async(self, function: Any) -> Any:
+        return function.__name__
+
+    def poll_status(self, timeout: float) -> Any:
+        return SimpleNamespace(errors=self._errors, finished=False)
+
+    def answer(self, asked: str, timeout: float) -> Any:
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def resize(monkeypatch: pytest.MonkeyPatch, group: Group) -> Told:
+    told = Told()
+    monkeypatch.setattr(ray_policy.ray, "get", group.answer)
+    hook = ResizeCallback(told)  # type: ignore[arg-type]
+    hook.after_worker_group_start(group)
+    hook.before_controller_execute_resize_decision(SimpleNamespace(num_workers=3))
+    return told
+
+
+def test_a_resize_waits_for_a_worker_that_is_slow_to_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [[False, False], GetTimeoutError("slow"), [True, False], [True, True]]
+    group = Group(answers)
+    assert resize(monkeypatch, group).kinds == ["resize_requested"]
+    assert not answers
+
+
+def test_what_would_only_repeat_ends_the_stage_during_a_resize_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = Group([], {0: Regroup("lost"), 1: StageBlocked("make room")})
+    with pytest.raises(StageBlocked, match="make room"):
+        resize(monkeypatch, group)
+
+
+def test_a_worker_lost_while_it_saves_does_not_hold_up_the_resize(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = Group([], {1: RuntimeError("the actor died")})
+    assert resize(monkeypatch, group).kinds == ["resize_requested", "crash"]
 
 
 def test_the_cause_is_who_died_not_who_lost_the_others() -> None:
@@ -237,7 +396,6 @@ def test_ray_has_what_we_rely_on() -> None:
     for method in ("execute_async", "poll_status", "get_workers"):
         assert hasattr(WorkerGroup, method)
     assert hasattr(Worker, "execute_async")
-    actor = default_autoscaling_coordinator._AutoscalingCoordinatorActor
-    assert "recompute" in inspect.signature(actor.get_reserved_resources).parameters
-    assert "requester_id" in inspect.signature(actor.cancel_request).parameters
+    assert "recompute" in inspect.signature(Coordinator.get_reserved_resources).parameters
+    assert "requester_id" in inspect.signature(Coordinator.cancel_request).parameters
     assert "callbacks" in inspect.signature(RunConfig).parameters

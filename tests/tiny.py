@@ -160,20 +160,26 @@ def attempt(
     return Attempt(train_stage(stage, goal, run), lines, events)
 
 
-def blank_state(world: World, stage: DiffusionStage = STAGE) -> TrainState:
+def blank_state(world: World, stage: Stage = STAGE, goal: Objective | None = None) -> TrainState:
     """A sharded state whose tensors hold NaN until something fills them."""
-    model = shard(objective(stage).build(), world)
+    if goal is None:
+        assert isinstance(stage, DiffusionStage), "made up here are latents alone"
+        goal = objective(stage)
+    model = shard(goal.build(), world)
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
     progress = Progress(stage=stage.name)
-    state = TrainState(stage, model, optimizer, EmaWeights(model, stage.ema), progress)
+    average = EmaWeights(model, stage.ema)
+    state = TrainState(stage, model, optimizer, average, progress, goal.critic)
     for tensor in state.tensors().values():
         tensor.fill_(torch.nan)
     return state
 
 
-def restored(world: World, folder: Path, stage: DiffusionStage = STAGE) -> TrainState:
+def restored(
+    world: World, folder: Path, stage: Stage = STAGE, goal: Objective | None = None
+) -> TrainState:
     """The state in the newest checkpoint of a stage's folder."""
-    state = blank_state(world, stage)
+    state = blank_state(world, stage, goal)
     fence = Fence.take(folder)
     assert Checkpoints(folder, world, fence, lambda *a, **k: None).restore_latest(state)
     return state
@@ -247,6 +253,8 @@ def whole_bytes(state: TrainState) -> dict[str, bytes]:
     state.model.reshard()  # the last forward leaves whole parameters in place of the sharded ones
     whole = {}
     for name, tensor in state.tensors().items():
-        assert isinstance(tensor, DTensor), f"{name} is not sharded"
-        whole[name] = tensor.full_tensor().clone().numpy().tobytes()
+        if not name.startswith("critic"):  # which every rank holds
+            assert isinstance(tensor, DTensor), f"{name} is not sharded"
+            tensor = tensor.full_tensor()
+        whole[name] = tensor.clone().numpy().tobytes()
     return whole

@@ -31,11 +31,9 @@ from test_adversarial import DrawnClips
 
 from elastic import shard
 from elastic.checkpoint import Checkpoints, Fence, published
-from elastic.ema import EmaWeights
-from elastic.loop import Run, build_optimizer, held_by, train_stage
+from elastic.loop import Run, train_stage
 from elastic.meter import Meter
 from elastic.objective import Objective, Reconstructing
-from elastic.state import Progress, TrainState
 from elastic.world import World
 from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Phase, Stage
 
@@ -146,20 +144,13 @@ def said(folder: Path) -> list[Line]:
 
 def digest_of_state(stage: Stage, folder: Path) -> str:
     """SHA-256 of every tensor of the last checkpoint, read by one rank whoever wrote it."""
+    digest = hashlib.sha256()
     with tiny.world_of_one() as world:
-        goal = goal_of(stage)
-        model = shard.shard(goal.build(), world)
-        optimizer = build_optimizer(stage.optimizer, model, held_by(stage))
-        progress = Progress(stage.name)
-        average = EmaWeights(model, stage.ema)
-        state = TrainState(stage, model, optimizer, average, progress, goal.critic)
-        fence = Fence.take(folder)
-        Checkpoints(folder, world, fence, lambda *a, **k: None).restore_latest(state)
-        assert progress.samples == stage.budget, f"{folder} holds {progress.samples} samples"
-        digest = hashlib.sha256()
-        for name, tensor in sorted(state.tensors().items()):
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            digest.update(name.encode() + whole.contiguous().numpy().tobytes())
+        state = tiny.restored(world, folder, stage, goal_of(stage))
+        samples = state.progress.samples
+        assert samples == stage.budget, f"{folder} holds {samples} samples"
+        for name, whole in sorted(tiny.whole_bytes(state).items()):
+            digest.update(name.encode() + whole)
     return digest.hexdigest()
 
 

@@ -129,7 +129,9 @@ class Run:
         def is_over() -> bool:
             events = [e for e in read_events(root) if e["wall"] > began and e["stage"] == stage]
             kinds = {event["kind"] for event in events}
-            if fault.shows == "attempt" and "start" not in kinds:
+            if fault.shows in ("attempt", "damage") and "start" not in kinds:
+                return False
+            if fault.shows == "damage" and "damaged_checkpoint" not in kinds:
                 return False
             if fault.shows == "publish" and "publish" not in kinds:
                 return False
