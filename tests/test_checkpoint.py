@@ -141,7 +141,7 @@ def test_any_world_restores_what_any_other_saved_bit_for_bit(tmp_path: Path) -> 
 def _require_no_world_in(manifest: Path) -> None:
     content = json.loads(manifest.read_text())
     assert set(content) == {"schema", "progress", "files", "sha256"}
-    assert set(content["progress"]) == {"stage", "samples", "order_digest", "guard"}
+    assert set(content["progress"]) == {"stage", "samples", "order_digest", "guard", "unjudged"}
     assert not re.search(r"rank|world|step", manifest.read_text())
 
 
