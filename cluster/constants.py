@@ -37,10 +37,9 @@ BACKGROUND_S = Measured(1.0, "s", "checkpoint", "figures.background_s", True)
 SAVE_LOST_S = Measured(0.3, "s", "checkpoint", "figures.lost_s", True)
 
 # Seconds without an update, from the last before to the first new one, less work done again.
-# Provisional: what a restart inside a running job is taken to need on GPUs, and twice that.
-PLANNED_S = Measured(60.0, "s", "resize", "figures.planned_s", True)
-CRASH_S = Measured(60.0, "s", "resize", "figures.crash_s", True)
-NODE_S = Measured(120.0, "s", "resize", "figures.node_s", True)
+PLANNED_S = Measured(11.3, "s", "resize", "figures.planned_s")
+CRASH_S = Measured(0.929, "s", "resize", "figures.crash_s")
+NODE_S = Measured(10.723, "s", "resize", "figures.node_s")
 
 MEASURED = {
     "STATE_BYTES": STATE_BYTES,

@@ -76,10 +76,37 @@ def policy_picture(policies: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+NAMED = {
+    "killed": "a training process is killed",
+    "node": "a node is lost without notice",
+    "drained": "a node has notice",
+    "added": "a node joins",
+}
+
+
+def resize_table(faults: dict[str, Any]) -> str:
+    """One row a fault: medians of the seconds without an update and of updates done again."""
+    lines = [
+        "| what happens | seconds without an update | plain Ray Train | ratio | updates lost "
+        "| plain Ray Train |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, words in NAMED.items():
+        ours, vanilla = (faults[name][system] for system in ("ours", "vanilla"))
+        stopped, other = ours["stopped_s"]["median"], vanilla["stopped_s"]["median"]
+        lines.append(
+            f"| {words} | {stopped:.1f} | {other:.1f} | {stopped / other:.2f} "
+            f"| {ours['lost_updates']['median']:.0f} | {vanilla['lost_updates']['median']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables, write the picture."""
     policies = json.loads((RESULTS / "init_policies.json").read_text())["figures"]["policies"]
     print(policy_table(policies))
+    resize = json.loads((RESULTS / "resize.json").read_text())["figures"]
+    print(f"\n{resize_table(resize['faults'])}\n")
     PICTURE.write_text(policy_picture(policies))
     print(f"\n{PICTURE.relative_to(PICTURE.parents[1])}")
     for path in sorted(RESULTS.glob("*.json")):
