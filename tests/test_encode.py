@@ -514,6 +514,7 @@ class _RayOfTwo:
 def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     interrupted: bool, job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
@@ -536,7 +537,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     assert len(tried) == 4  # both workers had begun another one, which is committed
     assert set(store.shard_ids()) - set(store.missing()) == set(tried[2:])
     assert told == [(0, 8), (1, 8)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
