@@ -148,6 +148,7 @@ def run(order: Order, link: Link, listening: int | None) -> str:
 
     def event(kind: str, position: int, reason: str, **more: Any) -> None:
         if not world.is_first:
+            link.beat(kind, position)  # a save that is tried again for a minute is no hang
             return
         if kind == "start":
             own, supervisors = zip(*pids, strict=True)
