@@ -132,11 +132,6 @@ class LocalCluster:
         """Kill the node that came last, without notice."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
 
-    @property
-    def num_nodes(self) -> int:
-        """Nodes that were started and not removed, the head included."""
-        return 1 + len(self._nodes)
-
     def stop(self) -> None:
         """End every process of the cluster and remove its files."""
         self._cluster.shutdown()

@@ -29,9 +29,10 @@ from torch.futures import Future
 
 from elastic.checkpoint_manifest import Damaged, FileEntry, require_digest
 from elastic.checkpoint_ram import RamCopies
-from elastic.checkpoint_store import Storage, read_into
+from elastic.checkpoint_store import Storage
 from elastic.checkpoint_write import OFFSETS, SHARDING, WORDS
 from elastic.errors import StageBlocked
+from elastic.files import read_into
 from elastic.world import World
 
 log = logging.getLogger(__name__)

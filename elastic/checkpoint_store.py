@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from elastic.direct_file import DirectFile
-from elastic.files import exchange, fsync_dir, write_atomic
+from elastic.files import exchange, fsync_dir, read_into, write_atomic
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.txt"  # left in a checkpoint that was skipped, so that nothing deletes it
@@ -250,15 +250,3 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
-
-
-def read_into(path: Path, start: int, into: memoryview) -> None:
-    """Fill `into` with the bytes of a file from `start` on; OSError where it ends before."""
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        done = 0
-        while done < len(into):
-            count = file.readinto(into[done:])
-            if not count:
-                raise OSError(f"{path} ends at byte {start + done}, asked for {len(into) - done}")
-            done += count

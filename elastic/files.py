@@ -49,3 +49,15 @@ def exchange(one: Path, other: Path) -> None:
         os.rename(aside, one)
     elif code:
         raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def read_into(path: Path, start: int, into: memoryview) -> None:
+    """Fill `into` with the bytes of a file from `start` on; OSError where it ends before."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while done < len(into):
+            count = file.readinto(into[done:])
+            if not count:
+                raise OSError(f"{path} ends at byte {start + done}, asked for {len(into) - done}")
+            done += count

@@ -171,8 +171,12 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         return ray.get(asked, timeout=_ASK_S)
 
     def _free(self) -> int:
-        """How many more workers fit onto what nobody uses now."""
-        free = available_resources_per_node()
+        """How many more workers fit onto what nobody uses now; none where that is unknown."""
+        try:
+            free = available_resources_per_node()
+        except Exception as error:  # as above
+            log.warning("what is free of the cluster is not known just now: %s", error)
+            return 0
         return int(self._count_possible_workers(_only(free, free.keys() - self._draining.keys())))
 
     def _get_num_workers_for_resource_request(self) -> int:

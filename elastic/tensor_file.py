@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from elastic.errors import InputError
-from elastic.files import fsync_dir
+from elastic.files import fsync_dir, read_into
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -121,14 +121,7 @@ def read_rows(entry: Entry, first: int, last: int) -> Tensor:
         return rows
     view = rows.view(torch.uint8).numpy().data.cast("B")
     row_bytes = len(view) // (last - first)
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.begin + first * row_bytes)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise OSError(f"{entry.path}: it became shorter while it was read")
-            done += count
+    read_into(entry.path, entry.begin + first * row_bytes, view)
     return rows
 
 

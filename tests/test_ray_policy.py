@@ -225,6 +225,11 @@ def test_a_view_that_fails_moves_nothing(now: SimpleNamespace) -> None:
     assert cluster.told.kinds == []
 
 
+def test_where_nobody_knows_what_is_free_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_policy, "available_resources_per_node", lambda: 1 / 0)
+    assert CapacityPolicy._free(Cluster()) == 0
+
+
 def test_a_node_that_takes_no_connection_is_no_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as raylet, socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound, and not listening
