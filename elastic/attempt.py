@@ -206,6 +206,7 @@ def _join(order: Order, listening: int | None) -> None:
         rank=order.rank,
         world_size=order.size,
         timeout=_COLLECTIVE,
+        device_id=torch.device("cuda", 0) if order.use_gpu else None,
     )
 
 

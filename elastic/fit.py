@@ -9,14 +9,13 @@ from torch import nn
 from elastic.errors import InputError
 from elastic.memory import (
     HEADROOM,
-    RECOMPUTE,
-    Recompute,
     activations,
     kept_by_codec,
     kept_by_judges,
     state_memory,
 )
 from models.codec import CodecModule
+from models.recompute import RECOMPUTE, Recompute
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
@@ -62,8 +61,9 @@ def workers_on(stage: Stage, gpus: int | None) -> int:
 
 def policies(stage: Stage) -> tuple[Recompute, ...]:
     """The recompute policies that the stage can choose from."""
-    able = isinstance(stage, DiffusionStage) or stage.vae.can_recompute
-    return RECOMPUTE if able else ("none",)
+    if isinstance(stage, DiffusionStage):
+        return RECOMPUTE
+    return ("none", "full") if stage.vae.can_recompute else ("none",)
 
 
 def kept_for(stage: Stage, module: nn.Module, bucket: Bucket, policy: Recompute) -> float:

@@ -16,6 +16,7 @@ from elastic.data.load import Stream
 from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
 from elastic.exact import OrderedGradients, reproducible, square_sum
+from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Objective
@@ -24,7 +25,7 @@ from elastic.spike import watch
 from elastic.start import NOWHERE, Origin, begin, publish_table
 from elastic.state import Progress, TrainState
 from elastic.weights import export
-from elastic.world import World
+from elastic.world import World, on_device
 from stages.init import Switch, is_held
 from stages.optimizer import AdamW, Muon, learning_rate
 from stages.stage import DiffusionStage, Stage
@@ -64,7 +65,8 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
     Safe to call again from the top after any failure: everything that survives is in the
     checkpoint.
     """
-    with reproducible(stage.exact):
+    order = attention_order(run.world.device)
+    with reproducible(stage.exact), attention(order):
         return _train(stage, objective, run)
 
 
@@ -74,6 +76,9 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     with run.phase("build"):
         model = shard(objective.build(), world, precision)
     assert isinstance(model, FSDPModule), f"not sharded: {type(model)}"
+    compiled = compiles(stage, world.device)
+    if compiled:
+        compile_blocks(model)
     fused = not (stage.exact and world.device.type == "cpu")
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage), fused)
     ordered = OrderedGradients(model, world) if stage.exact else None
@@ -94,6 +99,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         progress.samples,
         "resumed" if progress.samples else "first start",
         restored_from=run.checkpoints.restored_from._asdict(),
+        compiled=compiled,
     )
     run.meter.begin(progress.samples)
 
@@ -135,7 +141,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             else:
                 ordered.begin_round(micro.is_last)
             losses = objective.losses(model, micro)
-            weight_B = micro.samples.weight_B.to(world.device)
+            weight_B = on_device(micro.samples.weight_B, world.device)
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
             share = (1 if stage.exact else world.size) / micro.batch
             ((losses.both_B * weight_B).sum() * share).backward()
@@ -151,7 +157,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         norms = {"grad_norm": norm}
         if critic is not None:
             norms |= critic.clip_gradients(progress.samples, world)
-        run.meter.require_finite(norms, progress)  # before a change; waits for the device
+        run.meter.require_finite(norms, progress)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if critic is not None:

@@ -7,7 +7,6 @@ bytes for each token and channel; a test compares that with what autograd keeps.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +17,20 @@ from models.blocks import Block
 from models.codec import CodecModule
 from models.dit import DiT
 from models.perceptual import Lpips, LpipsModule
+from models.recompute import Recompute
 from stages.optimizer import Muon
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 FP32 = 4
-Recompute = Literal["none", "full"]
-RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 # Values kept for each token and channel: in the block's own precision, the MLP at its ratio of 4,
 # and in fp32 whatever the precision is.
 _KEPT_DOUBLE, _KEPT_SINGLE = 23, 15
 _FP32_DOUBLE, _FP32_SINGLE = 3, 6  # as rotary turns and norms keep theirs
 _MUON_COPIES = 6  # measured on 2 ranks: 5.6
-_INPUTS = 1  # of a block whose inner values are computed again
+# Of a block whose inner values are computed again: its input; and with "selective" what attention
+# gives, and what the two products after it give.
+_INPUTS, _SAVED_DOUBLE, _SAVED_SINGLE = 1, 3, 2
 HEADROOM = 0.9  # share of a device's memory that can be planned for: the rest is the allocator's
 
 
@@ -137,8 +137,10 @@ def kept_per_token(model: DiT, width_bytes: int, recompute: Recompute) -> float:
     single = (_KEPT_SINGLE + wider) * width_bytes + _FP32_SINGLE * FP32
     if recompute == "none":
         return model.width * (model.depth * double + model.depth_single * single)
-    inputs = _INPUTS * width_bytes * (model.depth + model.depth_single)
-    return model.width * (inputs + max(double if model.depth else 0, single))
+    kept = _INPUTS * (model.depth + model.depth_single)
+    if recompute == "selective":
+        kept += _SAVED_DOUBLE * model.depth + _SAVED_SINGLE * model.depth_single
+    return model.width * (kept * width_bytes + max(double if model.depth else 0, single))
 
 
 def kept_by_autograd(

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +24,40 @@ Sink = Callable[[dict[str, Any]], None]  # one metrics.jsonl line
 
 
 class NonFiniteLoss(StageBlocked):
-    """The gradient has no finite norm; nothing was changed by it."""
+    """The gradient has no finite norm; nothing that is kept was changed by it."""
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """The gradient norms of one update, on their way to the host."""
+
+    values: dict[str, Tensor]
+    position: int  # samples, before the update
+    arrived: torch.cuda.Event | None  # None: they are there
+
+    @classmethod
+    def of(cls, norms: dict[str, Tensor], position: int) -> "_Norms":
+        if not any(norm.is_cuda for norm in norms.values()):
+            return cls(norms, position, None)
+        there = {
+            name: torch.empty(norm.shape, dtype=norm.dtype, pin_memory=True).copy_(
+                norm, non_blocking=True
+            )
+            for name, norm in norms.items()
+        }
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(there, position, arrived)
+
+    def check(self, stage: str) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        for name, norm in self.values.items():
+            if not torch.isfinite(norm):
+                whose, advice = _NORMS[name]
+                raise NonFiniteLoss(
+                    f"stage {stage!r}: {whose} {norm.item()} at {self.position:,} samples; {advice}"
+                )
 
 
 _NORMS = {
@@ -50,6 +85,7 @@ class Meter:
         self._world = world
         self._attempt = attempt
         self._sink = sink
+        self._norms: deque[_Norms] = deque()
         self._tokens = {b.name: _tokens(stage, b) for b in stage.buckets}
         self._restart(0)
 
@@ -85,16 +121,21 @@ class Meter:
             self._parts_since.setdefault(name, micro.position)  # a part may begin in between
 
     def require_finite(self, norms: dict[str, Tensor], progress: Progress) -> None:
-        """Raise NonFiniteLoss unless every gradient norm is a number."""
-        if torch.stack(list(norms.values())).isfinite().all():  # waits for the device, once
-            return
-        for name, norm in norms.items():
-            if not torch.isfinite(norm):
-                whose, advice = _NORMS[name]
-                raise NonFiniteLoss(
-                    f"stage {progress.stage!r}: {whose} {norm.item()} at {progress.samples:,} "
-                    f"samples; {advice}"
-                )
+        """Raise NonFiniteLoss unless every gradient norm is a number.
+
+        The norms of a GPU are looked at when the next update has been given to it, so that it is
+        never without work, and by `settle`: nothing is measured or kept before.
+        """
+        self._norms.append(_Norms.of(norms, progress.samples))
+        if self._norms[-1].arrived is None:
+            return self.settle()
+        while len(self._norms) > 1:
+            self._norms.popleft().check(self._stage.name)
+
+    def settle(self) -> None:
+        """Wait until the norms of every update so far are known, and found to be numbers."""
+        while self._norms:
+            self._norms.popleft().check(self._stage.name)
 
     def stepped(
         self, progress: Progress, step: Step, rate: float, norms: dict[str, Tensor]
@@ -116,6 +157,7 @@ class Meter:
 
         Returns what it adds up for each bucket.
         """
+        self.settle()
         if not self._counts:
             return {}
         names, parts = sorted(self._counts), sorted(self._parts)
@@ -154,6 +196,7 @@ class Meter:
 
     def evaluated(self, progress: Progress, measure: Callable[[], dict[str, float]]) -> None:
         """Measure on the held-out clips, and write what came out and how long it took."""
+        self.settle()
         began = time.monotonic()
         values = measure()
         seconds = round(time.monotonic() - began, 3)

@@ -11,18 +11,20 @@ from elastic.critic import Critic
 from elastic.data.load import Micro, Source, held_out_rounds
 from elastic.errors import InputError
 from elastic.exact import totals
+from elastic.kernels import compiles
 from elastic.randomness import normals, sample_generator, uniforms
-from elastic.world import World
+from elastic.world import World, on_device
 from models.codec import Reconstruction
 from models.flow import conditioned, flow_loss_B, time_shift, timesteps
 from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss, ssim_B
-from models.text import TextBatch, TextEmbedding, without_text
+from models.text import TextBatch, TextEmbedding, padded, without_text
 from stages.given import Choice
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
 _CPU = torch.device("cpu")
+_TEXT_MULTIPLE = 128  # tokens
 Use = Literal["train", "held-out"]
 
 
@@ -105,16 +107,18 @@ class FlowMatching:
         text = without_text(samples.text, self._null, *dropped)
         given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
+        # Whole multiples: each length of its own would be compiled for.
+        text = padded(text, _TEXT_MULTIPLE if compiles(self._stage, device) else 1)
         return flow_loss_B(
             conditioned(
                 model,
                 1.0 if self._stage.model.guidance else None,
-                None if given_BCTHW is None else given_BCTHW.to(device),
+                None if given_BCTHW is None else on_device(given_BCTHW, device),
             ),
-            z_BCTHW.to(device),
-            noise_BCTHW.to(device),
-            t_B.to(device),
-            TextBatch(*(None if x is None else x.to(device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
+            on_device(z_BCTHW, device),
+            on_device(noise_BCTHW, device),
+            on_device(t_B, device),
+            TextBatch(*(None if x is None else on_device(x, device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
         )
 
     def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
@@ -240,8 +244,8 @@ class Reconstructing:
             for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
         ]
         device = next(model.parameters()).device
-        x_BCTHW = micro.samples.x_BCTHW.to(device)
-        noise = normals(generators, shape).to(device) if stage.kl_weight else None
+        x_BCTHW = on_device(micro.samples.x_BCTHW, device)
+        noise = on_device(normals(generators, shape), device) if stage.kl_weight else None
         reconstruction = model(x_BCTHW, noise)
         parts_B = self._parts_B(x_BCTHW, reconstruction)
         critic_B = None

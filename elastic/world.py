@@ -19,13 +19,16 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    control: dist.ProcessGroup | None = None
+    """A gloo group beside NCCL's, for what the host asks every update; None is the default one."""
 
     @classmethod
     def current(cls) -> "World":
         """The world of the process group that is already initialised."""
         device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else _CPU
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        return cls(dist.get_rank(), dist.get_world_size(), device, mesh)
+        control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        return cls(dist.get_rank(), dist.get_world_size(), device, mesh, control)
 
     @property
     def is_first(self) -> bool:
@@ -33,10 +36,13 @@ class World:
         return self.rank == 0
 
     def most(self, here: int) -> int:
-        """The largest of the ranks' numbers; the same answer on every rank."""
-        most = torch.tensor(here, device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most.item())  # waits for the device
+        """The largest of the ranks' numbers; the same answer on every rank.
+
+        It does not wait for what the device has been given to do.
+        """
+        most = torch.tensor(here)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.control)
+        return int(most.item())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over the ranks, in place."""
@@ -86,6 +92,13 @@ class World:
 
 
 _CPU = torch.device("cpu")
+
+
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, by a copy that the host does not wait for."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _has_gpu() -> bool:

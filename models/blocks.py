@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from models.recompute import Recompute, run_block
 from models.rotary import Rotation
 
 if TYPE_CHECKING:  # the record builds these layers
@@ -133,19 +133,28 @@ def _mlp(shape: "DiT") -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """A block whose inner values may be computed again in the backward pass instead of kept."""
+    """A block that may compute inner values again in the backward pass, and may be compiled."""
 
-    recompute = False
+    recompute: Recompute = "none"
 
     def forward(self, *inputs: Any) -> Any:  # Any: whatever `compute` of the block takes and gives
         """What `compute` gives."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, *inputs, use_reentrant=False)
-        return self.compute(*inputs)
+        return self._run(*inputs)
 
     def compute(self, *inputs: Any) -> Any:  # Any: as above
         """The block itself."""
         raise NotImplementedError
+
+    def _run(self, *inputs: Any) -> Any:  # Any: as above
+        return run_block(self.recompute, self.compute, *inputs)
+
+    def compile_inside(self) -> None:
+        """Compile what happens inside of the block, and leave what FSDP hangs around it alone.
+
+        Blocks of one class share what is compiled. Each size of a batch is compiled for on its own:
+        kernels of any size need 1.35 times as long for a step, and 3.5 times to compile (H200).
+        """
+        self._run = torch.compile(self._run, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
 
 class DoubleBlock(Block):

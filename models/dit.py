@@ -29,6 +29,7 @@ from models.blocks import (
     ZeroLinear,
     sinusoid,
 )
+from models.recompute import Recompute
 from models.record import Record
 from models.rotary import Grid, Spacing, rotation
 
@@ -213,12 +214,15 @@ class MMDiT(nn.Module):
         # FSDP2 hangs the next gather on this tensor, which a view of another would lose.
         return velocity_BCTHW.clone(memory_format=torch.contiguous_format)
 
-    def recompute(self, whether: bool) -> Self:
-        """Keep only the inputs of each block for the backward pass, or everything."""
-        for block in (*self.double_blocks, *self.single_blocks):
-            assert isinstance(block, Block), type(block)
-            block.recompute = whether
+    def recompute(self, policy: Recompute) -> Self:
+        """What each block keeps for the backward pass."""
+        for block in self.blocks():
+            block.recompute = policy
         return self
+
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order in which they compute."""
+        return [b for b in (*self.double_blocks, *self.single_blocks) if isinstance(b, Block)]
 
     def _cells(self, x_BCTHW: Tensor) -> Tensor:
         """The values of each patch, in the dtype of the layers that take them."""

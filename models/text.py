@@ -147,6 +147,20 @@ def pad(embeddings: Sequence[TextEmbedding]) -> TextBatch:
     return TextBatch(text_BLD, mask_BL, torch.stack([each.pooled_D for each in embeddings]))
 
 
+def padded(text: TextBatch, multiple: int) -> TextBatch:
+    """The batch at a whole multiple of so many tokens; without a mask where all of it is real."""
+    text_BLD, mask_BL, pooled_BD = text
+    short = -text_BLD.shape[1] % multiple
+    if mask_BL is None and short:
+        mask_BL = torch.ones(text_BLD.shape[:2], dtype=torch.bool, device=text_BLD.device)
+    if mask_BL is not None:
+        mask_BL = functional.pad(mask_BL, (0, short))
+    # On the host, where captions are read: on a GPU this would wait for it.
+    if mask_BL is not None and mask_BL.device.type == "cpu" and bool(mask_BL.all()):
+        mask_BL = None
+    return TextBatch(functional.pad(text_BLD, (0, 0, 0, short)), mask_BL, pooled_BD)
+
+
 def without_text(
     text: TextBatch, null: TextEmbedding, tokens_B: Tensor, pooled_B: Tensor
 ) -> TextBatch:

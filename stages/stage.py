@@ -11,6 +11,7 @@ from models.dit import DiT, MMDiT
 from models.hunyuan_vae import HunyuanVAE
 from models.perceptual import SMALLEST_SIDE, Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
+from models.recompute import Recompute
 from models.record import Record
 from models.t5_clip import T5Clip
 from models.text import WordHash
@@ -29,7 +30,9 @@ AnyCodec = Annotated[
 ]
 
 # What may change between two starts of the same stage: none of it changes the result.
-RUNTIME_FIELDS = frozenset({"workers", "save_every", "log_every", "evaluate_every", "recompute"})
+RUNTIME_FIELDS = frozenset(
+    {"workers", "save_every", "log_every", "evaluate_every", "recompute", "compile"}
+)
 
 
 class _Stage(Record):
@@ -53,8 +56,13 @@ class _Stage(Record):
     """Samples between measurements on the held-out clips."""
     held_out: int = Field(default=64, ge=1)
     """Most held-out clips to measure on."""
-    recompute: Literal["none", "full"] = "none"
-    """Whether layers compute again in the backward pass what they would keep; same result."""
+    recompute: Recompute = "none"
+    """What layers compute again in the backward pass instead of keeping it; same result.
+
+    "selective", for a DiT, keeps what is dear for its bytes: attention and the products after it.
+    """
+    compile: bool | None = None
+    """Whether the blocks of a DiT are compiled; None compiles them on a GPU, unless `exact`."""
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
 
@@ -131,6 +139,16 @@ class AutoencoderStage(_Stage):
                 f"stage {self.name!r}: vae: {self.vae.name} cannot be trained here, since no rule "
                 "says how its layers start; give its weights to a DiffusionStage, or train "
                 "HunyuanVAE, DCAE or LTXVAE"
+            )
+        if self.recompute == "selective":
+            raise ValueError(
+                f"stage {self.name!r}: recompute 'selective': that is for the blocks of a DiT; "
+                "write 'full' or 'none'"
+            )
+        if self.compile:
+            raise ValueError(
+                f"stage {self.name!r}: compile True: only the blocks of a DiT are compiled; leave "
+                "it out"
             )
         if self.recompute == "full" and not self.vae.can_recompute:
             raise ValueError(
@@ -244,6 +262,11 @@ class DiffusionStage(_Stage):
                 f"stage {self.name!r}: vae: {self.vae.name} has no weights; give "
                 "weights='path.safetensors', or the AutoencoderStage that trains it"
             )
+        if self.compile and self.exact:
+            raise ValueError(
+                f"stage {self.name!r}: compile True with exact=True: which kernels are compiled "
+                "depends on the shapes that came before, and so would the bits; leave compile out"
+            )
         self._check_given()
         return self
 
@@ -281,7 +304,7 @@ class DiffusionStage(_Stage):
         model = self.model.build(
             codec.channels, text.width, text.pooled_width, device, stride=codec.stride
         )
-        return model.recompute(self.recompute == "full")
+        return model.recompute(self.recompute)
 
 
 Stage = AutoencoderStage | DiffusionStage

@@ -58,7 +58,8 @@ class Watching(nn.Module):
         guidance: Tensor | None = None,
         given: Tensor | None = None,
     ) -> Tensor:
-        assert mask is not None
+        if mask is None:  # all of it is real
+            mask = torch.ones(text.shape[:2], dtype=torch.bool)
         self.inputs = {"z": z, "t": t, "text": text, "mask": mask, "pooled": pooled}
         self.given, self.guidance = given, guidance
         return 0 * z + self.weight

@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import STAGE
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from worlds import run_world
 
 from elastic.errors import InputError
@@ -17,6 +20,7 @@ from elastic.shard import shard
 from elastic.world import World
 from models import DCAE, DiT, Lpips
 from models.dit import MMDiT
+from models.recompute import RECOMPUTE, Recompute, is_kept
 from stages import (
     AdamW,
     Adversarial,
@@ -56,17 +60,40 @@ def kept_by_dit(model: MMDiT, dtype: torch.dtype) -> int:
     return kept(model, torch.randn(1, 16, 2, side, side), torch.rand(1), text, None, pooled)
 
 
+class Saved(TorchDispatchMode):
+    """Adds up what operations give that "selective" keeps: autograd does not see where it lies."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, inputs: Any = (), named: Any = None
+    ) -> Any:
+        result = function(*inputs, **(named or {}))
+        if is_kept(function, *inputs) is CheckpointPolicy.MUST_SAVE:
+            self.num_bytes += (result if isinstance(result, Tensor) else result[0]).nbytes
+        return result
+
+
+def saved_products(model: MMDiT, dtype: torch.dtype) -> int:
+    """Bytes of what "selective" keeps in all blocks, besides their inputs."""
+    with Saved() as saved:
+        kept_by_dit(model.recompute("none"), dtype)
+    model.recompute("selective")
+    return saved.num_bytes
+
+
 @pytest.mark.parametrize("ratio", [4.0, 2.5])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_blocks_keep_is_what_autograd_keeps(
-    dtype: torch.dtype, recompute: str, ratio: float
+    dtype: torch.dtype, recompute: Recompute, ratio: float
 ) -> None:
     def of(depth: int, single: int) -> tuple[int, float]:
         shape = DiT(depth=depth, depth_single=single, width=256, heads=4, mlp_ratio=ratio)
-        model = shape.build(16, WIDTH, WIDTH).to(dtype).recompute(recompute == "full")
-        expected = kept_per_token(shape, dtype.itemsize, recompute)  # type: ignore[arg-type]
-        return kept_by_dit(model, dtype), expected
+        model = shape.build(16, WIDTH, WIDTH).to(dtype).recompute(recompute)
+        expected = kept_per_token(shape, dtype.itemsize, recompute)
+        saved = saved_products(model, dtype) if recompute == "selective" else 0
+        return kept_by_dit(model, dtype) + saved, expected
 
     (few, _), (many, _) = of(1, 1), of(3, 4)
     tokens = 2 * 8 * 8 + TEXT

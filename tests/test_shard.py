@@ -15,6 +15,7 @@ from elastic.shard import initialise, shard
 from elastic.world import World
 from models import DCAE, LTXVAE, DiT, HunyuanVAE
 from models.codec import Codec
+from models.recompute import Recompute
 from stages import AdamW, Ema, Muon
 
 # Both keep blocks inside lists of blocks; so small that every block becomes a group of its own.
@@ -109,7 +110,9 @@ def test_a_rank_that_holds_no_rows_takes_part_like_the_others() -> None:
             assert others[name] == pytest.approx(values, rel=1e-3, abs=1e-5)
 
 
-def _dit_losses(world: World, precision: Literal["fp32", "bf16"], recompute: bool) -> list[Any]:
+def _dit_losses(
+    world: World, precision: Literal["fp32", "bf16"], recompute: Recompute
+) -> list[Any]:
     """Losses and gradient norms of a small DiT over three updates, and the dtype of its shards."""
     shape = DiT(depth=1, depth_single=1, width=48, heads=2)
     model = shard(shape.build(4, 12, 10, device="meta").recompute(recompute), world, precision)
@@ -131,13 +134,14 @@ def _dit_losses(world: World, precision: Literal["fp32", "bf16"], recompute: boo
 
 
 def test_recomputed_blocks_give_the_same_bits() -> None:
-    kept = run_world(_dit_losses, 2, "fp32", False)
-    assert run_world(_dit_losses, 2, "fp32", True) == kept
+    kept = run_world(_dit_losses, 2, "fp32", "none")
+    assert run_world(_dit_losses, 2, "fp32", "selective") == kept
+    assert run_world(_dit_losses, 2, "fp32", "full") == kept
 
 
 def test_bf16_blocks_keep_fp32_parameters_and_come_close_to_fp32() -> None:
-    ((*exact, _),) = run_world(_dit_losses, 1, "fp32", False)
-    ((*rounded, dtypes),) = run_world(_dit_losses, 1, "bf16", False)
+    ((*exact, _),) = run_world(_dit_losses, 1, "fp32", "none")
+    ((*rounded, dtypes),) = run_world(_dit_losses, 1, "bf16", "none")
     assert dtypes == {torch.float32}
     assert rounded == pytest.approx(exact, rel=2e-2)
     assert rounded != exact

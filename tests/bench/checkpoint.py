@@ -7,6 +7,8 @@ undisturbed updates the state is saved in one of these ways, taking turns: ours 
 is done and at least four updates were made, less what so many undisturbed updates take. Ours also
 hashes and flushes what it writes; `torch.save` does neither. `cpu_s` is the processor's time of the
 first rank for the save, threads included, which other work on the machine disturbs least.
+
+With `--gpu GB` one NCCL rank trains a model whose state has about so many gigabytes on a GPU.
 """
 
 import argparse
@@ -79,7 +81,8 @@ class Training:
         self._ema = EmaWeights(self.model, STAGE.ema)
         progress = Progress(STAGE.name)
         self.state = TrainState(STAGE, self.model, optimizer, self._ema, progress)
-        self._x_ND = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(world.rank))
+        made = torch.Generator().manual_seed(world.rank)
+        self._x_ND = torch.randn(TOKENS, WIDTH, generator=made).to(world.device)
 
     def update(self) -> None:
         """One update of parameters, moments and average."""
@@ -88,6 +91,8 @@ class Training:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.progress.samples += 64
         self._ema.update(self.state.progress.samples, 64)
+        if self._x_ND.is_cuda:
+            torch.cuda.synchronize()  # as the loop waits once an update, for the gradient's norm
 
 
 class Ways:
@@ -188,6 +193,8 @@ def measure(world: World, folder: Path, rounds: int, undisturbed: int) -> dict[s
     for number in range(rounds + 1):
         for way in WAYS:
             result = one_save(training, ways, way, undisturbed)
+            if world.is_first:
+                print(f"round {number}, {way}: {json.dumps(result)}", file=sys.stderr, flush=True)
             if number:
                 results[way].append(result)
     ways.close()
@@ -230,18 +237,41 @@ def figures_of(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
+def measure_on_gpu(gigabytes: float, folder: Path, rounds: int, undisturbed: int) -> dict[str, Any]:
+    """What `measure` gives for one rank and a state of about so many gigabytes on a GPU."""
+    global WIDTH, DEPTH, TOKENS
+    WIDTH, TOKENS = 2048, 4096  # an update of a tenth of a second for each gigabyte or two
+    DEPTH = max(1, round(gigabytes * 1e9 / (16 * 8 * WIDTH**2)))  # 16 bytes a parameter
+    dist.init_process_group(
+        "nccl",
+        init_method=f"file://{folder}/rendezvous",
+        rank=0,
+        world_size=1,
+        device_id=torch.device("cuda", 0),
+    )
+    try:
+        return measure(World.current(), folder / "stage", rounds, undisturbed)
+    finally:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two rounds instead of seven")
-    quick = parser.parse_args().quick
+    parser.add_argument("--gpu", type=float, metavar="GB", help="one rank on a GPU")
+    flags = parser.parse_args()
+    quick = flags.quick
     rounds, undisturbed = (2, 3) if quick else (7, 6)
     worlds.DEADLINE_S = 1800.0
     with tempfile.TemporaryDirectory() as folder:
-        ranks = worlds.run_world(measure, 2, Path(folder), rounds, undisturbed)
+        if flags.gpu:
+            ranks = [measure_on_gpu(flags.gpu, Path(folder), rounds, undisturbed)]
+        else:
+            ranks = worlds.run_world(measure, 2, Path(folder), rounds, undisturbed)
     figures = figures_of(ranks)
     record(
-        "checkpoint",
+        "checkpoint-gpu" if flags.gpu else "checkpoint",
         figures=figures,
         goal=f"seconds lost, slow-down counted in, at most {SHARE_ALLOWED} x those of dcp.save and "
         "of torch.save on rank 0",
