@@ -105,9 +105,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys, and values, each (B, A, L, E)."""
-        q, k, v = rearrange(self.qkv(x_BLD), "b l (k a e) -> k b a l e", k=3, a=self.heads)
+        q, k, v = _heads(self.qkv(x_BLD), self.heads)
         q, k = self.norm(q, k)
         return q, k, v
+
+
+def _heads(qkv_BLD: Tensor, heads: int) -> tuple[Tensor, ...]:
+    # Unbound, not unpacked: compiled, an unpacked tensor is three selections, whose gradients are
+    # three tensors of the size of all, added up.
+    return rearrange(qkv_BLD, "b l (k a e) -> k b a l e", k=3, a=heads).unbind(0)
 
 
 def attend(
@@ -209,7 +215,7 @@ class SingleBlock(Block):
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition_BD)
         qkv, hidden = self.linear1(_norm(x_BSD) * (1 + scale) + shift).split(self.widths, dim=-1)
-        q, k, v = rearrange(qkv, "b s (k a e) -> k b a s e", k=3, a=self.heads)
+        q, k, v = _heads(qkv, self.heads)
         q, k = self.norm(q, k)
         attended_BSD = attend(q, k, v, turn, mask_B11S)
         hidden = functional.gelu(hidden, approximate="tanh")
