@@ -150,7 +150,7 @@ def _supervise(
         folder,
         tracker,
         use_gpu,
-        Limits(settings.min_stay, settings.hang_after),
+        Limits(settings.min_stay, settings.leave_before, settings.hang_after),
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
     )

@@ -22,6 +22,9 @@ def cluster_flags(parser: argparse.ArgumentParser) -> None:
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """What training alone takes: when it moves, what is a hang, where checkpoints are written."""
     parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
+    parser.add_argument(
+        "--leave-before", help="seconds before a node with notice goes to leave it (default: 60)"
+    )
     parser.add_argument("--hang-after", help="seconds of silence that are a hang (default: 60)")
     parser.add_argument(
         "--checkpoints", metavar="URL", help="folder or s3:// URL (default: in the run folder)"

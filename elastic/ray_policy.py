@@ -64,13 +64,16 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     Ray Train's own policy trusts a view of the nodes that is up to 20 s old, counts draining and
     silent nodes as capacity, and grows as soon as anything comes. This one has the coordinator look
     again each time, asks for as much more as lies on nodes that do not count, leaves a node that
-    has notice at once, and grows only when the group has had its size for `min_stay` seconds and
+    has notice `leave_before` seconds before its end, and grows only when the group has had its size for `min_stay` seconds and
     the new capacity has stood, free, for a third of that.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, min_stay: float, tell: Teller) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, min_stay: float, leave_before: float, tell: Teller
+    ) -> None:
         super().__init__(scaling_config)
         self._min_stay = min_stay
+        self._leave_before = leave_before
         self._tell = tell
         self._draining: dict[str, float] = {}  # node: wall time of its end, 0 where it is not told
         self._calls: set[tuple[str, str]] = set()  # saves that were asked for, by node and reason
@@ -100,7 +103,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> Any:
-        """Leave a node with notice at once, shrink at once, grow after a while."""
+        """Leave a node with notice in time, shrink at once, grow after a while."""
         self._num_tries = 0
         self._maybe_send_resource_request()
         now = time_monotonic()
@@ -110,15 +113,19 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         possible, size = self._possible(must_answer=False), worker_group_state.num_workers
         if possible is None:
             return NoopDecision()
-        going = {w.metadata.node_id for w in worker_group_state.workers} & self._draining.keys()
+        members = [w.metadata.node_id for w in worker_group_state.workers]
+        going = self._draining.keys() & set(members)
         self._announce(going)
         if possible < self.scaling_config.min_workers:
             self._save_for(going, worker_group_state)
             return NoopDecision()
-        if going or possible < size:
+        # They work on until they must be left; should they go before, little is lost.
+        staying = {node for node in going if self._has_time(node)}
+        self._save_for(staying, worker_group_state)
+        if going - staying or possible < sum(node not in staying for node in members):
             return self._get_resize_decision(possible)
         possible = min(possible, size + self._free()) if possible > size else possible
-        if possible == size:
+        if possible <= size:
             self._larger = (0, now)
             return NoopDecision()
         if not self._may_grow(possible, now, worker_group_state.start_time):
@@ -131,6 +138,11 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         has_stood = now - self._larger[1] >= self._min_stay / 3
         return has_stood and now - began >= self._min_stay
 
+    def _has_time(self, node: str) -> bool:
+        """Whether a node with notice can be left later; not if nobody said when it goes."""
+        end = self._draining[node]
+        return bool(end) and time.time() < end - self._leave_before
+
     def _announce(self, going: set[str]) -> None:
         new = going - {node for node, _ in self._calls}
         if new:
@@ -138,7 +150,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         self._calls |= {(node, "told") for node in new}
 
     def _save_for(self, going: set[str], state: WorkerGroupState) -> None:
-        """Have the group save at the notice and shortly before the end: too few would be left."""
+        """Have the group save at the notice; and shortly before the end, if it is still there."""
         for node in going:
             end = self._draining[node]
             is_near = bool(end) and time.time() > end - _LAST_CALL_S

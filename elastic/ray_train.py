@@ -46,6 +46,7 @@ class Limits:
     """Seconds that elasticity goes by; from the settings."""
 
     min_stay: float
+    leave_before: float
     hang_after: float
 
 
@@ -104,7 +105,7 @@ def fit_stage(
         elastic_resize_monitor_interval_s=_LOOK_EVERY_S,
     )
     policies = {
-        "scaling_policy": CapacityPolicy(scaling, limits.min_stay, tell),
+        "scaling_policy": CapacityPolicy(scaling, limits.min_stay, limits.leave_before, tell),
         "failure_policy": CrashPolicy(run, stage.name, tell),
     }
     failure: BaseException | None = None

@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     """Whether to fill the Aim repository in the run folder."""
     min_stay: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that a group of workers keeps its size before it grows."""
+    leave_before: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    """Seconds before a node with notice goes, in which the group saves and leaves it."""
     hang_after: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds without a sign of life after which a training process counts as hung."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

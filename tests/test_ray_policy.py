@@ -46,7 +46,7 @@ class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
     def __init__(self, min_stay: float = 30.0, workers: tuple[int, int] = (2, 4)) -> None:
         self.told = Told()
         scaling = ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=1)
-        super().__init__(scaling, min_stay, self.told)  # type: ignore[arg-type]
+        super().__init__(scaling, min_stay, 60.0, self.told)  # type: ignore[arg-type]
         self.nodes = ["a", "b"]
         self.draining: dict[str, int] = {}
         self.taken: set[str] = set()  # by somebody else
@@ -145,6 +145,54 @@ def test_a_node_with_notice_is_left_at_once(now: SimpleNamespace, notices: dict[
     assert cluster.size_of("abc", now.s) == 2
     assert cluster.told.kinds == ["drain"]
     assert cluster.saved == [], "the resize itself saves"
+
+
+def test_a_node_with_a_long_notice_is_saved_for_at_once_and_left_a_minute_before_it_goes(
+    now: SimpleNamespace, notices: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = SimpleNamespace(s=5000.0)
+    monkeypatch.setattr(ray_policy.time, "time", lambda: wall.s)
+    cluster = Cluster()
+    cluster.nodes = ["a", "b", "c"]
+    notices["c"] = 5_120_000
+    for _ in range(29):
+        assert cluster.size_of("abc", now.s) is None
+        now.s += 2
+        wall.s += 2
+    assert cluster.saved == ["a", "b", "c"], "once, at the notice"
+    wall.s += 2
+    assert cluster.size_of("abc", now.s) == 2
+    assert cluster.told.kinds == ["drain"]
+
+
+def test_while_a_node_with_notice_works_on_another_loss_shrinks_the_group_at_once(
+    now: SimpleNamespace, notices: dict[str, int]
+) -> None:
+    cluster = Cluster()
+    cluster.nodes = ["a", "b", "c", "d"]
+    notices["d"] = int((time.time() + 1000) * 1000)
+    assert cluster.size_of("abcd", now.s) is None
+    cluster.nodes = ["a", "b", "d"]
+    now.s += 2
+    assert cluster.size_of("abcd", now.s) == 2
+
+
+def test_while_a_node_with_notice_works_on_a_new_one_is_taken_in_its_place_in_time(
+    now: SimpleNamespace, notices: dict[str, int]
+) -> None:
+    cluster = Cluster(min_stay=30)
+    began = now.s - 100
+    cluster.nodes = ["a", "b", "c"]
+    notices["c"] = int((time.time() + 1000) * 1000)
+    for _ in range(10):  # as many as before: no reason to move yet
+        now.s += 10
+        assert cluster.size_of("abc", began) is None
+        cluster.nodes = ["a", "b", "c", "d"]
+    cluster.nodes = ["a", "b", "c", "d", "e"]
+    now.s += 2
+    assert cluster.size_of("abc", began) is None
+    now.s += 15
+    assert cluster.size_of("abc", began) == 4, "more than before, and without the one that goes"
 
 
 def test_a_node_with_notice_is_left_for_another_one_though_the_size_stays(

@@ -1,0 +1,100 @@
+"""Which kernels a step runs: compiled blocks, the order of attention backends, padded text."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from test_adversarial import STAGE as AUTOENCODER
+from test_dit import SMALL, inputs, shaken
+from tiny import STAGE
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from elastic.kernels import attention, attention_order, compile_blocks, compiles
+from models.dit import MMDiT
+from models.recompute import RECOMPUTE, Recompute
+from models.text import TextBatch, padded
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def gradients(model: MMDiT, length: int) -> list[Tensor]:
+    """Output of a forward pass and the gradients of all parameters."""
+    z, t, text, mask, pooled = inputs(length)
+    mask[0, -1] = False
+    out = model(z, t, text, mask, pooled)
+    out.square().mean().backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return [out.detach(), *found]
+
+
+# Tracing looks at `.grad` of everything that goes in.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_compiled_blocks_are_whole_graphs_that_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, recompute: Recompute
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")  # what is traced; no compiler is needed
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled(f, backend=counter, **how))
+    plain, model = shaken(SMALL), shaken(SMALL).recompute(recompute)
+    compile_blocks(model)
+    for length in (3, 3, 5):
+        for one, other in zip(gradients(plain, length), gradients(model, length), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    kinds, lengths = 2, 2
+    assert counter.frame_count == kinds * lengths, "a graph for each kind of block and size"
+
+
+def test_blocks_are_compiled_on_a_gpu_unless_the_stage_says_otherwise() -> None:
+    assert not compiles(STAGE, CPU)
+    assert compiles(STAGE, GPU)
+    assert compiles(STAGE.replace(compile=True), CPU)
+    assert not compiles(STAGE.replace(compile=False), GPU)
+    assert not compiles(STAGE.replace(exact=True), GPU)
+    assert not compiles(AUTOENCODER, GPU)
+
+
+def test_an_exact_stage_cannot_be_compiled() -> None:
+    with pytest.raises(ValidationError, match="compile True with exact=True"):
+        STAGE.replace(compile=True, exact=True)
+
+
+def test_an_autoencoder_has_no_blocks_to_compile_or_to_keep_a_part_of() -> None:
+    with pytest.raises(ValidationError, match="compile True: only the blocks of a DiT"):
+        AUTOENCODER.replace(compile=True)
+    with pytest.raises(ValidationError, match="recompute 'selective': that is for the blocks"):
+        AUTOENCODER.replace(recompute="selective")
+
+
+def test_attention_tries_the_backends_in_the_order_that_is_asked_for() -> None:
+    before = torch._C._get_sdp_priority_order()
+    assert attention_order(CPU)[0] == "flash"
+    with attention(("efficient", "math", "flash", "cudnn")):
+        efficient, math, flash, cudnn = torch._C._get_sdp_priority_order()[:4]
+    with attention(("cudnn", "flash", "efficient", "math")):
+        assert torch._C._get_sdp_priority_order()[:4] == [cudnn, flash, efficient, math]
+    assert torch._C._get_sdp_priority_order() == before
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), multiple=st.sampled_from([1, 4])
+)
+def test_padded_text_keeps_what_is_real_and_masks_the_rest(
+    lengths: list[int], multiple: int
+) -> None:
+    longest = max(lengths)
+    mask_BL = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    text = TextBatch(torch.rand(len(lengths), longest, 3), mask_BL, torch.rand(len(lengths), 2))
+    text_BLD, new_BL, pooled_BD = padded(text, multiple)
+    assert text_BLD.shape[1] == -(-longest // multiple) * multiple
+    torch.testing.assert_close(text_BLD[:, :longest], text.text_BLD)
+    assert not text_BLD[:, longest:].any()
+    assert pooled_BD is text.pooled_BD
+    if new_BL is None:
+        assert set(lengths) == {text_BLD.shape[1]}, "without a mask all of it is real"
+    else:
+        assert new_BL.sum(1).tolist() == lengths
