@@ -64,8 +64,8 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     Ray Train's own policy trusts a view of the nodes that is up to 20 s old, counts draining and
     silent nodes as capacity, and grows as soon as anything comes. This one has the coordinator look
     again each time, asks for as much more as lies on nodes that do not count, leaves a node that
-    has notice `leave_before` seconds before its end, and grows only when the group has had its size for `min_stay` seconds and
-    the new capacity has stood, free, for a third of that.
+    has notice `leave_before` seconds before its end, and grows only when the group has had its size
+    for `min_stay` seconds and the new capacity has stood, free, for a third of that.
     """
 
     def __init__(

@@ -101,12 +101,34 @@ def resize_table(faults: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def mfu_table(cells: list[dict[str, Any]]) -> str:
+    """One row a cell: whose step, on what, how it ran, its utilisation and tokens a second."""
+    lines = [
+        "| whose step | video tokens x clips | how | attention ran on | of the peak | tokens/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in sorted(cells, key=lambda cell: (cell["tokens"], -cell["mfu"])):
+        how = "compiled" if cell["compiled"] else "eager"
+        if cell["masked"]:
+            how += ", texts of many lengths"
+        if cell["recompute"] != "none":
+            how += f", recompute {cell['recompute']}"
+        whose = "**Restage**" if cell["whose"] == "ours" else cell["whose"]
+        lines.append(
+            f"| {whose} | {cell['tokens']:,} x {cell['batch']} | {how} | {cell['attention']} "
+            f"| {cell['mfu']:.1%} | {cell['tokens_per_s']:,} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables, write the picture."""
     policies = json.loads((RESULTS / "init_policies.json").read_text())["figures"]["policies"]
     print(policy_table(policies))
     resize = json.loads((RESULTS / "resize.json").read_text())["figures"]
     print(f"\n{resize_table(resize['faults'])}\n")
+    mfu = json.loads((RESULTS / "mfu.json").read_text())
+    print(f"{mfu['device']}\n\n{mfu_table(mfu['figures']['cells'])}\n")
     PICTURE.write_text(policy_picture(policies))
     print(f"\n{PICTURE.relative_to(PICTURE.parents[1])}")
     for path in sorted(RESULTS.glob("*.json")):

@@ -8,9 +8,9 @@ hang on how many workers the cores of this machine can feed at once. While a nod
 starts its processes, updates are slower, which on a cluster another machine's start would not do:
 an update counts in full from then until the group changes.
 
-Time is ten times as fast as in the record, and the defaults that are seconds are scaled alike. Saves
-come as often as Young's formula says for each system, which loses work to every change (vanilla) or
-to losses without notice alone (ours).
+Time is ten times as fast as in the record, and the defaults that are seconds are scaled alike.
+Saves come as often as Young's formula says for each system, which loses work to every change
+(vanilla) or to losses without notice alone (ours).
 """
 
 import argparse

@@ -1,0 +1,57 @@
+"""What the meter refuses, also where norms reach the host later than the update."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from tiny import STAGE, world_of_one
+from torch import Tensor
+
+from elastic import meter as metering
+from elastic.meter import Meter, NonFiniteLoss
+from elastic.state import Progress
+
+
+class Arrival:
+    """Stands in for the event of a GPU after which a copy of the norm has come."""
+
+    def synchronize(self) -> None:
+        """It has come."""
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms come later than the update, as from a GPU."""
+
+    def of(norms: dict[str, Tensor], position: int) -> Any:
+        return metering._Norms(norms, position, cast(Any, Arrival()))
+
+    monkeypatch.setattr(metering._Norms, "of", of)
+
+
+@pytest.mark.usefixtures("late")
+def test_a_norm_that_comes_late_is_refused_at_the_next_update_with_its_own_position() -> None:
+    with world_of_one() as world:
+        meter = Meter(STAGE, world, 1, lambda line: None)
+        bad, good = torch.tensor(float("nan")), torch.tensor(1.0)
+        meter.require_finite({"grad_norm": good}, Progress(STAGE.name, 8))
+        meter.require_finite({"grad_norm": bad}, Progress(STAGE.name, 16))
+        with pytest.raises(NonFiniteLoss, match="gradient norm nan at 16 samples"):
+            meter.require_finite({"grad_norm": good}, Progress(STAGE.name, 24))
+
+
+@pytest.mark.usefixtures("late")
+def test_a_norm_that_comes_late_is_refused_before_anything_is_written_measured_or_saved() -> None:
+    with world_of_one() as world:
+        progress = Progress(STAGE.name, 16)
+        doors: list[Callable[[Meter], object]] = [
+            Meter.settle,
+            lambda meter: meter.flush(progress),
+            lambda meter: meter.evaluated(progress, lambda: pytest.fail("nothing is measured")),
+        ]
+        for door in doors:
+            meter = Meter(STAGE, world, 1, lambda line: pytest.fail("nothing is written"))
+            meter.require_finite({"grad_norm": torch.tensor(float("inf"))}, progress)
+            with pytest.raises(NonFiniteLoss, match="gradient norm inf at 16 samples"):
+                door(meter)
