@@ -116,13 +116,22 @@ def phases(
 
 
 def rates(metrics: Sequence[Metric], stage: str, batch: int) -> dict[int, float]:
-    """Samples per second that a stage trains at by world, from the medians between two updates."""
+    """Samples per second that a stage trains at by world, where nothing disturbs it.
+
+    From the mean time between two updates, those left out that took 1.5 times the median: they had
+    a save beside them, or other work of the machine.
+    """
     gaps: dict[int, list[float]] = {}
     lines = updates_of(metrics, stage)
     for one, other in itertools.pairwise(lines):
         if one["attempt"] == other["attempt"] and other["position"] - one["position"] == batch:
             gaps.setdefault(other["world"], []).append(other["wall"] - one["wall"])
-    return {world: batch / statistics.median(found) for world, found in gaps.items()}
+    return {world: batch / _undisturbed(found) for world, found in gaps.items()}
+
+
+def _undisturbed(seconds: list[float]) -> float:
+    most = 1.5 * statistics.median(seconds)
+    return statistics.mean(each for each in seconds if each <= most)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

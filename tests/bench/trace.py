@@ -3,10 +3,10 @@
 A recorded count of spot nodes is replayed with raylets of this machine. Counted are node-seconds:
 what is there is the sum over time of the nodes that are up, and the ideal uses all of it. What is
 used is the sum over updates, each counted once however often it was done, of the workers that made
-it times the seconds that an update takes so many workers here (the median). So the count does not
-hang on how many workers the cores of this machine can feed at once. While a node of this machine
-starts its processes, updates are slower, which on a cluster another machine's start would not do:
-an update counts in full from then until the group changes.
+it times the seconds that an update takes so many workers here where nothing disturbs them. So the
+count does not hang on how many workers the cores of this machine can feed at once. While a node of
+this machine starts its processes, updates are slower, which on a cluster another machine's start
+would not do: an update counts in full from then until the group changes.
 
 Time is ten times as fast as in the record, and the defaults that are seconds are scaled alike.
 Saves come as often as Young's formula says for each system, which loses work to every change
@@ -56,7 +56,8 @@ PLAN = Spec(
     nodes=("n0",),
     dit_updates=100_000,  # never reached: a run is ended with the trace
     workers=(1, MOST),
-    settings={"min_stay": 30.0 * TICK_S / 300.0, "leave_before": 60.0 * TICK_S / 300.0},
+    # A third of the stay is what two nodes of this machine need to start one after the other.
+    settings={"min_stay": 9.0, "leave_before": 60.0 * TICK_S / 300.0},
 )
 # A save costs both about 0.15 s of updates, which take 0.07 s. Of vanilla's run a part is lost at
 # every change, one in 60 to 100 s; of ours at every fifth loss, one in 500 to 700 s.
@@ -72,10 +73,18 @@ class Step(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """How many nodes were up when, and when nodes began to start on this machine."""
+    """How many nodes were up when, when nodes began to start on this machine, and the end."""
 
     counts: "list[Count]"
     starting: list[float]
+    end: float
+
+    @classmethod
+    def read(cls, path: Path) -> "Replayed":
+        """As it was written."""
+        kept = json.loads(path.read_text())
+        counts = [Count(*count) for count in kept["counts"]]
+        return cls(counts, kept["starting"], kept["end"])
 
 
 class Count(NamedTuple):
@@ -130,7 +139,7 @@ def replay(driver: Driver, steps: list[Step], length_s: float, tick_s: float) ->
     changes.sort()
     sums = itertools.accumulate(change for _, change in changes)
     counts = [Count(wall, nodes) for (wall, _), nodes in zip(changes, sums, strict=True)]
-    return Replayed(counts, starting)
+    return Replayed(counts, starting, time.time())
 
 
 def stretches(counts: list[Count], start: float, end: float) -> Iterator[tuple[float, int]]:
@@ -147,12 +156,10 @@ def nodes_s(counts: list[Count], start: float, end: float) -> float:
     return sum(seconds * nodes for seconds, nodes in stretches(counts, start, end))
 
 
-def account(
-    driver: Driver, replayed: Replayed, end: float, rate: dict[int, float]
-) -> dict[str, Any]:
+def account(root: Path, replayed: Replayed, rate: dict[int, float]) -> dict[str, Any]:
     """What was there, what was used, and where the rest went, in node-seconds."""
-    counts = replayed.counts
-    events, metrics = read_events(driver.folder.root), read_metrics(driver.folder.root)
+    counts, end = replayed.counts, replayed.end
+    events, metrics = read_events(root), read_metrics(root)
     start, batch = counts[0].wall, BATCH[DIT]
     new = [u for u in new_updates(metrics, DIT) if start < u.wall <= end]
     used = sum(u.world * batch / rate[u.world] for u in new)
@@ -215,14 +222,11 @@ def _ray_starts(events: list[Any], start: float, end: float) -> list[tuple[float
     return found
 
 
-def run(
-    spec: Spec, steps: list[Step], length_s: float, tick_s: float
-) -> tuple[Driver, Replayed, float]:
-    """One run through the trace: its driver (ended), what happened, when it was over."""
+def run(spec: Spec, steps: list[Step], length_s: float, tick_s: float) -> Replayed:
+    """One run through the trace: what happened."""
     driver = Driver(spec)
     try:
-        replayed = replay(driver, steps, length_s, tick_s)
-        return driver, replayed, time.time()
+        return replay(driver, steps, length_s, tick_s)
     finally:
         driver.kill()
 
@@ -231,14 +235,20 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first ten ticks")
-    parser.add_argument("--folder", type=Path, help="where runs are kept; a temporary one if not")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where runs are kept, and not made again; a temporary one if not",
+    )
     parser.add_argument("--system", choices=("ours", "vanilla"), help="only this one, to look at")
     options = parser.parse_args()
     most = sum(length for _, length in COUNTS)
     ticks = 10 if options.quick else most
     steps, length_s = schedule(ticks, TICK_S, seed=0), ticks * TICK_S
     systems = [options.system] if options.system else ["ours", "vanilla"]
-    ran, failed = {}, {}
+    ran: dict[str, Replayed] = {}
+    roots: dict[str, Path] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="restage-bench-") as temporary:
         folder = options.folder or Path(temporary)
         videos = write_demo_videos(folder / "videos", clips=24)
@@ -252,17 +262,21 @@ def main() -> None:
                 system=system,
                 save_updates=SAVE_UPDATES[system],
             )
+            kept = folder / f"{system}-{ticks}.json"
+            roots[system] = spec.folder.root
             try:
-                ran[system] = run(copied(folder / "base", spec), steps, length_s, TICK_S)
+                if not kept.exists():
+                    done = run(copied(folder / "base", spec), steps, length_s, TICK_S)
+                    kept.write_text(json.dumps(done._asdict()))
+                ran[system] = Replayed.read(kept)
             except (TimeoutError, DriverGone) as error:
                 failed[system] = str(error)[:2000]
                 print(json.dumps(failed), file=sys.stderr, flush=True)
         # One table of rates for both: an update costs the same, and the machine is shared.
-        lines = [line for driver, _, _ in ran.values() for line in read_metrics(driver.folder.root)]
+        lines = [line for system in ran for line in read_metrics(roots[system])]
         rate = rates(lines, DIT, BATCH[DIT])
         accounts = {
-            system: account(driver, replayed, end, rate)
-            for system, (driver, replayed, end) in ran.items()
+            system: account(roots[system], replayed, rate) for system, replayed in ran.items()
         }
     figures: dict[str, Any] = {"samples_per_s": {k: round(v, 1) for k, v in sorted(rate.items())}}
     if len(accounts) == 2:
