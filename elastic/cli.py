@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     file_verbs = (
         ("plan", plan_verb, "print what would happen", "plan stages/recipes/demo.py"),
         ("encode", encode_verb, "encode latents that are missing", "encode my_plan.py"),
+        ("repair", repair_verb, "encode latents that are damaged again", "repair my_plan.py"),
         ("train", train_verb, "do whatever is missing of a plan", "train my_plan.py --cpus 2"),
     )
     for name, verb, text, example in file_verbs:
@@ -132,6 +133,9 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
+    one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
+    one.add_argument("store", help="run folder, or the folder of one latent store")
+    one.add_argument("--json", action="store_true", help="one JSON list instead of text")
     _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
@@ -222,6 +226,28 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
     folder = run_course(plan, settings, encode_plan)
     print(f"latents: {folder.latents}")
     return DONE
+
+
+def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Find what is damaged, and encode that again."""
+    plan = read_plan_file(flags)
+    folder = RunFolder.of(settings.storage_path, plan)
+    check_inputs(plan, folder)
+    from elastic.course import repair_plan
+    from elastic.drive import run_course
+    from elastic.latent_verbs import discard_damage
+
+    discard_damage(plan, folder)
+    run_course(plan, settings, repair_plan)
+    print(f"latents: {folder.latents}")
+    return DONE
+
+
+def verify_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Read latents, and name what is damaged."""
+    from elastic import latent_verbs
+
+    return latent_verbs.verify_verb(flags, settings)
 
 
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:

@@ -96,6 +96,18 @@ def encode_plan(course: Course) -> None:
             encode_stage(course, stage, pin_members(course, stage))
 
 
+def repair_plan(course: Course) -> None:
+    """Encode again what is missing of the latents that stages are pinned to."""
+    for stage in course.plan.stages:
+        if isinstance(stage, DiffusionStage) and pin_of(course.folder, stage).exists():
+            encode_stage(course, stage, pin_members(course, stage))
+
+
+def pin_of(folder: RunFolder, stage: Stage) -> Path:
+    """The file that says which latents a stage uses; there once they are encoded."""
+    return folder.stage(stage.name) / LATENTS
+
+
 def train_one(course: Course, stage: Stage) -> None:
     """Train one stage to its budget."""
     course.trains.set()
@@ -168,7 +180,7 @@ def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Lat
     InputError if the stage was pinned to other latents than it would get now.
     """
     weights = codec_weights(course.folder, stage)
-    pinned = course.folder.stage(stage.name) / LATENTS
+    pinned = pin_of(course.folder, stage)
     scale = read_scale(pinned)
     if scale is None and isinstance(stage.init, Continue):
         # The parameters that go on know latents of this scale.

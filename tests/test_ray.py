@@ -159,6 +159,29 @@ def test_a_stage_that_can_only_fail_again_is_not_tried_again(videos: Path, tmp_p
     assert "blocked" in kinds
 
 
+def require_repair(folder: RunFolder, environment: dict[str, str]) -> None:
+    """Damage a shard of a finished run: it is named, and encoded again to the same bytes."""
+
+    def verb(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "elastic", *arguments]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=180, check=False
+        )
+
+    assert verb("verify", str(folder.root)).returncode == 0
+    shard = next(folder.latents.glob("*/32px-5f/latent/c.0.*"))
+    before = shard.read_bytes()
+    shard.write_bytes(before[:9] + bytes([before[9] ^ 1]) + before[10:])
+    named = verb("verify", str(folder.root))
+    assert named.returncode == 1
+    assert "32px-5f/latent/c.0.0.0.0.0 latent of sample" in named.stdout
+    repaired = verb("repair", str(PLAN), "--storage", str(folder.root.parent), "--cpus", "2")
+    assert repaired.returncode == 0, repaired.stderr[-4000:]
+    assert "shards of tiny to be encoded again: 1" in repaired.stdout
+    assert shard.read_bytes() == before
+    assert verb("verify", str(folder.root)).returncode == 0
+
+
 def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
     videos: Path, tmp_path: Path
 ) -> None:
@@ -198,3 +221,4 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
     again = [e for e in starts if e["stage"] == "hunyuan-dit"]
     assert len(again) == 2
     assert again[1]["position"], "it went on from a checkpoint"
+    require_repair(folder, environment(videos, times=8))

@@ -10,7 +10,7 @@ Text is ragged on the disk: chunks of 8 tokens, those beyond a sample's length a
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width, P pooled width
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -55,6 +55,7 @@ __all__ = [
     "Absent",
     "BucketPlan",
     "DamagedStore",
+    "Fault",
     "LatentBatch",
     "LatentStore",
     "Sample",
@@ -64,7 +65,8 @@ __all__ = [
     "fingerprint",
 ]
 
-_PER_SAMPLE = {"sample_id": "B", "text_length": "B", "crc32c": "BA"}
+PER_SAMPLE = {"sample_id": "B", "text_length": "B", "crc32c": "BA"}
+_DTYPES = {"sample_id": np.int64, "text_length": np.int32, "crc32c": np.uint32}
 
 
 class Sample(NamedTuple):
@@ -82,6 +84,13 @@ class Absent(NamedTuple):
 
     sample_id: int
     reason: str
+
+
+class Fault(NamedTuple):
+    """A file that is not what was committed, and what is wrong with it."""
+
+    path: Path
+    what: str
 
 
 class LatentStore:
@@ -202,16 +211,30 @@ class LatentStore:
 
     def _describe(self, bucket: BucketPlan, arrays: dict[str, NDArray[np.generic]]) -> None:
         """Write the per-sample arrays and the zarr metadata of a bucket."""
-        home = self.root / bucket.name
         for name, array in arrays.items():
-            publish(home / name / chunk_name(0, array.ndim), plain_bytes(array))
-            publish_json(home / name / "zarr.json", plain_json(array, list(_PER_SAMPLE[name])))
+            publish(self.per_sample_file(bucket.name, name), plain_bytes(array))
+        for path, metadata in self.metadata(bucket).items():
+            publish_json(path, metadata)
+
+    def per_sample_file(self, bucket: str, name: str) -> Path:
+        """Where an array of one value, or a few, for each sample of a bucket lies."""
+        return self.root / bucket / name / chunk_name(0, len(PER_SAMPLE[name]))
+
+    def metadata(self, bucket: BucketPlan) -> dict[Path, dict[str, object]]:
+        """The content of each zarr.json of a bucket, by its path; the last one is the group's."""
+        home, found = self.root / bucket.name, {}
         count, k = len(bucket.sample_ids), self.schema.samples_per_shard
+        columns = {"A": len(self.schema.arrays(bucket.name)), "B": count}
+        for name, axes in PER_SAMPLE.items():
+            like = np.empty([columns[axis] for axis in axes], _DTYPES[name])
+            found[home / name / "zarr.json"] = plain_json(like, list(axes))
         for name, (sample, chunk) in self.schema.shapes(bucket.name).items():
             shown = (self.schema.text_tokens, sample[1]) if name == "text" else sample
-            metadata = sharded_json((count, *shown), (k, *sample), (1, *chunk), list(AXES[name]))
-            publish_json(home / name / "zarr.json", metadata)
-        publish_json(home / "zarr.json", group_json({"bucket": bucket.name}))
+            found[home / name / "zarr.json"] = sharded_json(
+                (count, *shown), (k, *sample), (1, *chunk), list(AXES[name])
+            )
+        found[home / "zarr.json"] = group_json({"bucket": bucket.name})
+        return found
 
     def _committed(self) -> dict[ShardId, Commit]:
         """The commit of each shard that is whole, in plan order."""
@@ -221,7 +244,7 @@ class LatentStore:
             fitting = [commit for commit in found.get(shard, []) if self._fits(commit)]
             if len(fitting) > 1:
                 # Two machines rounded differently: only the files know whose shard this is.
-                fitting = [commit for commit in fitting if self._matches(commit)]
+                fitting = [commit for commit in fitting if not next(self.faults(commit), None)]
             if fitting:
                 whole[shard] = fitting[0]
         return whole
@@ -229,26 +252,40 @@ class LatentStore:
     def _fits(self, commit: Commit) -> bool:
         if tuple(commit.sample_ids) != self.planned((commit.bucket, commit.shard)):
             return False
+        return next(self._sizes(commit), None) is None
+
+    def faults(self, commit: Commit) -> Iterator[Fault]:
+        """Every way in which a shard's files are not what the line says; reads the whole shard."""
+        unreadable = list(self._sizes(commit))
+        yield from unreadable
+        here = [number not in commit.absent for number in commit.sample_ids]
+        lengths = np.asarray(commit.lengths, np.int64)
+        sizes = self.schema.sample_bytes(commit.bucket, lengths)
+        for place, array in enumerate(self.schema.arrays(commit.bucket)):
+            path = self._file(commit.bucket, array, commit.shard)
+            if any(fault.path == path for fault in unreadable):
+                continue
+            data, at = np.fromfile(path, np.uint8), 0
+            given = [int(size) * is_here for size, is_here in zip(sizes[array], here, strict=True)]
+            for slot, size in enumerate(given):
+                found, committed = crc32c(data[at : at + size]), commit.crcs[slot][place]
+                if here[slot] and found != committed:
+                    what = f"{array} of sample {commit.sample_ids[slot]} has CRC {found:08x}"
+                    yield Fault(path, f"{what}, committed was {committed:08x}")
+                at += size
+            if not np.array_equal(data[at:], self.index(commit.bucket, array, given)):
+                yield Fault(path, f"the index of its {array} is damaged")
+
+    def _sizes(self, commit: Commit) -> Iterator[Fault]:
+        """The files of a shard that are gone, or longer or shorter than was committed."""
         arrays = self.schema.arrays(commit.bucket)
         for array, num_bytes in zip(arrays, commit.num_bytes, strict=True):
             path = self._file(commit.bucket, array, commit.shard)
-            if not path.is_file() or path.stat().st_size != num_bytes:
-                return False
-        return True
-
-    def _matches(self, commit: Commit) -> bool:
-        """Whether the CRCs of the line are those of the files; reads the whole shard."""
-        here = [number not in commit.absent for number in commit.sample_ids]
-        lengths = np.asarray(commit.lengths, np.int64)[here]
-        sizes = self.schema.sample_bytes(commit.bucket, lengths)
-        for place, array in enumerate(self.schema.arrays(commit.bucket)):
-            data = np.fromfile(self._file(commit.bucket, array, commit.shard), np.uint8)
-            expected = [c[place] for c, is_here in zip(commit.crcs, here, strict=True) if is_here]
-            ends = np.cumsum(sizes[array])
-            parts = np.split(data[: ends[-1] if len(ends) else 0], ends[:-1])
-            if [crc32c(part) for part in parts[: len(expected)]] != expected:
-                return False
-        return True
+            if not path.is_file():
+                yield Fault(path, "is gone")
+            elif path.stat().st_size != num_bytes:
+                found = path.stat().st_size
+                yield Fault(path, f"has {found:,} bytes, committed were {num_bytes:,}")
 
     def _file(self, bucket: str, array: str, shard: int) -> Path:
         return shard_file(self.root, bucket, array, shard)
@@ -284,16 +321,22 @@ class LatentStore:
 
     def _pieces(self, bucket: str, array: str, parts: Sequence[Bytes | None]) -> list[Bytes]:
         """The pieces of a shard file: the samples that are present, then the index."""
+        here = [part for part in parts if part is not None]
+        sizes = [0 if part is None else part.nbytes for part in parts]
+        return [*here, self.index(bucket, array, sizes)]
+
+    def index(self, bucket: str, array: str, sizes: Sequence[int]) -> Bytes:
+        """The index at the end of a shard's file, given the bytes that each of its samples has."""
         sample, chunk = self.schema.shapes(bucket)[array]
         per_sample = int(np.prod(sample)) // int(np.prod(chunk))
         chunk_bytes = 2 * int(np.prod(chunk))
         entries: list[int | None] = []
-        for part in parts:
-            used = part.nbytes // chunk_bytes if part is not None else 0
+        for size in sizes:
+            used = size // chunk_bytes
             entries += [chunk_bytes] * used + [None] * (per_sample - used)
-        empty_slots = self.schema.samples_per_shard - len(parts)
+        empty_slots = self.schema.samples_per_shard - len(sizes)
         entries += [None] * (empty_slots * per_sample)
-        return [*(part for part in parts if part is not None), index_bytes(entries)]
+        return index_bytes(entries)
 
 
 def _per_sample(bucket: BucketPlan, commits: list[Commit]) -> dict[str, NDArray[np.generic]]:
@@ -303,9 +346,9 @@ def _per_sample(bucket: BucketPlan, commits: list[Commit]) -> dict[str, NDArray[
         for number in commit.sample_ids
     ]
     return {
-        "sample_id": np.asarray(ids, np.int64),
-        "text_length": np.asarray([n for c in commits for n in c.lengths], np.int32),
-        "crc32c": np.asarray([row for c in commits for row in c.crcs], np.uint32),
+        "sample_id": np.asarray(ids, _DTYPES["sample_id"]),
+        "text_length": np.asarray([n for c in commits for n in c.lengths], _DTYPES["text_length"]),
+        "crc32c": np.asarray([row for c in commits for row in c.crcs], _DTYPES["crc32c"]),
     }
 
 
