@@ -1,0 +1,312 @@
+"""Samples a second and processor time of one: our reader of a latent store, and what people use.
+
+The same latents lie on a local disk in every format: 1.1 MB each (256 px, 33 frames, HunyuanVAE)
+and 9.7 MB each (768 px). A sample ends in a buffer of the caller's, as a place in a batch is: ours
+reads into it, what a peer returns is copied there. One thread. In random order, and in windows
+(shards in random order, one after the other), where formats that can only be read from front to
+back take part. Files are in the page cache, so this is what software costs; the limit is a copy
+from one place in memory to another. Readers take turns, round by round. Ours compares the CRC-32C
+of every sample that it reads; `ours, unchecked` is the same without.
+
+Peers need `pip install tensorstore mosaicml-streaming webdataset`; one that is not there is left
+out, and then the goal does not hold.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# What lies beside this script is measured, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from figure import record
+
+from elastic.data import sealed as sealed_module
+from elastic.data.store import BucketPlan, LatentStore, Sample, SealedStore, StoreSchema
+
+BUCKET = "bench"
+SHAPES = {"1.1 MB": ((16, 33, 32, 32), 256, 16), "9.7 MB": ((16, 33, 96, 96), 64, 8)}
+OF_MEMCPY, OF_STREAMING = 0.7, 3.0
+Order = list[int]
+Read = Callable[[Order], Iterator[Tensor]]  # samples of an order, one by one, in any memory
+
+
+class Latents:
+    """Random latents of one shape, and every format that they are written in."""
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], count: int, per_shard: int) -> None:
+        self.folder, self.shape, self.count, self.per_shard = folder, shape, count, per_shard
+        made = np.random.default_rng(0)
+        size = int(np.prod(shape))
+        # Bits of bf16 numbers between -2 and 2; what they are does not matter to a reader.
+        self.out = torch.empty(shape, dtype=torch.bfloat16)
+        self.bits_NV: NDArray[np.uint16] = made.integers(0, 2**14, (count, size), dtype=np.uint16)
+
+    def tensor(self, index: int) -> Tensor:
+        """One sample."""
+        return torch.from_numpy(self.bits_NV[index]).view(torch.bfloat16).view(self.shape)
+
+    def store(self) -> Path:
+        """Our store, which zarr and tensorstore read too."""
+        root = self.folder / "store"
+        c, t, h, w = self.shape
+        plan = BucketPlan(name=BUCKET, shape=(c, t, h, w), sample_ids=tuple(range(self.count)))
+        schema = StoreSchema(
+            fingerprint="bench",
+            buckets=(plan,),
+            samples_per_shard=self.per_shard,
+            text_tokens=8,
+            text_width=8,
+            pooled_width=8,
+        )
+        store = LatentStore.create(root, schema)
+        text_LD, pooled_P = torch.zeros(8, 8).bfloat16(), torch.zeros(8).bfloat16()
+        for bucket, shard in store.missing():
+            ids = store.planned((bucket, shard))
+            samples = [Sample(n, self.tensor(n), text_LD, pooled_P) for n in ids]
+            store.write_shard(bucket, shard, samples)
+        store.seal()
+        return root
+
+
+def memcpy(latents: Latents) -> Read:
+    """The limit: from memory to memory."""
+
+    def read(order: Order) -> Iterator[Tensor]:
+        for index in order:
+            yield latents.tensor(index)
+
+    return read
+
+
+def ours(latents: Latents, checked: bool = True) -> Read:
+    """Our reader, into one buffer of the caller's."""
+    store, out = SealedStore.open(latents.folder / "store", "bench"), latents.out
+
+    def read(order: Order) -> Iterator[Tensor]:
+        before = sealed_module.crc32c
+        if not checked:
+            whole = iter(store._rows[BUCKET].crcs[order, 0].tolist())
+            sealed_module.crc32c = lambda data: int(next(whole))
+        try:
+            for index in order:
+                store.read(BUCKET, index, out)
+                yield out
+        finally:
+            sealed_module.crc32c = before
+
+    return read
+
+
+def unchecked(latents: Latents) -> Read:
+    """The same without checksums."""
+    return ours(latents, checked=False)
+
+
+def zarr_python(latents: Latents) -> Read:
+    """zarr-python on our store."""
+    array: Any = zarr.open_array(latents.folder / "store" / BUCKET / "latent", mode="r")
+
+    def read(order: Order) -> Iterator[Tensor]:
+        for index in order:
+            yield torch.from_numpy(array[index]).view(torch.bfloat16)
+
+    return read
+
+
+def tensorstore(latents: Latents) -> Read:
+    """tensorstore on our store, without a cache of its own."""
+    module: Any = importlib.import_module("tensorstore")
+    path = str(latents.folder / "store" / BUCKET / "latent")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+    array = module.open(spec, open=True, read=True).result()
+
+    def read(order: Order) -> Iterator[Tensor]:
+        for index in order:
+            yield torch.from_numpy(array[index].read().result()).view(torch.bfloat16)
+
+    return read
+
+
+def streaming(latents: Latents) -> Read:
+    """MosaicML Streaming's shards, by index."""
+    module: Any = importlib.import_module("streaming")
+    out = str(latents.folder / "mds")
+    if not os.path.exists(out):
+        limit = latents.bits_NV[0].nbytes * latents.per_shard + 4096
+        with module.MDSWriter(out=out, columns={"x": "bytes"}, size_limit=limit) as writer:
+            for index in range(latents.count):
+                writer.write({"x": latents.bits_NV[index].tobytes()})
+    data = module.StreamingDataset(local=out, remote=None, shuffle=False, batch_size=1)
+
+    def read(order: Order) -> Iterator[Tensor]:
+        for index in order:
+            bits = bytearray(data[index]["x"])
+            yield torch.frombuffer(bits, dtype=torch.bfloat16).view(latents.shape)
+
+    return read
+
+
+def webdataset(latents: Latents) -> Read:
+    """WebDataset's tar files, which are read from front to back."""
+    module: Any = importlib.import_module("webdataset")
+    folder = latents.folder / "tar"
+    if not folder.exists():
+        folder.mkdir()
+        for first in range(0, latents.count, latents.per_shard):
+            with module.TarWriter(str(folder / f"{first // latents.per_shard:05}.tar")) as writer:
+                for index in range(first, min(first + latents.per_shard, latents.count)):
+                    bits = latents.bits_NV[index].tobytes()
+                    writer.write({"__key__": f"{index:08}", "x.bin": bits})
+
+    def read(order: Order) -> Iterator[Tensor]:
+        shards = dict.fromkeys(index // latents.per_shard for index in order)
+        urls = [str(folder / f"{shard:05}.tar") for shard in shards]
+        for sample in module.WebDataset(urls, shardshuffle=False, empty_check=False):
+            bits = bytearray(sample["x.bin"])
+            yield torch.frombuffer(bits, dtype=torch.bfloat16).view(latents.shape)
+
+    return read
+
+
+def safetensors(latents: Latents) -> Read:
+    """A safetensors file for each sample."""
+    folder = latents.folder / "safetensors"
+    if not folder.exists():
+        folder.mkdir()
+        for index in range(latents.count):
+            save_file({"x": latents.tensor(index)}, folder / f"{index}.safetensors")
+
+    def read(order: Order) -> Iterator[Tensor]:
+        for index in order:
+            yield load_file(folder / f"{index}.safetensors")["x"]
+
+    return read
+
+
+READERS: dict[str, Callable[[Latents], Read]] = {
+    "memcpy": memcpy,
+    "ours": ours,
+    "ours, unchecked": unchecked,
+    "zarr-python": zarr_python,
+    "tensorstore": tensorstore,
+    "streaming": streaming,
+    "webdataset": webdataset,
+    "safetensors": safetensors,
+}
+FRONT_TO_BACK = ("webdataset",)
+
+
+def orders(latents: Latents, seed: int) -> dict[str, Order]:
+    """Every sample once: at random, and shard by shard."""
+    draw = random.Random(seed)
+    at_random = list(range(latents.count))
+    draw.shuffle(at_random)
+    shards = list(range(-(-latents.count // latents.per_shard)))
+    draw.shuffle(shards)
+    k = latents.per_shard
+    windows = [n for s in shards for n in range(s * k, min((s + 1) * k, latents.count))]
+    return {"random": at_random, "windows": windows}
+
+
+def measure(latents: Latents, rounds: int) -> dict[str, Any]:
+    """Seconds and processor seconds of a sample, by order and reader; readers take turns."""
+    latents.store()
+    readers: dict[str, Read] = {}
+    left_out: dict[str, str] = {}
+    for name, make in READERS.items():
+        try:
+            readers[name] = make(latents)
+            first = list(range(latents.per_shard))  # opens what is opened once; and checks
+            for index, found in zip(first, readers[name](first), strict=True):
+                assert torch.equal(found, latents.tensor(index)), f"{name} reads another sample"
+        except ImportError as error:
+            left_out[name] = str(error)
+    taken: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for turn in range(rounds):
+        for order_name, order in orders(latents, turn).items():
+            names = [n for n in readers if order_name == "windows" or n not in FRONT_TO_BACK]
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                wall, cpu = time.perf_counter(), time.process_time()
+                for found in readers[name](order):
+                    if found is not latents.out:
+                        latents.out.copy_(found)
+                spent = (time.perf_counter() - wall, time.process_time() - cpu)
+                taken.setdefault(order_name, {}).setdefault(name, []).append(spent)
+    return {
+        "orders": {
+            order: {name: row(spent, latents) for name, spent in by_name.items()}
+            for order, by_name in taken.items()
+        },
+        "left_out": left_out,
+    }
+
+
+def row(spent: list[tuple[float, float]], latents: Latents) -> dict[str, Any]:
+    """Medians of one reader, and its spread."""
+    per_s = sorted(latents.count / wall for wall, _ in spent)
+    cpu_us = statistics.median(cpu for _, cpu in spent) / latents.count * 1e6
+    return {
+        "samples_per_s": round(statistics.median(per_s), 1),
+        "range": [round(per_s[0], 1), round(per_s[-1], 1)],
+        "gb_per_s": round(statistics.median(per_s) * latents.bits_NV[0].nbytes / 1e9, 2),
+        "cpu_us": round(cpu_us, 1),
+    }
+
+
+def main() -> int:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sets, two rounds")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {}
+    for name, (shape, count, per_shard) in SHAPES.items():
+        with tempfile.TemporaryDirectory(prefix="restage-bench-") as folder:
+            size = count // 8 if asked.quick else count
+            latents = Latents(Path(folder), shape, size, per_shard)
+            figures[name] = measure(latents, 2 if asked.quick else 7)
+            print(name, json.dumps(figures[name]), flush=True)
+    shares = {
+        f"{name}, {order}": [
+            round(rows["ours"]["samples_per_s"] / rows[other]["samples_per_s"], 2)
+            for other in ("memcpy", "streaming")
+            if other in rows
+        ]
+        for name, found in figures.items()
+        for order, rows in found["orders"].items()
+    }
+    record(
+        "reader",
+        figures={**figures, "ours_over_memcpy_and_streaming": shares},
+        goal=(
+            f"ours reads at least {OF_MEMCPY} x what memcpy copies and {OF_STREAMING} x what "
+            "Streaming reads, in samples a second"
+        ),
+        holds=all(
+            len(pair) == 2 and pair[0] >= OF_MEMCPY and pair[1] >= OF_STREAMING
+            for pair in shares.values()
+        ),
+        keep=not asked.quick,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
