@@ -35,7 +35,7 @@ from elastic.loop import Run, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching, Objective, Reconstructing
 from elastic.start import Origin
-from elastic.world import World
+from elastic.world import COLLECTIVE, World
 from stages.init import parent_of
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -43,9 +43,7 @@ log = logging.getLogger(__name__)
 
 MEMBERS = "clips.parquet"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
-# A rank that is lost is noticed by its supervisor; this is for what nobody can see.
 _STORE = timedelta(seconds=300)  # longer than a supervisor waits for a fork host
-_COLLECTIVE = timedelta(seconds=600)
 # Of a storage that takes nothing more: another life would meet it again. Checkpoints have a
 # patience of their own; this is for the small files around them.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -205,7 +203,7 @@ def _join(order: Order, listening: int | None) -> None:
         store=store,
         rank=order.rank,
         world_size=order.size,
-        timeout=_COLLECTIVE,
+        timeout=COLLECTIVE,
         device_id=torch.device("cuda", 0) if order.use_gpu else None,
     )
 
@@ -224,7 +222,7 @@ def make_objective(job: WorkerJob, device: torch.device) -> Objective:
     store = SealedStore.open(*job.latents)
     source = LatentSource(job.stage, store, held_out=False)
     held_out = LatentSource(job.stage, store, held_out=True)
-    return FlowMatching(job.stage, source, held_out, source.null_text())
+    return FlowMatching(job.stage, source, held_out, source.null_text(), store.schema.text_tokens)
 
 
 def make_origin(job: WorkerJob) -> Origin:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.blocks import Block
@@ -22,7 +22,7 @@ _BACKENDS: dict[Backend, SDPBackend] = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_HOPPER = (9, 0)
+_HOPPER = (9, 0)  # measured; what came later has the same kernels or newer ones
 # Of one class of blocks: a graph for each bucket, length of text, mask or none, gradients or none.
 # More than torch's limit is an error with fullgraph=True.
 _MOST_GRAPHS = 2048
@@ -40,24 +40,6 @@ def attention(order: tuple[Backend, ...]) -> Iterator[None]:
     """Inside this block, attention takes the first backend of the order that can do it."""
     with sdpa_kernel([_BACKENDS[name] for name in order], set_priority=True):
         yield
-
-
-def attention_backend(
-    q_BASE: Tensor, k_BASE: Tensor, v_BASE: Tensor, mask_B11S: Tensor | None
-) -> Backend:
-    """The backend that attention takes for such inputs on a GPU, inside or outside `attention`."""
-    asked = torch.backends.cuda.SDPAParams(q_BASE, k_BASE, v_BASE, mask_B11S, 0.0, False, False)
-    able = {
-        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
-        "flash": torch.backends.cuda.can_use_flash_attention,
-        "efficient": torch.backends.cuda.can_use_efficient_attention,
-    }
-    for number in torch._C._get_sdp_priority_order():
-        for name, backend in _BACKENDS.items():
-            is_next = int(backend) == number  # type: ignore[call-overload]  # an enum of C++
-            if is_next and (name == "math" or able[name](asked)):
-                return name
-    return "math"
 
 
 def compiles(stage: Stage, device: torch.device) -> bool:

@@ -104,6 +104,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     run.meter.begin(progress.samples)
 
     stream = Stream(stage, objective.source, world, progress.samples)
+    unseen = {bucket.name for bucket in stage.buckets} if compiled else set()
     saved_at = progress.samples
     evaluated_at = progress.samples or -1  # a fresh stage is measured before its first update
     while True:
@@ -127,7 +128,9 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
         run.beat("read", progress.samples)  # storage may be slow without being dead
         step = run.meter.waiting(stream.step, progress.samples)
-        run.beat("train", progress.samples)
+        # All ranks have this bucket now; whoever compiles first keeps the others waiting.
+        run.beat("compile" if step.plan.bucket.name in unseen else "train", progress.samples)
+        unseen.discard(step.plan.bucket.name)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
         held_rate = rate_at(stage, progress.samples + batch, held=True)

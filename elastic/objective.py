@@ -18,13 +18,12 @@ from models.codec import Reconstruction
 from models.flow import conditioned, flow_loss_B, time_shift, timesteps
 from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss, ssim_B
-from models.text import TextBatch, TextEmbedding, padded, without_text
+from models.text import TextBatch, TextEmbedding, padded, trimmed, without_text
 from stages.given import Choice
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
 _CPU = torch.device("cpu")
-_TEXT_MULTIPLE = 128  # tokens
 Use = Literal["train", "held-out"]
 
 
@@ -72,9 +71,16 @@ class FlowMatching:
     """
 
     def __init__(
-        self, stage: DiffusionStage, source: Source, held_out: Source, null: TextEmbedding
+        self,
+        stage: DiffusionStage,
+        source: Source,
+        held_out: Source,
+        null: TextEmbedding,
+        text_tokens: int = 0,
     ) -> None:
+        """`text_tokens` are those of the longest text that the sources hold, if it is known."""
         self.source = source
+        self._text_tokens = max(text_tokens, len(null.embedding_LD))
         self.critic: Critic | None = None
         self._held_out = held_out
         self._stage = stage
@@ -107,8 +113,8 @@ class FlowMatching:
         text = without_text(samples.text, self._null, *dropped)
         given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
-        # Whole multiples: each length of its own would be compiled for.
-        text = padded(text, _TEXT_MULTIPLE if compiles(self._stage, device) else 1)
+        # Of one length for all batches, as every length of its own would be compiled for.
+        text = padded(text, self._text_tokens) if compiles(self._stage, device) else trimmed(text)
         return flow_loss_B(
             conditioned(
                 model,

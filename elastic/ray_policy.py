@@ -76,6 +76,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         self._leave_before = leave_before
         self._tell = tell
         self._draining: dict[str, float] = {}  # node: wall time of its end, 0 where it is not told
+        self._ends: dict[str, tuple[float, float]] = {}  # as told, and by the monotonic clock
         self._calls: set[tuple[str, str]] = set()  # saves that were asked for, by node and reason
         self._looked_at = float("-inf")
         self._larger = (0, 0.0)  # a size that the nodes would allow, and since when they do
@@ -120,11 +121,13 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
             self._save_for(going, worker_group_state)
             return NoopDecision()
         # They work on until they must be left; should they go before, little is lost.
-        staying = {node for node in going if self._has_time(node)}
+        staying = {node for node in going if (self._time_left(node) or 0.0) > self._leave_before}
         self._save_for(staying, worker_group_state)
-        if going - staying or possible < sum(node not in staying for node in members):
+        others = sum(node not in staying for node in members)
+        if going - staying or possible < others:
             return self._get_resize_decision(possible)
-        possible = min(possible, size + self._free()) if possible > size else possible
+        # The next group has the places of the others and what is free.
+        possible = min(possible, others + self._free()) if possible > size else possible
         if possible <= size:
             self._larger = (0, now)
             return NoopDecision()
@@ -138,10 +141,18 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         has_stood = now - self._larger[1] >= self._min_stay / 3
         return has_stood and now - began >= self._min_stay
 
-    def _has_time(self, node: str) -> bool:
-        """Whether a node with notice can be left later; not if nobody said when it goes."""
+    def _time_left(self, node: str) -> float | None:
+        """Seconds until a node with notice goes; None where nobody said when that is.
+
+        Ray tells the wall time of its end, by the clock of whoever drains. It is compared with ours
+        once: whatever jumps afterwards moves nothing.
+        """
         end = self._draining[node]
-        return bool(end) and time.time() < end - self._leave_before
+        if not end:
+            return None
+        if self._ends.get(node, (0.0, 0.0))[0] != end:
+            self._ends[node] = (end, float(time_monotonic()) + end - time.time())
+        return self._ends[node][1] - float(time_monotonic())
 
     def _announce(self, going: set[str]) -> None:
         new = going - {node for node, _ in self._calls}
@@ -152,8 +163,8 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     def _save_for(self, going: set[str], state: WorkerGroupState) -> None:
         """Have the group save at the notice; and shortly before the end, if it is still there."""
         for node in going:
-            end = self._draining[node]
-            is_near = bool(end) and time.time() > end - _LAST_CALL_S
+            left = self._time_left(node)
+            is_near = left is not None and left < _LAST_CALL_S
             call = (node, "last" if is_near else "first")
             if call not in self._calls:
                 self._calls.add(call)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
+# A rank that is lost is noticed by its supervisor; this is for what nobody can see.
+COLLECTIVE = timedelta(seconds=600)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class World:
         """The world of the process group that is already initialised."""
         device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else _CPU
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+        control = None
+        if device.type == "cuda":
+            control = dist.new_group(backend="gloo", timeout=COLLECTIVE)
         return cls(dist.get_rank(), dist.get_world_size(), device, mesh, control)
 
     @property

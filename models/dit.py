@@ -222,7 +222,10 @@ class MMDiT(nn.Module):
 
     def blocks(self) -> list[Block]:
         """All blocks, in the order in which they compute."""
-        return [b for b in (*self.double_blocks, *self.single_blocks) if isinstance(b, Block)]
+        blocks = [*self.double_blocks, *self.single_blocks]
+        found = [block for block in blocks if isinstance(block, Block)]
+        assert len(found) == len(blocks), "every block can be compiled and computed again"
+        return found
 
     def _cells(self, x_BCTHW: Tensor) -> Tensor:
         """The values of each patch, in the dtype of the layers that take them."""

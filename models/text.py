@@ -147,18 +147,22 @@ def pad(embeddings: Sequence[TextEmbedding]) -> TextBatch:
     return TextBatch(text_BLD, mask_BL, torch.stack([each.pooled_D for each in embeddings]))
 
 
-def padded(text: TextBatch, multiple: int) -> TextBatch:
-    """The batch at a whole multiple of so many tokens; without a mask where all of it is real."""
+def padded(text: TextBatch, tokens: int) -> TextBatch:
+    """The batch at so many tokens, or a few more: a multiple of 8; with a mask in any case."""
     text_BLD, mask_BL, pooled_BD = text
-    short = -text_BLD.shape[1] % multiple
-    if mask_BL is None and short:
+    length = -(-max(tokens, text_BLD.shape[1]) // 8) * 8
+    short = length - text_BLD.shape[1]
+    if mask_BL is None:
         mask_BL = torch.ones(text_BLD.shape[:2], dtype=torch.bool, device=text_BLD.device)
-    if mask_BL is not None:
-        mask_BL = functional.pad(mask_BL, (0, short))
-    # On the host, where captions are read: on a GPU this would wait for it.
-    if mask_BL is not None and mask_BL.device.type == "cpu" and bool(mask_BL.all()):
-        mask_BL = None
-    return TextBatch(functional.pad(text_BLD, (0, 0, 0, short)), mask_BL, pooled_BD)
+    text_BLD = functional.pad(text_BLD, (0, 0, 0, short))
+    return TextBatch(text_BLD, functional.pad(mask_BL, (0, short)), pooled_BD)
+
+
+def trimmed(text: TextBatch) -> TextBatch:
+    """The batch without its mask where every token is real; it lies on the CPU."""
+    if text.mask_BL is None or not bool(text.mask_BL.all()):
+        return text
+    return text._replace(mask_BL=None)
 
 
 def without_text(

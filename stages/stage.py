@@ -29,7 +29,8 @@ AnyCodec = Annotated[
     Field(discriminator="kind"),
 ]
 
-# What may change between two starts of the same stage: none of it changes the result.
+# What may change between two starts of the same stage: none of it changes the result, but for the
+# rounding of compiled blocks.
 RUNTIME_FIELDS = frozenset(
     {"workers", "save_every", "log_every", "evaluate_every", "recompute", "compile"}
 )
@@ -264,8 +265,8 @@ class DiffusionStage(_Stage):
             )
         if self.compile and self.exact:
             raise ValueError(
-                f"stage {self.name!r}: compile True with exact=True: which kernels are compiled "
-                "depends on the shapes that came before, and so would the bits; leave compile out"
+                f"stage {self.name!r}: compile True with exact=True: kernels are chosen by timing "
+                "them, so the bits would depend on the moment; leave compile out"
             )
         self._check_given()
         return self

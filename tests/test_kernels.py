@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from models.dit import MMDiT
 from models.recompute import RECOMPUTE, Recompute
-from models.text import TextBatch, padded
+from models.text import TextBatch, padded, trimmed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -80,21 +80,26 @@ def test_attention_tries_the_backends_in_the_order_that_is_asked_for() -> None:
     assert torch._C._get_sdp_priority_order() == before
 
 
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), multiple=st.sampled_from([1, 4])
-)
-def test_padded_text_keeps_what_is_real_and_masks_the_rest(
-    lengths: list[int], multiple: int
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), tokens=st.integers(0, 20))
+def test_padded_text_has_one_length_and_masks_what_is_not_real(
+    lengths: list[int], tokens: int
 ) -> None:
     longest = max(lengths)
     mask_BL = torch.arange(longest) < torch.tensor(lengths)[:, None]
     text = TextBatch(torch.rand(len(lengths), longest, 3), mask_BL, torch.rand(len(lengths), 2))
-    text_BLD, new_BL, pooled_BD = padded(text, multiple)
-    assert text_BLD.shape[1] == -(-longest // multiple) * multiple
-    torch.testing.assert_close(text_BLD[:, :longest], text.text_BLD)
-    assert not text_BLD[:, longest:].any()
-    assert pooled_BD is text.pooled_BD
-    if new_BL is None:
-        assert set(lengths) == {text_BLD.shape[1]}, "without a mask all of it is real"
-    else:
+    for given_BL in (mask_BL, None) if len(set(lengths)) == 1 else (mask_BL,):
+        text_BLD, new_BL, pooled_BD = padded(text._replace(mask_BL=given_BL), tokens)
+        assert text_BLD.shape[1] == -(-max(tokens, longest) // 8) * 8
+        torch.testing.assert_close(text_BLD[:, :longest], text.text_BLD)
+        assert not text_BLD[:, longest:].any()
+        assert pooled_BD is text.pooled_BD
+        assert new_BL is not None
         assert new_BL.sum(1).tolist() == lengths
+
+
+def test_a_mask_is_left_out_where_every_token_is_real() -> None:
+    text = TextBatch(torch.rand(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), torch.rand(2, 5))
+    assert trimmed(text).mask_BL is None
+    ragged_BL = torch.tensor([[True, True, True], [True, False, False]])
+    assert trimmed(text._replace(mask_BL=ragged_BL)).mask_BL is ragged_BL
+    assert trimmed(text._replace(mask_BL=None)).mask_BL is None

@@ -155,12 +155,11 @@ def test_a_node_with_a_long_notice_is_saved_for_at_once_and_left_a_minute_before
     cluster = Cluster()
     cluster.nodes = ["a", "b", "c"]
     notices["c"] = 5_120_000
-    for _ in range(29):
+    for _ in range(30):
         assert cluster.size_of("abc", now.s) is None
         now.s += 2
-        wall.s += 2
+        wall.s -= 100  # a clock that is set back moves nothing
     assert cluster.saved == ["a", "b", "c"], "once, at the notice"
-    wall.s += 2
     assert cluster.size_of("abc", now.s) == 2
     assert cluster.told.kinds == ["drain"]
 
@@ -195,6 +194,18 @@ def test_while_a_node_with_notice_works_on_a_new_one_is_taken_in_its_place_in_ti
     assert cluster.size_of("abc", began) == 4, "more than before, and without the one that goes"
 
 
+def test_no_more_workers_are_asked_for_than_the_next_group_has_places(
+    now: SimpleNamespace, notices: dict[str, int]
+) -> None:
+    """The places of nodes with notice, which work on, are none of the next group's."""
+    cluster = Cluster(min_stay=1, workers=(2, 8))
+    cluster.nodes, cluster.taken = list("abcdefgh"), {"e", "f"}
+    notices["c"] = notices["d"] = int((time.time() + 1000) * 1000)
+    for _ in range(5):
+        assert cluster.size_of("abcd", 0.0) is None, "a, b, g and h: no more than now"
+        now.s += 10
+
+
 def test_a_node_with_notice_is_left_for_another_one_though_the_size_stays(
     now: SimpleNamespace, notices: dict[str, int]
 ) -> None:
@@ -218,7 +229,7 @@ def test_where_the_rest_would_be_too_few_the_group_saves_at_the_notice_and_near_
         now.s += 2
         assert cluster.size_of("ab", now.s) is None
     assert cluster.saved == ["a", "b"]
-    wall.s += 55
+    now.s += 50
     for _ in range(3):
         now.s += 2
         assert cluster.size_of("ab", now.s) is None

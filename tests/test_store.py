@@ -15,8 +15,17 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from elastic.data.schema import NULL_TEXT, plan_json, shard_file
+from elastic.data.schema import NULL_TEXT, array_digest, plan_json, shard_file
+from elastic.data.shards import (
+    canonical_digest,
+    crc32c,
+    group_json,
+    plain_bytes,
+    publish,
+    publish_json,
+)
 from elastic.data.store import (
     Absent,
     BucketPlan,
@@ -465,7 +474,70 @@ def test_many_shards_are_read_with_few_open_files(
     store = LatentStore.create(tmp_path, schema)
     _fill(store)
     store.seal()
-    before = len(list(Path("/proc/self/fd").iterdir()))
     sealed = SealedStore.open(tmp_path, PRINT)
+    before = len(list(Path("/proc/self/fd").iterdir()))
     assert np.array_equal(sealed.read_batch(VIDEO, range(20)).sample_ids, np.arange(100, 120))
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_absent_samples_leave_the_others_where_they_are(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    root = tmp_path_factory.mktemp("store")
+    schema = _schema(videos=data.draw(st.integers(1, 13)), k=data.draw(st.integers(1, 5)))
+    ids = schema.bucket(VIDEO).sample_ids
+    absent = frozenset(data.draw(st.sets(st.sampled_from(ids), max_size=len(ids) - 1)))
+    store = LatentStore.create(root, schema)
+    _fill(store, absent)
+    store.seal()
+    _check(root, schema, absent)
+
+
+_OPEN_AND_READ = """
+import sys
+from pathlib import Path
+from elastic.data.sealed import SealedStore
+store = SealedStore.open(sys.argv[1], sys.argv[2])
+(bucket,) = store.schema.buckets
+for index in range(0, store.count(bucket.name), max(1, store.count(bucket.name) // 50)):
+    store.read_batch(bucket.name, [index])
+# Not getrusage: its peak begins with that of the process that started this one.
+(line,) = [l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")]
+print(line.split()[1])
+"""
+
+
+def _peak_kb(root: Path, num_samples: int) -> int:
+    """Peak memory of a process that opens a store of so many samples and reads fifty of them."""
+    plan = BucketPlan(name=VIDEO, shape=(1, 1, 1, 1), sample_ids=range(num_samples))
+    schema = replace(_schema(k=1000), buckets=(plan,))
+    store = LatentStore.create(root, schema)
+    # What writing 10^6 samples one by one would leave, of zeros and without text.
+    sizes = {"latent": 2, "text": 0, "pooled": 2 * schema.pooled_width}
+    for array, size in sizes.items():
+        publish(shard_file(root, VIDEO, array, 0), [np.zeros(size * 1000, np.uint8)])
+        for shard in range(1, num_samples // 1000):
+            os.link(shard_file(root, VIDEO, array, 0), shard_file(root, VIDEO, array, shard))
+    crcs = [crc32c(np.zeros(size, np.uint8)) for size in sizes.values()]
+    arrays: dict[str, NDArray[np.generic]] = {
+        "sample_id": np.arange(num_samples, dtype="<i8"),
+        "text_length": np.zeros(num_samples, "<i4"),
+        "crc32c": np.tile(np.asarray(crcs, "<u4"), (num_samples, 1)),
+    }
+    for name, array_N in arrays.items():
+        publish(store.per_sample_file(VIDEO, name), plain_bytes(array_N))
+    content = {"arrays": {VIDEO: {name: array_digest(a) for name, a in arrays.items()}}}
+    digest = canonical_digest(content)
+    publish_json(root / f"manifest-{digest}.json", content)
+    publish_json(root / "zarr.json", group_json({"fingerprint": PRINT, "digest": digest}))
+    command = [sys.executable, "-c", _OPEN_AND_READ, str(root), PRINT]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_the_memory_of_a_reader_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    few, many = _peak_kb(tmp_path / "few", 1_000), _peak_kb(tmp_path / "many", 1_000_000)
+    assert many < few + 16_000, "a tenth of what 10^6 ids and lengths take as Python objects"

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ SCHEMA = 1
 TEXT_BLOCK = 8  # tokens; one by one the index would grow as large as short embeddings
 AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP", "given": "BCTHW"}
 NULL_TEXT = "null_text.safetensors"  # in the root: what dropped text is replaced by
+_PIECE = 2**22  # bytes hashed at once
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
 
@@ -25,6 +26,37 @@ _SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
 def fingerprint(fields: Mapping[str, object]) -> str:
     """32 hex digits that stand for the fields, whatever their order; values are JSON values."""
     return canonical_digest(dict(fields))
+
+
+class StoredIds(Sequence[int]):
+    """The ids of a plan file, read where they are asked for: a plan may have 10^9 of them."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path, self._count = path, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[int, ...]: ...
+    def __getitem__(self, at: int | slice) -> int | tuple[int, ...]:
+        places = range(self._count)[at]
+        if not isinstance(places, range):
+            return int(np.fromfile(self._path, "<i8", 1, offset=8 * places)[0])
+        if not len(places):
+            return ()
+        low, high = min(places[0], places[-1]), max(places[0], places[-1])
+        found = np.fromfile(self._path, "<i8", high - low + 1, offset=8 * low).tolist()
+        return tuple(found[place - low] for place in places)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and self[:] == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +68,7 @@ class BucketPlan:
 
     name: str
     shape: tuple[int, int, int, int]
-    sample_ids: tuple[int, ...]
+    sample_ids: Sequence[int]
     given: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -45,11 +77,13 @@ class BucketPlan:
                 f"bucket {self.name!r} becomes a folder; a name is letters, digits, dot, dash and "
                 f"underscore, and starts with a letter or digit"
             )
-        if not self.sample_ids:
+        if not len(self.sample_ids):
             raise InputError(
                 f"bucket {self.name!r} has no samples; no clip is long enough for it: "
                 f"ask for fewer frames, or add longer clips"
             )
+        if isinstance(self.sample_ids, StoredIds):
+            return  # they were checked when they were planned, and have the digest of then
         if len(set(self.sample_ids)) != len(self.sample_ids) or min(self.sample_ids) < 0:
             raise ValueError(f"bucket {self.name!r}: sample ids must be distinct and not negative")
 
@@ -126,17 +160,16 @@ def load_schema(root: Path) -> StoreSchema:
     plan = json.loads((root / "plan.json").read_text())
     buckets = []
     for name, known in plan["buckets"].items():
-        ids = np.fromfile(root / f"plan-{name}.i64", "<i8")
-        if array_digest(ids) != known["sample_ids"]:
+        path = root / f"plan-{name}.i64"
+        if file_digest(path) != known["sample_ids"]:
             raise InputError(
                 f"{str(root)!r}: plan-{name}.i64 is damaged, its digest is not that of plan.json; "
                 f"delete the folder and encode again"
             )
         given = tuple(known["given"]) if "given" in known else None
         shape = tuple(known["shape"])
-        buckets.append(
-            BucketPlan(name=name, shape=shape, sample_ids=tuple(ids.tolist()), given=given)
-        )
+        ids = StoredIds(path, known["num_samples"])
+        buckets.append(BucketPlan(name=name, shape=shape, sample_ids=ids, given=given))
     sizes = {name: plan[name] for name in _SIZES}
     return StoreSchema(fingerprint=plan["fingerprint"], buckets=tuple(buckets), **sizes)
 
@@ -165,6 +198,18 @@ def _require_same(root: Path, found: dict[str, object], asked: dict[str, object]
         f"latents at {str(root)!r} were planned otherwise: {shown}. A store keeps the plan it was "
         f"started with: restore the table and the stage file, or encode to another folder"
     )
+
+
+def file_digest(path: Path, without: int = 0) -> str:
+    """`array_digest` of the bytes of a file but the last few; of none where there is no file."""
+    digest = hashlib.blake2b(digest_size=16)
+    if path.exists():
+        left = path.stat().st_size - without
+        with open(path, "rb") as file:
+            while left > 0 and (piece := file.read(min(left, _PIECE))):
+                digest.update(piece)
+                left -= len(piece)
+    return digest.hexdigest()
 
 
 def array_digest(array: NDArray[np.generic]) -> str:

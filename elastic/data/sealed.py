@@ -3,12 +3,13 @@
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width, P pooled width
 
 import json
+import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +19,20 @@ from torch import Tensor
 
 from elastic.data.schema import (
     NULL_TEXT,
+    TEXT_BLOCK,
     StoreSchema,
     array_digest,
+    file_digest,
     load_schema,
     shard_file,
 )
-from elastic.data.shards import Bytes, canonical_digest, chunk_name, crc32c
+from elastic.data.shards import CHECKSUM_BYTES, Bytes, canonical_digest, chunk_name, crc32c
 from elastic.errors import InputError
 from models.text import TextEmbedding
 
 _OPEN_FILES = 192
+_SCAN = 2**20  # ids looked at at once
+_MANY = 16  # one in so many of all: then all are read at once
 _Item = TypeVar("_Item", bound=np.generic)
 
 
@@ -48,14 +53,96 @@ class LatentBatch(NamedTuple):
     given_BCTHW: Tensor | None = None
 
 
-class _Rows(NamedTuple):
-    """The present samples of a bucket: id, text length, CRCs, shard, and place in each file."""
+class _Place(NamedTuple):
+    """Where a present sample lies: its slot in the plan, its shard, and what is before it there."""
 
-    sample_id: NDArray[np.int64]
-    length: NDArray[np.int64]
-    crcs: NDArray[np.uint32]
-    shard: NDArray[np.int64]
-    start: dict[str, NDArray[np.int64]]
+    slot: int
+    shard: int
+    samples: int  # present ones before it in the shard
+    text_blocks: int  # of these
+    length: int  # text tokens of the sample itself
+    crcs: list[int]  # of its part in each array
+
+
+class _Column(Generic[_Item]):
+    """An array of a few values for each planned sample, read where it is asked for.
+
+    Not mapped: pages of a mapping stay in the process until nearly all of the file does.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: "np.dtype[_Item]") -> None:
+        self._path, self._shape, self._dtype = path, shape, dtype
+        self._file = _File(path)
+        self._stride = dtype.itemsize * math.prod(shape[1:])
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def between(self, first: int, end: int) -> NDArray[_Item]:
+        """The values of slots in a row."""
+        out = np.empty((end - first, *self._shape[1:]), self._dtype)
+        if out.nbytes:
+            os.preadv(self._file.descriptor, [out.data], first * self._stride)
+        return out
+
+    def at(self, slots: NDArray[np.int64]) -> NDArray[_Item]:
+        """The values of some slots; of many, by way of all."""
+        if _MANY * len(slots) > len(self):
+            count = math.prod(self._shape)
+            return np.fromfile(self._path, self._dtype, count).reshape(self._shape)[slots]
+        out = np.empty((len(slots), *self._shape[1:]), self._dtype)
+        for number, slot in enumerate(slots.tolist()):
+            os.preadv(self._file.descriptor, [out[number : number + 1].data], slot * self._stride)
+        return out
+
+
+class _Rows:
+    """What was sealed of each planned sample of a bucket, left in its files; 10^9 take no memory.
+
+    Absent samples are the exception, so their slots alone are kept.
+    """
+
+    def __init__(
+        self,
+        sample_id: _Column[np.int64],
+        length: _Column[np.int32],
+        crcs: _Column[np.uint32],
+        absent_M: NDArray[np.int64],
+        per_shard: int,
+    ) -> None:
+        self._sample_id, self._length, self._crcs = sample_id, length, crcs
+        self._absent_M, self._per_shard = absent_M, per_shard
+        # How many present samples come before each absent one.
+        self._present_M = absent_M - np.arange(len(absent_M))
+
+    def __len__(self) -> int:
+        return len(self._sample_id) - len(self._absent_M)
+
+    def ids(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids of present samples."""
+        return self._sample_id.at(self._slots(indices)).astype(np.int64, copy=False)
+
+    def places(self, indices: NDArray[np.int64]) -> list[_Place]:
+        """Where present samples lie, and what else is sealed of them."""
+        slots = self._slots(indices)
+        shards = slots // self._per_shard
+        firsts = shards * self._per_shard
+        before = indices - firsts + np.searchsorted(self._absent_M, firsts)
+        places = []
+        columns = firsts.tolist(), slots.tolist(), shards.tolist(), before.tolist()
+        for first, slot, shard, samples in zip(*columns, strict=True):
+            lengths = self._length.between(first, slot + 1)
+            blocks = int((-(-lengths[:-1] // TEXT_BLOCK)).sum())
+            crcs = self._crcs.between(slot, slot + 1)[0].tolist()
+            places.append(_Place(slot, shard, samples, blocks, int(lengths[-1]), crcs))
+        return places
+
+    def id(self, place: _Place) -> int:
+        """The id of a sample."""
+        return int(self._sample_id.between(place.slot, place.slot + 1)[0])
+
+    def _slots(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return indices + np.searchsorted(self._present_M, indices, side="right")
 
 
 class SealedStore:
@@ -112,21 +199,18 @@ class SealedStore:
 
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
-        return len(self._rows[bucket].sample_id)
+        return len(self._rows[bucket])
 
-    def sample_ids(self, bucket: str) -> NDArray[np.int64]:
-        """The id of each sample of the bucket."""
-        return self._rows[bucket].sample_id
+    def sample_ids(
+        self, bucket: str, indices: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """The ids of some samples of the bucket, or of all."""
+        rows = self._rows[bucket]
+        return rows.ids(np.arange(len(rows)) if indices is None else np.asarray(indices, np.int64))
 
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""
-        shape = self.schema.bucket(bucket).shape
-        if out.dtype != torch.bfloat16 or tuple(out.shape) != shape or not out.is_contiguous():
-            raise ValueError(
-                f"bucket {bucket!r} fills a contiguous bfloat16 tensor {shape}, "
-                f"got {out.dtype} {tuple(out.shape)}"
-            )
-        self._fill(bucket, "latent", index, _bytes_of(out))
+        self._fill_latent(bucket, self._places(bucket, [index])[0], out)
 
     def read_batch(
         self, bucket: str, indices: Sequence[int] | NDArray[np.int64], out: Tensor | None = None
@@ -141,44 +225,65 @@ class SealedStore:
         given = self.schema.bucket(bucket).given
         given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
         texts = []
-        for place, index in enumerate(indices):
-            self.read(bucket, int(index), out[place])
-            self._fill(bucket, "pooled", int(index), _bytes_of(pooled_BP[place]))
-            texts.append(self._text(bucket, int(index)))
+        for number, place in enumerate(self._places(bucket, indices)):
+            self._fill_latent(bucket, place, out[number])
+            self._fill(bucket, "pooled", place, _bytes_of(pooled_BP[number]))
+            texts.append(self._text(bucket, place))
             if given_BCTHW is not None:
-                self._fill(bucket, "given", int(index), _bytes_of(given_BCTHW[place]))
-        ids = rows.sample_id[np.asarray(indices, np.int64)]
+                self._fill(bucket, "given", place, _bytes_of(given_BCTHW[number]))
+        ids = rows.ids(np.asarray(indices, np.int64))
         return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
 
-    def _text(self, bucket: str, index: int) -> Tensor:
-        length = self._rows[bucket].length[index]
-        stored = self.schema.sample_bytes(bucket, np.asarray([length]))["text"][0]
-        text_LD = torch.empty(int(stored) // 2, dtype=torch.bfloat16)
-        self._fill(bucket, "text", index, _bytes_of(text_LD))
-        return text_LD.view(-1, self.schema.text_width)[:length]
+    def _places(self, bucket: str, indices: Sequence[int] | NDArray[np.int64]) -> list[_Place]:
+        rows, asked = self._rows[bucket], np.asarray(indices, np.int64)
+        outside = asked[(asked < 0) | (asked >= len(rows))]
+        if len(outside):
+            raise IndexError(f"bucket {bucket!r} has {len(rows)} samples, not {outside[0]}")
+        return rows.places(asked)
 
-    def _fill(self, bucket: str, array: str, index: int, out: Bytes) -> None:
+    def _fill_latent(self, bucket: str, place: _Place, out: Tensor) -> None:
+        shape = self.schema.bucket(bucket).shape
+        if out.dtype != torch.bfloat16 or tuple(out.shape) != shape or not out.is_contiguous():
+            raise ValueError(
+                f"bucket {bucket!r} fills a contiguous bfloat16 tensor {shape}, "
+                f"got {out.dtype} {tuple(out.shape)}"
+            )
+        self._fill(bucket, "latent", place, _bytes_of(out))
+
+    def _text(self, bucket: str, place: _Place) -> Tensor:
+        length, width = place.length, self.schema.text_width
+        text_LD = torch.empty((-(-length // TEXT_BLOCK) * TEXT_BLOCK, width), dtype=torch.bfloat16)
+        self._fill(bucket, "text", place, _bytes_of(text_LD))
+        return text_LD[:length]
+
+    def _fill(self, bucket: str, array: str, place: _Place, out: Bytes) -> None:
         """Read the bytes of a sample and compare their CRC with the sealed one."""
-        rows = self._rows[bucket]
-        if not 0 <= index < len(rows.sample_id):
-            raise IndexError(f"bucket {bucket!r} has {len(rows.sample_id)} samples, not {index}")
-        path = shard_file(self._root, bucket, array, int(rows.shard[index]))
-        what = f"{path}: {array} of sample {rows.sample_id[index]} (bucket {bucket!r}, {index})"
-        remedy = "delete that file and encode the stage again: only this shard is redone"
+        path = shard_file(self._root, bucket, array, place.shard)
         try:
             file = self._files.get(path)
         except FileNotFoundError:
-            raise DamagedStore(f"{what} is gone with its shard; {remedy}") from None
-        got, start = 0, int(rows.start[array][index])
+            raise self._damaged(bucket, array, place, "is gone with its shard") from None
+        block = 2 * TEXT_BLOCK * self.schema.text_width
+        # All samples of an array but text take the same space.
+        start = place.text_blocks * block if array == "text" else place.samples * out.nbytes
+        got = 0
         while got < out.nbytes:
             step = os.preadv(file.descriptor, [out[got:].data], start + got)
             if step == 0:
-                raise DamagedStore(f"{what} is cut off after {got} bytes; {remedy}")
+                raise self._damaged(bucket, array, place, f"is cut off after {got} bytes")
             got += step
-        column = self.schema.arrays(bucket).index(array)
-        found, sealed = crc32c(out), int(rows.crcs[index, column])
+        found, sealed = crc32c(out), place.crcs[self.schema.arrays(bucket).index(array)]
         if found != sealed:
-            raise DamagedStore(f"{what} has CRC {found:08x}, sealed was {sealed:08x}; {remedy}")
+            what = f"has CRC {found:08x}, sealed was {sealed:08x}"
+            raise self._damaged(bucket, array, place, what)
+
+    def _damaged(self, bucket: str, array: str, place: _Place, what: str) -> DamagedStore:
+        path = shard_file(self._root, bucket, array, place.shard)
+        number = self._rows[bucket].id(place)
+        return DamagedStore(
+            f"{path}: {array} of sample {number} (bucket {bucket!r}) {what}; delete that file and "
+            "encode the stage again: only this shard is redone"
+        )
 
 
 def read_null_text(root: Path, digest: str | None = None) -> TextEmbedding:
@@ -224,31 +329,37 @@ class _Files:
 
 def _load_rows(root: Path, schema: StoreSchema, bucket: str, sealed: dict[str, str]) -> _Rows:
     count = len(schema.bucket(bucket).sample_ids)
-    ids = _load(root, bucket, "sample_id", np.zeros(count, "<i8"), sealed)
-    lengths = _load(root, bucket, "text_length", np.zeros(count, "<i4"), sealed).astype(np.int64)
-    num_arrays = len(schema.arrays(bucket))
-    crcs = _load(root, bucket, "crc32c", np.zeros((count, num_arrays), "<u4"), sealed)
-    here = ids >= 0
-    shard = np.arange(count)[here] // schema.samples_per_shard
-    # The first present sample of each shard: what lies before it lies in other files.
-    first = np.searchsorted(shard, shard)
-    start = {}
-    for array, sizes in schema.sample_bytes(bucket, lengths[here]).items():
-        before = np.cumsum(sizes) - sizes
-        start[array] = before - before[first]
-    return _Rows(ids[here], lengths[here], crcs[here], shard, start)
+    ids = _column(root, bucket, "sample_id", (count,), np.dtype("<i8"), sealed)
+    lengths = _column(root, bucket, "text_length", (count,), np.dtype("<i4"), sealed)
+    columns = (count, len(schema.arrays(bucket)))
+    crcs = _column(root, bucket, "crc32c", columns, np.dtype("<u4"), sealed)
+    return _Rows(ids, lengths, crcs, _absent(root, bucket, count), schema.samples_per_shard)
 
 
-def _load(
-    root: Path, bucket: str, name: str, like: NDArray[_Item], sealed: dict[str, str]
-) -> NDArray[_Item]:
-    path = root / bucket / name / chunk_name(0, like.ndim)
-    data = np.fromfile(path, like.dtype, count=like.size) if path.exists() else like[:0]
-    if data.size != like.size or array_digest(data) != sealed[name]:
+def _absent(root: Path, bucket: str, count: int) -> NDArray[np.int64]:
+    """The slots without a sample."""
+    path = root / bucket / "sample_id" / chunk_name(0, 1)
+    found = [np.empty(0, np.int64)]
+    for first in range(0, count, _SCAN):
+        ids = np.fromfile(path, "<i8", count=min(_SCAN, count - first), offset=8 * first)
+        found.append(first + np.flatnonzero(ids < 0))
+    return np.concatenate(found)
+
+
+def _column(
+    root: Path,
+    bucket: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: "np.dtype[_Item]",
+    sealed: dict[str, str],
+) -> _Column[_Item]:
+    path = root / bucket / name / chunk_name(0, len(shape))
+    if file_digest(path, without=CHECKSUM_BYTES) != sealed[name]:
         raise DamagedStore(
             f"{path} is not what was sealed; delete zarr.json in {root} and encode again"
         )
-    return data.reshape(like.shape)
+    return _Column(path, shape, dtype)
 
 
 def _bytes_of(tensor: Tensor) -> Bytes:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+CHECKSUM_BYTES = 4  # at the end of a small array's chunk
 
 _ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
 # A quiet NaN in bf16: a slot that was never written does not read as data.

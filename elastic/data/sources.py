@@ -84,7 +84,7 @@ class LatentSource:
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """The ids of the samples at these indices."""
-        return self._store.sample_ids(self._names[bucket.name])[indices]
+        return self._store.sample_ids(self._names[bucket.name], indices)
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         """Read these samples, widened to fp32."""

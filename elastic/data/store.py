@@ -137,7 +137,7 @@ class LatentStore:
     def planned(self, shard: ShardId) -> tuple[int, ...]:
         """The sample ids of a shard, slot by slot."""
         k = self.schema.samples_per_shard
-        return self.schema.bucket(shard[0]).sample_ids[shard[1] * k : (shard[1] + 1) * k]
+        return tuple(self.schema.bucket(shard[0]).sample_ids[shard[1] * k : (shard[1] + 1) * k])
 
     def missing(self) -> list[ShardId]:
         """Shards that are not committed, or whose files are not there in the right size."""

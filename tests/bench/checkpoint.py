@@ -83,6 +83,7 @@ class Training:
         self.state = TrainState(STAGE, self.model, optimizer, self._ema, progress)
         made = torch.Generator().manual_seed(world.rank)
         self._x_ND = torch.randn(TOKENS, WIDTH, generator=made).to(world.device)
+        self._done: torch.cuda.Event | None = None  # when the last update is, on a GPU
 
     def update(self) -> None:
         """One update of parameters, moments and average."""
@@ -91,8 +92,11 @@ class Training:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.progress.samples += 64
         self._ema.update(self.state.progress.samples, 64)
-        if self._x_ND.is_cuda:
-            torch.cuda.synchronize()  # as the loop waits once an update, for the gradient's norm
+        if self._x_ND.is_cuda:  # as the loop waits for the update before
+            before, self._done = self._done, torch.cuda.Event()
+            self._done.record()
+            if before is not None:
+                before.synchronize()
 
 
 class Ways:

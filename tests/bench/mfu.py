@@ -115,6 +115,13 @@ def cells(peers: list[str]) -> Iterator[Cell]:
         yield cell(peer, 4096, False)
 
 
+def text_lengths(cell: Cell) -> list[int]:
+    """Real text tokens of each clip: all of them, or from a quarter to all."""
+    if not cell.masked:
+        return [TEXT_TOKENS] * cell.batch
+    return (TEXT_TOKENS * torch.linspace(0.25, 1, cell.batch)).long().tolist()
+
+
 class Inputs(NamedTuple):
     """One batch on the device."""
 
@@ -135,8 +142,7 @@ class Inputs(NamedTuple):
         t_B = torch.rand(batch, generator=made, device=device)
         mask_BL = None
         if cell.masked:
-            shares_B = torch.linspace(0.25, 1, batch, device=device)
-            length_B = (TEXT_TOKENS * shares_B).long()
+            length_B = torch.tensor(text_lengths(cell), device=device)
             mask_BL = torch.arange(TEXT_TOKENS, device=device) < length_B[:, None]
         text = TextBatch(
             normal(batch, TEXT_TOKENS, TEXT_WIDTH).bfloat16(), mask_BL, normal(batch, POOLED_WIDTH)
@@ -232,10 +238,9 @@ def measure(cell: Cell, shape: DiT, world: World, steps: int) -> dict[str, Any]:
         ran, busiest = kernels(step, world) if cuda else (None, [])
     if cell.backend is not None and cuda and ran != cell.backend:
         raise RuntimeError(f"{cell.name}: attention ran on {ran}")
-    flops = (
-        3
-        * cell.batch
-        * shape.forward_flops(cell.tokens, TEXT_TOKENS, CHANNELS, TEXT_WIDTH, POOLED_WIDTH)
+    flops = 3 * sum(
+        shape.forward_flops(cell.tokens, real, CHANNELS, TEXT_WIDTH, POOLED_WIDTH)
+        for real in text_lengths(cell)
     )
     median = statistics.median(seconds)
     assert all(torch.isfinite(value) for value in losses), f"{cell.name}: {losses}"
@@ -414,16 +419,18 @@ def main() -> int:
 
 def holds(done: list[dict[str, Any]]) -> bool:
     """Whether the goal is met by what was measured; all of it must be there."""
-    best: dict[tuple[str, int, bool], float] = {}
+    runs: dict[tuple[str, int, bool], list[float]] = {}
     for each in done:
         if each["recompute"] == "none" and not each["masked"] and each["backend"] != "flash":
             key = (each["whose"], each["tokens"], each["compiled"])
-            best[key] = max(best.get(key, 0.0), each["mfu"])
-    compiled = {tokens: best.get(("ours", tokens, True), 0.0) for tokens in GRIDS}
-    eager = best.get(("ours", 4096, False))
-    others = [(tokens, mfu) for (whose, tokens, _), mfu in best.items() if whose != "ours"]
+            runs.setdefault(key, []).append(each["mfu"])
+    means = {key: statistics.mean(found) for key, found in runs.items()}
+    compiled = {tokens: means.get(("ours", tokens, True), 0.0) for tokens in GRIDS}
+    eager = means.get(("ours", 4096, False))
+    others = [(tokens, mfu) for (whose, tokens, _), mfu in means.items() if whose != "ours"]
     return (
-        all(compiled[tokens] >= FLOOR for tokens in (3072, 4096, 8192))
+        {whose for whose, _, _ in means} >= {"ours", "torchtitan", "diffusers"}
+        and all(compiled[tokens] >= FLOOR for tokens in (3072, 4096, 8192))
         and compiled[16384] >= LONG_GOAL
         and eager is not None
         and compiled[4096] >= COMPILED_GOAL * eager

@@ -9,6 +9,7 @@ numbers, as a step's time does not depend on them. Published, for 11 B and many 
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -96,10 +97,10 @@ class Setup:
     def train(self, steps: int) -> dict[str, Any]:
         """Seconds a clip under the first policy that fits, which is the fastest of them."""
         for policy in RECOMPUTE:
-            try:
+            # Released outside of `except`, whose traceback holds the model that did not fit.
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return {"recompute": policy, "train_s": self._train(policy, steps)}
-            except torch.OutOfMemoryError:
-                release()
+            release()
         raise MemoryError("an update does not fit this GPU, whatever is computed again")
 
     def _train(self, policy: Recompute, steps: int) -> float:
