@@ -235,9 +235,7 @@ def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     check_inputs(plan, folder)
     from elastic.course import repair_plan
     from elastic.drive import run_course
-    from elastic.latent_verbs import discard_damage
 
-    discard_damage(plan, folder)
     run_course(plan, settings, repair_plan)
     print(f"latents: {folder.latents}")
     return DONE

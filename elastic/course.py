@@ -17,11 +17,12 @@ import ray
 from elastic.attempt import MEMBERS, Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
-from elastic.data.encode import FIELDS, EncodeJob, Scale, plan_job
+from elastic.data.encode import EncodeJob, Scale, plan_job
 from elastic.data.probe import probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
 from elastic.data.table import read_table
+from elastic.data.verify import FIELDS, Verdict, verdict_lines, verify
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
@@ -97,10 +98,32 @@ def encode_plan(course: Course) -> None:
 
 
 def repair_plan(course: Course) -> None:
-    """Encode again what is missing of the latents that stages are pinned to."""
-    for stage in course.plan.stages:
-        if isinstance(stage, DiffusionStage) and pin_of(course.folder, stage).exists():
-            encode_stage(course, stage, pin_members(course, stage))
+    """Encode again what is damaged of the latents that stages are pinned to.
+
+    InputError where no stage has latents: there is nothing to repair.
+    """
+    pins = {s.name: pin_of(course.folder, s) for s in course.plan.stages}
+    pinned = [stage for stage in course.plan.stages if pins[stage.name].exists()]
+    if not pinned:
+        raise InputError(
+            f"no stage of {course.plan.name!r} has latents yet; encode or train it first"
+        )
+    done: set[Path] = set()
+    for stage in pinned:
+        assert isinstance(stage, DiffusionStage), f"{stage.name} has no latents"
+        pin = json.loads(pins[stage.name].read_text())
+        root = course.folder.latents / pin["fingerprint"]
+        if root in done or not (root / "plan.json").exists():  # learnt, and deleted since
+            continue
+        done.add(root)
+        verdict = verify(root)
+        print("\n".join(verdict_lines(root, verdict)), flush=True)
+        if verdict.is_whole:
+            continue
+        new = encode_stage(course, stage, pin_members(course, stage), verdict)
+        print(f"{root}: encoded again: {len(verdict.shards)} shards; sealed as {new.digest}")
+        if new.digest != pin["digest"]:
+            print(f"{root}: was {pin['digest']}: this machine rounds otherwise", flush=True)
 
 
 def pin_of(folder: RunFolder, stage: Stage) -> Path:
@@ -174,8 +197,10 @@ def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
     return path
 
 
-def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Latents:
-    """Encode what is missing of the stage's latents, and pin the store that it uses.
+def encode_stage(
+    course: Course, stage: DiffusionStage, members: Members, damaged: Verdict | None = None
+) -> Latents:
+    """Encode what is missing or damaged of the stage's latents, and pin the store that it uses.
 
     InputError if the stage was pinned to other latents than it would get now.
     """
@@ -194,7 +219,7 @@ def encode_stage(course: Course, stage: DiffusionStage, members: Members) -> Lat
     def progress(done: int, total: int) -> None:
         course.tracker.progress(stage.name, f"encoding, {done} of {total} shards")
 
-    digest, quarantined = encode_on_ray(job, course.gpus, progress)
+    digest, quarantined = encode_on_ray(job, course.gpus, progress, damaged)
     content = {
         "fingerprint": job.fingerprint,
         "digest": digest,

@@ -18,6 +18,7 @@ from elastic.data.encode import (
     find_scale,
     open_store,
 )
+from elastic.data.verify import Verdict
 from elastic.errors import InputError, StageBlocked
 from stages.stage import DiffusionStage
 
@@ -42,20 +43,27 @@ def result_of(reference: Any) -> Any:  # Any: Ray has no types
         raise (error.cause if is_ours else error) from None
 
 
-def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str, dict[int, str]]:
+def encode_on_ray(
+    job: EncodeJob, gpus: float, progress: Progress, damaged: Verdict | None = None
+) -> tuple[str, dict[int, str]]:
     """Encode what the store lacks and seal it; returns its digest and the quarantined clips.
+
+    What a verdict says to be damaged is encoded again, and stays as it is until that is done.
 
     A task that fails for a reason of its own, such as a full disk, is raised after the others.
     InputError, which every other shard would only repeat, cancels what has not begun.
     """
     store = open_store(job)
-    missing = store.missing()
+    again = set(damaged.shards) if damaged else set()
+    missing = sorted({*store.missing(), *again}, key=store.shard_ids().index)
     task = ray.remote(_encode_whole).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     shared = ray.put(job)
-    if not missing and not store.has_null_text():  # otherwise the first shard brings it along
+    lost_text = damaged is not None and damaged.lost_null_text
+    # Otherwise the first shard brings it along.
+    if lost_text or (not missing and not store.has_null_text()):
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
-        result_of(ray.remote(encode_null_text).options(**options).remote(shared))
-    running = [task.remote(shared, shard) for shard in missing]
+        result_of(ray.remote(encode_null_text).options(**options).remote(shared, lost_text))
+    running = [task.remote(shared, shard, shard in again) for shard in missing]
     total = len(store.shard_ids())
     progress(total - len(running), total)
     failure: Exception | None = None
@@ -74,11 +82,11 @@ def encode_on_ray(job: EncodeJob, gpus: float, progress: Progress) -> tuple[str,
     return store.seal(), store.quarantined()
 
 
-def _encode_whole(job: EncodeJob, shard: ShardId) -> int:
+def _encode_whole(job: EncodeJob, shard: ShardId, again: bool) -> int:
     """`encode_shard`, undisturbed: Ray cancels a task that runs by an interrupt."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return encode_shard(job, shard)
+        return encode_shard(job, shard, again)
     finally:
         signal.signal(signal.SIGINT, before)
 

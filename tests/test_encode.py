@@ -42,10 +42,11 @@ from elastic.data.encode import (
 )
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.probe import probe
-from elastic.data.schema import NULL_TEXT
+from elastic.data.schema import NULL_TEXT, shard_file
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.table import Clip
+from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
@@ -518,7 +519,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shard: tuple[str, int]) -> int:
+    def failing(job: EncodeJob, shard: tuple[str, int], again: bool) -> int:
         tried.append(shard)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
@@ -526,7 +527,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
             raise InputError("no such folder")
         if len(tried) == 1:
             raise OSError("disk full")
-        return encode_shard(job, shard)
+        return encode_shard(job, shard, again)
 
     monkeypatch.setattr(ray_encode, "encode_shard", failing)
     told: list[tuple[int, int]] = []
@@ -545,15 +546,63 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shard: tuple[str, int]) -> int:
+    def failing(job: EncodeJob, shard: tuple[str, int], again: bool) -> int:
         if shard == open_store(job).shard_ids()[0]:
             raise OSError("disk full")
-        return encode_shard(job, shard)
+        return encode_shard(job, shard, again)
 
     monkeypatch.setattr(ray_encode, "encode_shard", failing)
     with pytest.raises(OSError, match="disk full"):
         ray_encode.encode_on_ray(job, 0, lambda *_: None)
     assert len(open_store(job).missing()) == 1
+
+
+def _flip(path: Path) -> bytes:
+    """Damage a file; what it was."""
+    before = path.read_bytes()
+    path.write_bytes(before[:9] + bytes([before[9] ^ 1]) + before[10:])
+    return before
+
+
+def test_what_is_damaged_is_encoded_again_and_nothing_else(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
+    digest, _ = ray_encode.encode_on_ray(job, 0, lambda *_: None)
+    null_text = job.root / NULL_TEXT
+    files = [shard_file(job.root, LONG.name, "latent", 0), null_text]
+    before = [_flip(path) for path in files]
+    verdict = verify(job.root)
+    assert set(verdict.shards) == {(LONG.name, 0)}
+    encoded: list[tuple[str, int]] = []
+
+    def counting(job: EncodeJob, shard: tuple[str, int], again: bool) -> int:
+        encoded.append(shard)
+        return encode_shard(job, shard, again)
+
+    monkeypatch.setattr(ray_encode, "encode_shard", counting)
+    assert ray_encode.encode_on_ray(job, 0, lambda *_: None, verdict)[0] == digest
+    assert encoded == [(LONG.name, 0)]
+    assert [path.read_bytes() for path in files] == before
+    assert verify(job.root).is_whole
+
+
+def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(
+    job: EncodeJob, members: Members, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
+    ray_encode.encode_on_ray(job, 0, lambda *_: None)
+    damaged = shard_file(job.root, LONG.name, "latent", 0)
+    _flip(damaged)
+    before = damaged.read_bytes()
+    clips = {name: list(found) for name, found in members.clips.items()}
+    (tmp_path / "another.mp4").touch()  # so that the folder is there, and its files are not lost
+    clips[LONG.name][1] = clips[LONG.name][1]._replace(path=str(tmp_path / "gone.mp4"))
+    hurt = replace(job, members=Members(clips))
+    with pytest.raises(InputError, match=r"cannot be encoded again: '.*gone\.mp4', which it held"):
+        ray_encode.encode_on_ray(hurt, 0, lambda *_: None, verify(job.root))
+    assert damaged.read_bytes() == before
+    assert SealedStore.open(job.root, job.fingerprint).count(LONG.name) == NUM_LONG
 
 
 def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(

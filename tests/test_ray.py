@@ -177,7 +177,7 @@ def require_repair(folder: RunFolder, environment: dict[str, str]) -> None:
     assert "32px-5f/latent/c.0.0.0.0.0 latent of sample" in named.stdout
     repaired = verb("repair", str(PLAN), "--storage", str(folder.root.parent), "--cpus", "2")
     assert repaired.returncode == 0, repaired.stderr[-4000:]
-    assert "shards of tiny to be encoded again: 1" in repaired.stdout
+    assert "encoded again: 1 shards; sealed as " in repaired.stdout
     assert shard.read_bytes() == before
     assert verb("verify", str(folder.root)).returncode == 0
 

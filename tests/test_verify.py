@@ -10,16 +10,18 @@ from test_store import PRINT, _fill, _schema, _write
 
 from elastic.cli import main
 from elastic.data.store import LatentStore, SealedStore
-from elastic.data.verify import discard, verify
+from elastic.data.verify import FIELDS, verify
 from elastic.errors import InputError
 from models.text import WordHash
 
 ABSENT = frozenset({102})
+STANDS_FOR = {"codec": "test", "rate": 8}  # the fields of PRINT
 
 
 def sealed(root: Path) -> tuple[LatentStore, str]:
     """A finished store with one clip that could not be encoded, and its digest."""
     store = LatentStore.create(root, _schema())
+    (root / FIELDS).write_text(json.dumps(STANDS_FOR, indent=1))
     _fill(store, ABSENT)
     store.publish_null_text(WordHash(width=6).null())
     return store, store.seal()
@@ -49,30 +51,52 @@ def test_any_changed_byte_of_any_file_is_named_and_repaired_to_the_same_bytes(
     root = tmp_path_factory.mktemp("store")
     store, digest = sealed(root)
     before = contents(root)
-    # Without its plan, or its seal, a store is none, or not finished; that is said otherwise.
-    names = sorted(name for name in before if not name.startswith("plan") and name != "zarr.json")
-    name = data.draw(st.sampled_from(names))
-    damage = bytearray(before[name])
-    kind = data.draw(st.sampled_from(["flip", "cut", "gone"]))
-    at = data.draw(st.integers(0, len(damage) - 1))
-    if kind == "gone":
-        (root / name).unlink()
-    else:
-        damage[at] ^= 1 << data.draw(st.integers(0, 7))
-        (root / name).write_bytes(damage[:at] if kind == "cut" else damage)
+    name = data.draw(st.sampled_from(sorted(n for n in before if not n.startswith("plan"))))
+    damage(root / name, data)
     verdict = verify(root)
+    if name == "zarr.json" and not (root / name).exists():
+        assert not verdict.is_sealed, "a store without a seal is not finished"
+        assert verdict.faults == []
+    else:
+        assert {str(fault.path.relative_to(root)) for fault in verdict.faults} == {name}
     assert not verdict.is_whole
-    assert {str(fault.path.relative_to(root)) for fault in verdict.faults} == {name}
-    # What repair does: the damaged shard, if it is one, is made again, and all is sealed.
-    redone = discard(root, verdict)
-    assert redone == len(store.missing()) <= 1
-    for shard in store.missing():
+    # What repair does: damaged shards are made again, and all is sealed and described anew.
+    assert len(verdict.shards) <= 1
+    for shard in verdict.shards:
         _write(store, shard, ABSENT)
-    if not store.has_null_text():
+    if verdict.lost_null_text:
         store.publish_null_text(WordHash(width=6).null())
+    (root / FIELDS).write_text(json.dumps(STANDS_FOR, indent=1))
     assert store.seal() == digest
     assert contents(root) == before
     assert verify(root).is_whole
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_damaged_plan_is_said_and_nothing_is_judged_by_it(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    root = tmp_path_factory.mktemp("store")
+    sealed(root)
+    name = data.draw(st.sampled_from(["plan.json", "plan-32px-5f.i64", "plan-64px-1f.i64"]))
+    damage(root / name, data)
+    with pytest.raises(InputError, match=r"is damaged|plan\.json is missing"):
+        verify(root)
+
+
+def damage(path: Path, data: st.DataObject) -> None:
+    """Flip a bit of a file, cut it off somewhere, or remove it."""
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "gone"]))
+    if kind == "gone":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[:at])
+    else:
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
 
 
 def test_every_damage_is_named_with_its_sample(tmp_path: Path) -> None:
@@ -105,23 +129,18 @@ def test_a_store_that_is_not_finished_is_not_whole_and_not_damaged(tmp_path: Pat
     assert verdict.missing == [("32px-5f", 1), ("32px-5f", 2), ("64px-1f", 0)]
 
 
-def test_a_lost_commit_line_of_a_sealed_store_is_a_missing_shard(tmp_path: Path) -> None:
+def test_lost_commit_lines_of_a_sealed_store_are_damage(tmp_path: Path) -> None:
     _, digest = sealed(tmp_path)
     for log in tmp_path.glob("manifest-*.jsonl"):
         log.unlink()
     verdict = verify(tmp_path)
-    assert len(verdict.missing) == verdict.num_shards
-    assert not verdict.is_whole
+    assert len(verdict.shards) == verdict.num_shards
+    assert "has no line for shard 0 of '32px-5f' any more" in verdict.faults[0].what
     SealedStore.open(tmp_path, PRINT, digest)  # which is still read
 
 
-def test_where_there_is_no_store_or_no_plan_that_is_said(tmp_path: Path) -> None:
+def test_where_there_is_no_store_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no latent store: plan\.json is missing"):
-        verify(tmp_path)
-    sealed(tmp_path)
-    plan = tmp_path / "plan-32px-5f.i64"
-    plan.write_bytes(plan.read_bytes()[:-8])
-    with pytest.raises(InputError, match=r"plan-32px-5f\.i64 is damaged"):
         verify(tmp_path)
 
 

@@ -18,6 +18,7 @@ from elastic.data.assign import Members
 from elastic.data.decode import DECODE_VERSION, BadVideo, decode_clip, to_unit
 from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
 from elastic.data.table import Clip
+from elastic.data.verify import FIELDS
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.weights import file_digest, load_weights
@@ -29,7 +30,6 @@ from stages.stage import DiffusionStage
 SHARD_BYTES = 64_000_000
 SHARD_SAMPLES = 64  # most; so that a small data set still spreads over the workers
 STATISTICS_CLIPS = 128
-FIELDS = "fingerprint.json"  # in a store: what its fingerprint stands for
 _CHUNK = 8
 
 ShardId = tuple[str, int]
@@ -136,10 +136,12 @@ def open_store(job: EncodeJob) -> LatentStore:
     return LatentStore.create(job.root, schema)
 
 
-def encode_shard(job: EncodeJob, shard: ShardId) -> int:
+def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False) -> int:
     """Encode and commit one shard; returns how many of its clips could not be decoded.
 
-    Whoever comes first also publishes the text that stands for no text.
+    Whoever comes first also publishes the text that stands for no text. `again` is for a shard that
+    was committed before and is damaged: InputError, and nothing is changed, where a clip that it
+    held cannot be decoded any more.
     """
     encode_null_text(job)
     store = LatentStore.open(job.root)
@@ -152,12 +154,27 @@ def encode_shard(job: EncodeJob, shard: ShardId) -> int:
     for first in range(0, len(planned), size):
         chunk = [clips[number] for number in planned[first : first + size]]
         samples += _encode(job, codec, bucket, chunk)
+    if again:
+        _require_held(store, shard, samples, clips)
     store.write_shard(*shard, samples)
     return sum(isinstance(sample, Absent) for sample in samples)
 
 
-def encode_null_text(job: EncodeJob) -> None:
-    """Publish the text that stands for no text, unless it is there.
+def _require_held(
+    store: LatentStore, shard: ShardId, samples: list[Sample | Absent], clips: dict[int, Clip]
+) -> None:
+    """InputError if a clip is absent now that the damaged shard held."""
+    for sample in samples:
+        if isinstance(sample, Absent) and store.has_held(shard, sample.sample_id):
+            raise InputError(
+                f"shard {shard[1]} of {shard[0]!r} in {str(store.root)!r} cannot be encoded again: "
+                f"{clips[sample.sample_id].path!r}, which it held: {sample.reason}. Nothing was "
+                "changed; restore the file and give the same command again"
+            )
+
+
+def encode_null_text(job: EncodeJob, again: bool = False) -> None:
+    """Publish the text that stands for no text, unless it is there and not wanted `again`.
 
     InputError if this machine's text encoder cannot be used, or is not the one that was planned.
     """
@@ -171,7 +188,7 @@ def encode_null_text(job: EncodeJob) -> None:
                 f"that the encoding was planned with ({', '.join(differing)} differ); give every "
                 "machine the same folder"
             )
-        if not store.has_null_text():
+        if again or not store.has_null_text():
             store.publish_null_text(job.text.null())
     except ValueError as error:
         raise InputError(f"stage {job.stage.name!r}: {error}") from None

@@ -156,22 +156,30 @@ def save_plan(root: Path, schema: StoreSchema) -> None:
 
 
 def load_schema(root: Path) -> StoreSchema:
-    """The schema that a store was started with."""
-    plan = json.loads((root / "plan.json").read_text())
-    buckets = []
-    for name, known in plan["buckets"].items():
-        path = root / f"plan-{name}.i64"
-        if file_digest(path) != known["sample_ids"]:
-            raise InputError(
-                f"{str(root)!r}: plan-{name}.i64 is damaged, its digest is not that of plan.json; "
-                f"delete the folder and encode again"
-            )
-        given = tuple(known["given"]) if "given" in known else None
-        shape = tuple(known["shape"])
-        ids = StoredIds(path, known["num_samples"])
-        buckets.append(BucketPlan(name=name, shape=shape, sample_ids=ids, given=given))
-    sizes = {name: plan[name] for name in _SIZES}
-    return StoreSchema(fingerprint=plan["fingerprint"], buckets=tuple(buckets), **sizes)
+    """The schema that a store was started with; InputError where its files are damaged."""
+    try:
+        plan = json.loads((root / "plan.json").read_text())
+        sizes = {name: plan[name] for name in _SIZES}
+        buckets = tuple(_load_bucket(root, name, known) for name, known in plan["buckets"].items())
+        return StoreSchema(fingerprint=plan["fingerprint"], buckets=buckets, **sizes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged_plan(root, "plan.json", f"it cannot be read ({error!r})") from error
+
+
+def _load_bucket(root: Path, name: str, known: dict[str, Any]) -> BucketPlan:  # Any: a JSON tree
+    path = root / f"plan-{name}.i64"
+    if file_digest(path) != known["sample_ids"]:
+        raise _damaged_plan(root, path.name, "its digest is not that of plan.json")
+    given = tuple(known["given"]) if "given" in known else None
+    ids = StoredIds(path, known["num_samples"])
+    return BucketPlan(name=name, shape=tuple(known["shape"]), sample_ids=ids, given=given)
+
+
+def _damaged_plan(root: Path, name: str, why: str) -> InputError:
+    return InputError(
+        f"{str(root)!r}: {name} is damaged, {why}, and nothing else says what should be there; put "
+        "it back from a copy, or delete the folder and encode again"
+    )
 
 
 def plan_json(schema: StoreSchema) -> dict[str, Any]:  # Any: a JSON tree

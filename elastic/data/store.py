@@ -149,6 +149,13 @@ class LatentStore:
         commits = self._committed().values()
         return {number: why for commit in commits for number, why in commit.absent.items()}
 
+    def has_held(self, shard: ShardId, sample_id: int) -> bool:
+        """Whether a sample was present when its shard was committed."""
+        commits = manifest.read_all(self.root).get(shard, [])
+        return any(
+            sample_id in commit.sample_ids and sample_id not in commit.absent for commit in commits
+        )
+
     def write_shard(self, bucket: str, shard: int, samples: Sequence[Sample | Absent]) -> None:
         """Publish a whole shard and commit it; samples come in the planned order.
 

@@ -4,14 +4,17 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from elastic.data import manifest
-from elastic.data.schema import NULL_TEXT, array_digest
-from elastic.data.shards import Bytes, canonical, canonical_digest, crc32c
+from elastic.data.schema import NULL_TEXT, array_digest, fingerprint, plan_json
+from elastic.data.shards import Bytes, canonical, canonical_digest, crc32c, group_json
 from elastic.data.store import Fault, LatentStore, ShardId
+from elastic.errors import InputError
 
+FIELDS = "fingerprint.json"  # what the fingerprint of the store stands for
 Progress = Callable[[int, int], None]  # shards looked at, shards in all
 
 
@@ -35,17 +38,23 @@ class Verdict:
         """Whether the store is finished and every byte of it is what was committed."""
         return self.is_sealed and not self.faults and not self.missing
 
+    @property
+    def lost_null_text(self) -> bool:
+        """Whether the text that stands for no text is damaged."""
+        return any(fault.path.name == NULL_TEXT for fault in self.seal)
+
 
 def verify(root: Path, progress: Progress = lambda done, total: None) -> Verdict:
     """Compare every file of a store with what was committed and sealed; nothing is changed.
 
-    InputError where there is no store, or where its plan itself is damaged: then nothing says
-    what should be there.
+    InputError where there is no store, or where its plan is damaged: then nothing says what should
+    be there. Of a store that is being written, what was committed when this began is looked at.
     """
     store, verdict = LatentStore.open(root), Verdict()
+    sealed = _sealed(store, verdict)
     committed = manifest.read_all(root)
     shards = store.shard_ids()
-    verdict.num_shards, verdict.is_sealed = len(shards), (root / "zarr.json").exists()
+    verdict.num_shards = len(shards)
     for done, shard in enumerate(shards):
         progress(done, len(shards))
         # Of several machines that rounded differently the files are those of one.
@@ -54,49 +63,80 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Verdict
             for commit in committed.get(shard, [])
             if tuple(commit.sample_ids) == store.planned(shard)
         ]
-        if not found:
+        if not found and verdict.is_sealed:
+            what = f"has no line for shard {shard[1]} of {shard[0]!r} any more"
+            verdict.shards[shard] = [Fault(root / "manifest-*.jsonl", what)]
+        elif not found:
             verdict.missing.append(shard)
         elif all(found):
             verdict.shards[shard] = min(found, key=len)
     progress(len(shards), len(shards))
-    if verdict.is_sealed:
-        verdict.seal = list(_seal_faults(store))
+    if sealed is not None:
+        verdict.seal += _seal_faults(store, sealed)
+    path = root / FIELDS
+    if path.exists() and not _stands_for(path, store.schema.fingerprint):
+        verdict.seal.append(Fault(path, "is not what the fingerprint stands for"))
     return verdict
 
 
-def discard(root: Path, verdict: Verdict) -> int:
-    """Delete the files of damaged shards, so that encoding makes them anew; how many there were.
+def verdict_lines(root: Path, verdict: Verdict) -> list[str]:
+    """What was found, for people; one line a fault."""
+    head = f"{root}: {verdict.num_shards} shards, {'' if verdict.is_sealed else 'not '}sealed"
+    if verdict.missing:
+        head += f", {len(verdict.missing)} not encoded yet"
+    if verdict.shards:
+        head += f", {len(verdict.shards)} damaged"
+    if verdict.seal:
+        head += ", the seal damaged"
+    return [
+        f"{head}{': whole' if verdict.is_whole else ''}",
+        *(f"  {fault.path.relative_to(root)} {fault.what}" for fault in verdict.faults),
+    ]
 
-    What belongs to the seal needs no more: sealing writes all of it again. Only damaged text that
-    stands for no text is deleted too.
+
+def _sealed(store: LatentStore, verdict: Verdict) -> dict[str, Any] | None:  # Any: a JSON tree
+    """What was sealed, if the store is sealed and that can be read; faults go into the verdict.
+
+    InputError where plan.json is not what was sealed.
     """
-    for fault in verdict.faults:
-        is_null_text = fault.path.name == NULL_TEXT
-        if is_null_text or fault not in verdict.seal:
-            fault.path.unlink(missing_ok=True)
-    return len(verdict.shards)
-
-
-def _seal_faults(store: LatentStore) -> Iterator[Fault]:
-    root = store.root
+    root, planned = store.root, plan_json(store.schema)
+    if _read(root / "plan.json").tobytes() != canonical(planned):
+        raise InputError(f"{str(root)!r}: plan.json is damaged; put it back from a copy")
+    path = root / "zarr.json"
+    verdict.is_sealed = path.exists()
+    if not verdict.is_sealed:
+        return None
     try:
-        attributes = json.loads((root / "zarr.json").read_text())["attributes"]
-        digest, found = attributes["digest"], attributes["fingerprint"]
-    except (ValueError, KeyError):
-        yield Fault(root / "zarr.json", "is no seal that can be read")
-        return
-    if found != store.schema.fingerprint:
-        planned = store.schema.fingerprint
-        yield Fault(root / "zarr.json", f"has the fingerprint {found}, planned was {planned}")
-    path = root / f"manifest-{digest}.json"
+        digest = str(json.loads(path.read_text())["attributes"]["digest"])
+    except (ValueError, KeyError, TypeError):
+        digest = ""
+    attributes = {"fingerprint": store.schema.fingerprint, "digest": digest}
+    manifests = sorted(root.glob("manifest-*.json"))
+    named = root / f"manifest-{digest}.json"
+    if _read(path).tobytes() != canonical(group_json({**attributes})) or (
+        manifests and named not in manifests
+    ):
+        verdict.seal.append(Fault(path, "is not what was sealed"))
+        return None
     try:
-        sealed = json.loads(path.read_text())
+        sealed: dict[str, Any] = json.loads(named.read_text())
+        is_whole = canonical_digest(sealed) == digest and named.read_bytes() == canonical(sealed)
     except (OSError, ValueError):
-        yield Fault(path, "is gone, or cannot be read")
-        return
-    if canonical_digest(sealed) != digest:
-        yield Fault(path, "is not what its name says")
-        return
+        is_whole = False
+    if not is_whole:
+        verdict.seal.append(Fault(named, "is gone, or is not what its name says"))
+        return None
+    differing = [name for name in planned if sealed.get(name) != planned[name]]
+    if differing:
+        raise InputError(
+            f"{str(root)!r}: plan.json is damaged: {', '.join(differing)} differ from what was "
+            f"sealed in {named.name}, which has the right values; put it back from a copy"
+        )
+    return sealed
+
+
+def _seal_faults(store: LatentStore, sealed: dict[str, Any]) -> Iterator[Fault]:  # Any: JSON
+    root = store.root
     for bucket in store.schema.buckets:
         for name, wanted in sealed["arrays"][bucket.name].items():
             path = store.per_sample_file(bucket.name, name)
@@ -109,6 +149,13 @@ def _seal_faults(store: LatentStore) -> Iterator[Fault]:
                 yield Fault(path, "is not what was sealed")
     if "null_text" in sealed and array_digest(_read(root / NULL_TEXT)) != sealed["null_text"]:
         yield Fault(root / NULL_TEXT, "is not what was sealed")
+
+
+def _stands_for(path: Path, wanted: str) -> bool:
+    try:
+        return fingerprint(json.loads(path.read_text())) == wanted
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _read(path: Path) -> Bytes:

@@ -1,6 +1,6 @@
 """The order of samples at 10^6 to 10^9 of them: seconds and bytes, against a shuffled index.
 
-Ours is a function of the position (elastic.data.order): what is measured is the time from nothing
+Ours is a function of the position (elastic.data.order): of that function alone is measured the time
 to the first batch, to a batch in the middle of an epoch (a seek), and of one batch after another;
 and the bytes of what has to be kept to go on. The peer is an index array, shuffled once an epoch,
 as DistributedSampler, torch.randperm and most loaders keep it: it is made again after a restart.

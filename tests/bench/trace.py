@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -80,9 +81,11 @@ class Replayed(NamedTuple):
     end: float
 
     @classmethod
-    def read(cls, path: Path) -> "Replayed":
-        """As it was written."""
+    def read(cls, path: Path, system: str) -> "Replayed":
+        """As it was kept; ValueError where it was made with other settings."""
         kept = json.loads(path.read_text())
+        if kept["settings"] != settings_of(system):
+            raise ValueError(f"{path} was made with {kept['settings']}; give another --folder")
         counts = [Count(*count) for count in kept["counts"]]
         return cls(counts, kept["starting"], kept["end"])
 
@@ -92,6 +95,11 @@ class Count(NamedTuple):
 
     wall: float
     nodes: int
+
+
+def settings_of(system: str) -> dict[str, Any]:
+    """What a kept run depends on."""
+    return {"tick_s": TICK_S, "save_updates": SAVE_UPDATES[system], **PLAN.settings}
 
 
 def scaled(count: int) -> int:
@@ -266,9 +274,11 @@ def main() -> None:
             roots[system] = spec.folder.root
             try:
                 if not kept.exists():
+                    shutil.rmtree(spec.storage, ignore_errors=True)  # of a run that was cut off
                     done = run(copied(folder / "base", spec), steps, length_s, TICK_S)
-                    kept.write_text(json.dumps(done._asdict()))
-                ran[system] = Replayed.read(kept)
+                    content = {**done._asdict(), "settings": settings_of(system)}
+                    kept.write_text(json.dumps(content))
+                ran[system] = Replayed.read(kept, system)
             except (TimeoutError, DriverGone) as error:
                 failed[system] = str(error)[:2000]
                 print(json.dumps(failed), file=sys.stderr, flush=True)
