@@ -1,5 +1,7 @@
 """Which kernels a step runs: compiled blocks, the order of attention backends, padded text."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +9,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_adversarial import STAGE as AUTOENCODER
 from test_dit import SMALL, inputs, shaken
-from tiny import STAGE
+from tiny import STAGE, attempt, objective, world_of_one
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from elastic.data.order import batch_at
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from models.dit import MMDiT
 from models.recompute import RECOMPUTE, Recompute
@@ -103,3 +106,21 @@ def test_a_mask_is_left_out_where_every_token_is_real() -> None:
     ragged_BL = torch.tensor([[True, True, True], [True, False, False]])
     assert trimmed(text._replace(mask_BL=ragged_BL)).mask_BL is ragged_BL
     assert trimmed(text._replace(mask_BL=None)).mask_BL is None
+
+
+def test_the_first_update_of_each_bucket_may_compile_and_no_other_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ranks that wait for one that compiles must not pass for hung."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    told: list[tuple[str, int]] = []
+    stage = STAGE.replace(compile=True)
+    with world_of_one() as world:
+        attempt(world, tmp_path, stage, objective(stage), beat=lambda *beat: told.append(beat))
+    counts = {bucket.name: 100 for bucket in stage.buckets}
+    first: dict[str, int] = {}
+    for position in sorted({position for phase, position in told if phase == "read"}):
+        first.setdefault(batch_at(stage, position, counts).bucket.name, position)
+    compiled = [position for phase, position in told if phase == "compile"]
+    assert compiled == sorted(first.values())
+    assert len(compiled) == len(stage.buckets) > 1

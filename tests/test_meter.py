@@ -1,10 +1,12 @@
 """What the meter refuses, also where norms reach the host later than the update."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from test_loop import _poisoned
 from tiny import STAGE, world_of_one
 from torch import Tensor
 
@@ -55,3 +57,13 @@ def test_a_norm_that_comes_late_is_refused_before_anything_is_written_measured_o
             meter.require_finite({"grad_norm": torch.tensor(float("inf"))}, progress)
             with pytest.raises(NonFiniteLoss, match="gradient norm inf at 16 samples"):
                 door(meter)
+
+
+@pytest.mark.usefixtures("late")
+def test_an_update_that_is_not_finite_is_in_no_checkpoint_though_its_norm_comes_late(
+    tmp_path: Path,
+) -> None:
+    with world_of_one() as world:
+        said, before, after = _poisoned(world, tmp_path)
+    assert "gradient norm nan at" in said
+    assert before == after

@@ -133,6 +133,7 @@ def attempt(
     goal: Objective,
     stop_after: int | None = None,
     origin: Origin = NOWHERE,
+    beat: Callable[[str, int], None] = lambda phase, position: None,
 ) -> Attempt:
     """One attempt at a stage; only the last rank is told to stop, after `stop_after` updates."""
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
@@ -156,6 +157,7 @@ def attempt(
         stop_wanted=stop_wanted,
         event=event,
         origin=origin,
+        beat=beat,
     )
     return Attempt(train_stage(stage, goal, run), lines, events)
 

@@ -3,8 +3,8 @@
 The loop's own stream reads a latent store: clips of 256 px and 129 frames of HunyuanVAE (1.1 MB as
 bf16) with text of up to 120 tokens of width 4096 (1 MB), eight a step, in the order of training.
 The step either leaves the processor alone, as one on a GPU does while it computes (`sleeping`), or
-holds Python's lock all the time, as one that launches kernels may at worst (`busy`). The goal is for
-`sleeping`. Measured is the time in `Stream.step` over time in all, which the log calls `data_wait`.
+holds Python's lock all the time, as one that launches kernels may at worst (`busy`). The goal is
+for `sleeping`. Measured is the time in `Stream.step` over time in all, as `data_wait` in a log is.
 """
 
 import argparse
