@@ -126,10 +126,11 @@ def rates(metrics: Sequence[Metric], stage: str, batch: int) -> dict[int, float]
     for one, other in itertools.pairwise(lines):
         if one["attempt"] == other["attempt"] and other["position"] - one["position"] == batch:
             gaps.setdefault(other["world"], []).append(other["wall"] - one["wall"])
-    return {world: batch / _undisturbed(found) for world, found in gaps.items()}
+    return {world: batch / undisturbed(found) for world, found in gaps.items()}
 
 
-def _undisturbed(seconds: list[float]) -> float:
+def undisturbed(seconds: list[float]) -> float:
+    """The mean without those of 1.5 times the median and more."""
     most = 1.5 * statistics.median(seconds)
     return statistics.mean(each for each in seconds if each <= most)
 

@@ -3,10 +3,9 @@
 A recorded count of spot nodes is replayed with raylets of this machine. Counted are node-seconds:
 what is there is the sum over time of the nodes that are up, and the ideal uses all of it. What is
 used is the sum over updates, each counted once however often it was done, of the workers that made
-it times the seconds that an update takes so many workers here where nothing disturbs them. So the
-count does not hang on how many workers the cores of this machine can feed at once. While a node of
-this machine starts its processes, updates are slower, which on a cluster another machine's start
-would not do: an update counts in full from then until the group changes.
+it times the seconds that an update takes them at that time: the mean of those around it, without
+those that took 1.5 times the median, as one beside a save does. So the count hangs neither on how
+many workers the cores of this machine can feed at once, nor on what else it has to do.
 
 Time is ten times as fast as in the record, and the defaults that are seconds are scaled alike.
 Saves come as often as Young's formula says for each system, which loses work to every change
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elastic_driver import BATCH, DIT, Driver, DriverGone, Spec, copied, prepare
-from elastic_timeline import Update, new_updates, rates, updates_of
+from elastic_timeline import Update, new_updates, rates, undisturbed, updates_of
 from figure import record
 
 from elastic.data.moving_shapes import write_demo_videos
@@ -50,15 +49,15 @@ NOTICE = 0.4  # of a tick: two minutes of five, which is what the market gives
 KILLED_EVERY = 5  # every fifth loss comes without notice
 IDEAL_GOAL, VANILLA_GOAL = 0.95, 1.3
 _STILL_S = 2.0  # so long without an update is a stop
-STARTING_S = 10.0  # a raylet, its agents and a warm host, on two cores
+AROUND = 25  # updates on either side
 PLAN = Spec(
     storage="",
     table="",
     nodes=("n0",),
     dit_updates=100_000,  # never reached: a run is ended with the trace
     workers=(1, MOST),
-    # A third of the stay is what two nodes of this machine need to start one after the other.
-    settings={"min_stay": 9.0, "leave_before": 60.0 * TICK_S / 300.0},
+    # A third of the stay is what nodes of this machine need to start one after another.
+    settings={"min_stay": 6.0, "leave_before": 60.0 * TICK_S / 300.0},
 )
 # A save costs both about 0.15 s of updates, which take 0.07 s. Of vanilla's run a part is lost at
 # every change, one in 60 to 100 s; of ours at every fifth loss, one in 500 to 700 s.
@@ -74,10 +73,9 @@ class Step(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """How many nodes were up when, when nodes began to start on this machine, and the end."""
+    """How many nodes were up when, and the end."""
 
     counts: "list[Count]"
-    starting: list[float]
     end: float
 
     @classmethod
@@ -87,7 +85,7 @@ class Replayed(NamedTuple):
         if kept["settings"] != settings_of(system):
             raise ValueError(f"{path} was made with {kept['settings']}; give another --folder")
         counts = [Count(*count) for count in kept["counts"]]
-        return cls(counts, kept["starting"], kept["end"])
+        return cls(counts, kept["end"])
 
 
 class Count(NamedTuple):
@@ -134,11 +132,8 @@ def replay(driver: Driver, steps: list[Step], length_s: float, tick_s: float) ->
     driver.wait(lambda: driver.position() > 0, "the first update", 120)
     began = time.time()
     changes = [(began, len(PLAN.nodes))]
-    starting = []
     for step in steps:
         time.sleep(max(0.0, began + step.after_s - time.time()))
-        if step.do == "add":
-            starting.append(time.time())
         more = {"seconds": NOTICE * tick_s} if step.do == "drain" else {}
         wall = driver.tell(step.do, node=step.node, **more)["wall"]
         # A drained node is there until its deadline, and counted until then.
@@ -147,7 +142,7 @@ def replay(driver: Driver, steps: list[Step], length_s: float, tick_s: float) ->
     changes.sort()
     sums = itertools.accumulate(change for _, change in changes)
     counts = [Count(wall, nodes) for (wall, _), nodes in zip(changes, sums, strict=True)]
-    return Replayed(counts, starting, time.time())
+    return Replayed(counts, time.time())
 
 
 def stretches(counts: list[Count], start: float, end: float) -> Iterator[tuple[float, int]]:
@@ -164,19 +159,17 @@ def nodes_s(counts: list[Count], start: float, end: float) -> float:
     return sum(seconds * nodes for seconds, nodes in stretches(counts, start, end))
 
 
-def account(root: Path, replayed: Replayed, rate: dict[int, float]) -> dict[str, Any]:
+def account(root: Path, replayed: Replayed) -> dict[str, Any]:
     """What was there, what was used, and where the rest went, in node-seconds."""
     counts, end = replayed.counts, replayed.end
     events, metrics = read_events(root), read_metrics(root)
-    start, batch = counts[0].wall, BATCH[DIT]
+    start = counts[0].wall
     new = [u for u in new_updates(metrics, DIT) if start < u.wall <= end]
-    used = sum(u.world * batch / rate[u.world] for u in new)
-    slowed = sum(
-        other.world * max(0.0, other.wall - one.wall - batch / rate[other.world])
-        for one, other in itertools.pairwise(new)
-        if one.attempt == other.attempt and _is_starting(replayed, other, new)
+    used = sum(
+        update.world * seconds
+        for _, attempt in itertools.groupby(new, key=lambda update: update.attempt)
+        for update, seconds in with_seconds(list(attempt))
     )
-    used += slowed
     first = new[0]._replace(wall=start)
     # A run that stands still when the trace ends stands in its last stop.
     last = new[-1]._replace(wall=end, attempt=new[-1].attempt)
@@ -192,7 +185,6 @@ def account(root: Path, replayed: Replayed, rate: dict[int, float]) -> dict[str,
     return {
         "there": round(there, 1),
         "used": round(used, 1),
-        "of_it_slowed_by_starting_nodes": round(slowed, 1),
         "of_ideal": round(used / there, 3),
         "of_ideal_less_ray_starts": round(used / (there - ray), 3),
         "ray_starts": round(ray, 1),
@@ -205,10 +197,13 @@ def account(root: Path, replayed: Replayed, rate: dict[int, float]) -> dict[str,
     }
 
 
-def _is_starting(replayed: Replayed, update: Update, new: list[Update]) -> bool:
-    """Whether a node of this machine was starting since the group of this update is at work."""
-    group = next(u.wall for u in new if u.attempt == update.attempt)
-    return any(max(group, began) <= update.wall < began + STARTING_S for began in replayed.starting)
+def with_seconds(attempt: list[Update]) -> Iterator[tuple[Update, float]]:
+    """The updates of an attempt with the seconds that one takes at that time."""
+    gaps = [other.wall - one.wall for one, other in itertools.pairwise(attempt)]
+    for number, update in enumerate(attempt):
+        around = gaps[max(0, number - AROUND) : number + AROUND]
+        if around:
+            yield update, undisturbed(around)
 
 
 def _redone(metrics: list[Any], start: float, end: float) -> int:
@@ -285,9 +280,7 @@ def main() -> None:
         # One table of rates for both: an update costs the same, and the machine is shared.
         lines = [line for system in ran for line in read_metrics(roots[system])]
         rate = rates(lines, DIT, BATCH[DIT])
-        accounts = {
-            system: account(roots[system], replayed, rate) for system, replayed in ran.items()
-        }
+        accounts = {system: account(roots[system], replayed) for system, replayed in ran.items()}
     figures: dict[str, Any] = {"samples_per_s": {k: round(v, 1) for k, v in sorted(rate.items())}}
     if len(accounts) == 2:
         ours, vanilla = accounts["ours"]["of_ideal"], accounts["vanilla"]["of_ideal"]
