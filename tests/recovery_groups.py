@@ -52,6 +52,8 @@ class Group:
     """Between the end of the first stage and the first update of the second."""
     dit: tuple[Fault, ...] = ()
     small_disk: bool = field(default=False)
+    dit_updates: int = 480
+    """Of the second stage: enough that all faults come before its end."""
 
     @property
     def all(self) -> list[tuple[str, Fault]]:
@@ -143,6 +145,7 @@ GROUPS = (
     Group(
         "storage",
         small_disk=True,
+        dit_updates=1600,  # training goes on while a disk is full
         codec=(Fault("disk full a while", fill_disk_awhile(200_000, 6.0), shows="publish"),),
         switch=(Fault("node lost", at_switch("encode_start", lose_node), shows="updates"),),
         dit=(

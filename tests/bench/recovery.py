@@ -40,7 +40,6 @@ PLAN = Spec(
     table="",
     nodes=("a", "b"),
     codec_updates=160,
-    dit_updates=480,
     save_updates=20,
     codec_save_updates=10,
     # Latents are kept in bf16: a codec that is 1e-5 apart would have some that are 4e-3 apart.
@@ -260,11 +259,12 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         videos = write_demo_videos(folder / "videos", clips=24)
         plan = replace(PLAN, table=str(videos.table))
-        reference = replace(plan, storage=str(folder / "undisturbed"))
-        if not (folder / "undisturbed").exists():
-            undisturbed(reference)
         for group in groups:
-            spec = replace(plan, storage=str(folder / group.name))
+            lasts = replace(plan, dit_updates=group.dit_updates)
+            reference = replace(lasts, storage=str(folder / f"undisturbed-{group.dit_updates}"))
+            if not Path(reference.storage).exists():
+                undisturbed(reference)
+            spec = replace(lasts, storage=str(folder / group.name))
             more, found = play(spec, group, reference.folder.root)
             rows += more
             runs.append(found)
