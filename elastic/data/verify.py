@@ -110,29 +110,33 @@ def _sealed(store: LatentStore, verdict: Verdict) -> dict[str, Any] | None:  # A
         digest = str(json.loads(path.read_text())["attributes"]["digest"])
     except (ValueError, KeyError, TypeError):
         digest = ""
-    attributes = {"fingerprint": store.schema.fingerprint, "digest": digest}
-    manifests = sorted(root.glob("manifest-*.json"))
     named = root / f"manifest-{digest}.json"
-    if _read(path).tobytes() != canonical(group_json({**attributes})) or (
-        manifests and named not in manifests
-    ):
+    sealed = _manifest(named, digest)
+    if sealed is not None:
+        # First, as nothing can be judged by a plan that is not the one that was sealed.
+        differing = [name for name in planned if sealed.get(name) != planned[name]]
+        if differing:
+            raise InputError(
+                f"{str(root)!r}: plan.json is damaged: {', '.join(differing)} differ from what was "
+                f"sealed in {named.name}, which has the right values; put it back from a copy"
+            )
+    attributes: dict[str, object] = {"fingerprint": store.schema.fingerprint, "digest": digest}
+    names_another = sealed is None and not named.exists() and any(root.glob("manifest-*.json"))
+    if names_another or _read(path).tobytes() != canonical(group_json(attributes)):
         verdict.seal.append(Fault(path, "is not what was sealed"))
-        return None
-    try:
-        sealed: dict[str, Any] = json.loads(named.read_text())
-        is_whole = canonical_digest(sealed) == digest and named.read_bytes() == canonical(sealed)
-    except (OSError, ValueError):
-        is_whole = False
-    if not is_whole:
+    elif sealed is None:
         verdict.seal.append(Fault(named, "is gone, or is not what its name says"))
-        return None
-    differing = [name for name in planned if sealed.get(name) != planned[name]]
-    if differing:
-        raise InputError(
-            f"{str(root)!r}: plan.json is damaged: {', '.join(differing)} differ from what was "
-            f"sealed in {named.name}, which has the right values; put it back from a copy"
-        )
     return sealed
+
+
+def _manifest(path: Path, digest: str) -> dict[str, Any] | None:  # Any: a JSON tree
+    """What was sealed under this digest; None where the file is not that."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        is_whole = canonical_digest(content) == digest and path.read_bytes() == canonical(content)
+    except (OSError, ValueError):
+        return None
+    return content if is_whole else None
 
 
 def _seal_faults(store: LatentStore, sealed: dict[str, Any]) -> Iterator[Fault]:  # Any: JSON
