@@ -23,7 +23,7 @@ _BACKENDS: dict[Backend, SDPBackend] = {
     "math": SDPBackend.MATH,
 }
 _HOPPER = (9, 0)  # measured; what came later has the same kernels or newer ones
-# Of one class of blocks: a graph for each bucket, length of text, mask or none, gradients or none.
+# Of one class of blocks: a graph for each bucket, with gradients and without.
 # More than torch's limit is an error with fullgraph=True.
 _MOST_GRAPHS = 2048
 

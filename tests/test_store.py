@@ -541,3 +541,18 @@ def _peak_kb(root: Path, num_samples: int) -> int:
 def test_the_memory_of_a_reader_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
     few, many = _peak_kb(tmp_path / "few", 1_000), _peak_kb(tmp_path / "many", 1_000_000)
     assert many < few + 16_000, "a tenth of what 10^6 ids and lengths take as Python objects"
+
+
+def test_a_column_that_is_cut_off_while_it_is_open_is_damage_and_not_numbers(
+    tmp_path: Path,
+) -> None:
+    schema = _schema(videos=64)
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    store.seal()
+    sealed = SealedStore.open(tmp_path, PRINT)
+    os.truncate(store.per_sample_file(VIDEO, "text_length"), 100)
+    with pytest.raises(
+        DamagedStore, match=r"text_length/c\.0 has been cut off since it was opened"
+    ):
+        sealed.read_batch(VIDEO, [63])

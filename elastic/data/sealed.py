@@ -82,7 +82,7 @@ class _Column(Generic[_Item]):
         """The values of slots in a row."""
         out = np.empty((end - first, *self._shape[1:]), self._dtype)
         if out.nbytes:
-            os.preadv(self._file.descriptor, [out.data], first * self._stride)
+            self._read(out, first)
         return out
 
     def at(self, slots: NDArray[np.int64]) -> NDArray[_Item]:
@@ -92,8 +92,14 @@ class _Column(Generic[_Item]):
             return np.fromfile(self._path, self._dtype, count).reshape(self._shape)[slots]
         out = np.empty((len(slots), *self._shape[1:]), self._dtype)
         for number, slot in enumerate(slots.tolist()):
-            os.preadv(self._file.descriptor, [out[number : number + 1].data], slot * self._stride)
+            self._read(out[number : number + 1], slot)
         return out
+
+    def _read(self, out: NDArray[_Item], slot: int) -> None:
+        if os.preadv(self._file.descriptor, [out.data], slot * self._stride) != out.nbytes:
+            raise DamagedStore(
+                f"{self._path} has been cut off since it was opened; encode the stage again"
+            )
 
 
 class _Rows:
