@@ -123,10 +123,7 @@ def repair_plan(course: Course) -> None:
         new = encode_stage(course, stage, pin_members(course, stage), verdict)
         print(f"{root}: encoded again: {len(verdict.shards)} shards; sealed as {new.digest}")
         if new.digest != pin["digest"]:
-            print(
-                f"{root}: was {pin['digest']}: the bits are others, as where a machine rounds otherwise",
-                flush=True,
-            )
+            print(f"{root}: was {pin['digest']}; not the same bits: another machine?", flush=True)
 
 
 def pin_of(folder: RunFolder, stage: Stage) -> Path:

@@ -556,3 +556,13 @@ def test_a_column_that_is_cut_off_while_it_is_open_is_damage_and_not_numbers(
         DamagedStore, match=r"text_length/c\.0 has been cut off since it was opened"
     ):
         sealed.read_batch(VIDEO, [63])
+
+
+def test_the_ids_of_a_stored_plan_become_an_array_at_one_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = _schema(videos=50)
+    LatentStore.create(tmp_path, schema)
+    stored = LatentStore.open(tmp_path).schema.bucket(VIDEO).sample_ids
+    monkeypatch.setattr(type(stored), "__getitem__", lambda *_: pytest.fail("one by one"))
+    assert np.asarray(stored, "<i8").tolist() == list(schema.bucket(VIDEO).sample_ids)

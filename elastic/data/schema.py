@@ -51,6 +51,12 @@ class StoredIds(Sequence[int]):
         found = np.fromfile(self._path, "<i8", high - low + 1, offset=8 * low).tolist()
         return tuple(found[place - low] for place in places)
 
+    def __array__(
+        self, dtype: "np.dtype[Any] | None" = None, copy: bool | None = None
+    ) -> NDArray[Any]:
+        """All at one go, for numpy, which would ask for one after the other."""
+        return np.fromfile(self._path, "<i8", self._count).astype(dtype or np.int64, copy=False)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented

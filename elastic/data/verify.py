@@ -10,7 +10,14 @@ import numpy as np
 
 from elastic.data import manifest
 from elastic.data.schema import NULL_TEXT, array_digest, fingerprint, plan_json
-from elastic.data.shards import Bytes, canonical, canonical_digest, crc32c, group_json
+from elastic.data.shards import (
+    CHECKSUM_BYTES,
+    Bytes,
+    canonical,
+    canonical_digest,
+    crc32c,
+    group_json,
+)
 from elastic.data.store import Fault, LatentStore, ShardId
 from elastic.errors import InputError
 
@@ -145,7 +152,7 @@ def _seal_faults(store: LatentStore, sealed: dict[str, Any]) -> Iterator[Fault]:
         for name, wanted in sealed["arrays"][bucket.name].items():
             path = store.per_sample_file(bucket.name, name)
             data = _read(path)
-            own, checksum = data[:-4], data[-4:].tobytes()
+            own, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:].tobytes()
             if array_digest(own) != wanted or checksum != struct.pack("<I", crc32c(own)):
                 yield Fault(path, "is not what was sealed")
         for path, metadata in store.metadata(bucket).items():
