@@ -5,10 +5,8 @@ developer API, so Ray is pinned exactly and tests/test_ray_contract.py names wha
 """
 
 import logging
-import socket
 import time
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from ray.train.v2._internal.util import time_monotonic
 from elastic.budget import MAX_CRASHES, Budget
 from elastic.errors import InputError, StageBlocked, last_line
 from elastic.journal import Event, read_events
+from elastic.ray_placing import WATCH, unreachable
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_worker import MAX_LIVES, Regroup, has_stopped, request_save, request_stop
 
@@ -37,8 +36,6 @@ log = logging.getLogger(__name__)
 
 _ASK_S = 5.0
 _WAIT_S = 1.0
-_PROBE_S = 1.0
-_PROBES = 64
 _SAVE_DEADLINE_S = 600.0  # of a large model; a process that hangs is found by its supervisor
 _LAST_CALL_S = 10.0  # before a node goes
 
@@ -210,27 +207,6 @@ def _only(resources: dict[str, Any], nodes: Collection[str]) -> dict[str, Any]:
     return {node: have for node, have in resources.items() if node in nodes}
 
 
-def unreachable(nodes: set[str]) -> set[str]:
-    """Those of the nodes whose raylet takes no connection.
-
-    The cluster itself takes seconds to declare a node dead, and a group that is sized for it waits
-    in vain until its placement times out.
-    """
-    records = [node for node in ray.nodes() if node["NodeID"] in nodes]
-    with ThreadPoolExecutor(max_workers=_PROBES) as pool:
-        answers = pool.map(_answers, records)
-    return {node["NodeID"] for node, is_up in zip(records, answers, strict=True) if not is_up}
-
-
-def _answers(node: dict[str, Any]) -> bool:
-    address = node["NodeManagerAddress"], node["NodeManagerPort"]
-    try:
-        socket.create_connection(address, timeout=_PROBE_S).close()
-    except OSError:
-        return False
-    return True
-
-
 class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]  # no types
     """Has the group save before a planned resize: Ray Train would end it without a word.
 
@@ -242,12 +218,14 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
         self._group: Any = None  # Ray's WorkerGroup while one is up
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Tell that one is being placed."""
+        """Tell that one is being placed, and watch its nodes meanwhile."""
+        WATCH.begin()
         size = worker_group_context.num_workers
         self._tell("launch", f"{size} workers are being placed", world=size)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Remember the workers."""
+        WATCH.end()
         self._group = worker_group
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
@@ -256,6 +234,7 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """A broken group cannot be asked to save, though it is shut down only later."""
+        WATCH.end()
         self._group = None
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
@@ -321,6 +300,9 @@ class CrashPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
         if any(isinstance(error, WorkerGroupStartupTimeoutError) for error in errors):
             # Somebody else took the machines in between: nothing has broken, and nothing is spent.
             self._tell("waiting", "the workers could not be placed")
+            return FailureDecision.RETRY
+        if WATCH.reason:  # it had not begun: nothing is lost, and nothing is spent
+            self._tell("waiting", WATCH.reason)
             return FailureDecision.RETRY
         events = [e for e in read_events(self._run) if e["stage"] == self._stage]
         self._tell("crash", cause_of(errors))

@@ -12,7 +12,10 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 )
 from ray.exceptions import GetTimeoutError
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2._internal.execution import callback
 from ray.train.v2._internal.execution.controller import controller as ray_controller
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -360,6 +363,16 @@ def test_workers_that_cannot_be_placed_are_waited_for(monkeypatch: pytest.Monkey
     policy, told = policy_with(monkeypatch, [])
     late = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
     assert all(decisions(policy, late, 30))
+    assert set(told.kinds) == {"waiting"}
+
+
+def test_a_start_that_was_given_up_for_nodes_that_went_costs_no_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, told = policy_with(monkeypatch, [])
+    monkeypatch.setattr(ray_policy, "WATCH", SimpleNamespace(reason="1 nodes went"))
+    cut = ControllerError(WorkerGroupStartupFailedError("a worker actor failed to initialize"))
+    assert all(decisions(policy, cut, 30))
     assert set(told.kinds) == {"waiting"}
 
 

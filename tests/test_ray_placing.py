@@ -1,0 +1,159 @@
+"""A group whose nodes go while it is placed, on a real cluster; and what a watch makes of looks."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elastic import ray_placing
+from elastic.ray_placing import PlacementWatch
+
+HOME = Path(__file__).parent.parent
+# A group of two workers is started as Ray Train starts one, and loses a node meanwhile.
+DRIVER = """
+import json, sys, time
+import ray
+from cluster import faults
+from cluster.local import LocalCluster, processes_of
+
+cluster = LocalCluster(cpus=0)
+try:
+    nodes = [cluster.add_node(), cluster.add_node()]
+    cluster.connect()
+    from ray.train.v2._internal.execution.worker_group import RayTrainWorker
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Into
+    from elastic.ray_placing import WATCH
+
+    Worker = ray.remote(num_cpus=1)(RayTrainWorker)
+    how, found = sys.argv[1], {}
+
+    def start():
+        if how == "no room":
+            cluster.drain(nodes[1], 600)
+        group = placement_group([{"CPU": 1}] * 2, strategy="SPREAD")
+        assert group.wait(60)
+        if how == "notice":
+            cluster.drain(nodes[1], 600)
+        elif how == "lost":
+            [raylet] = [
+                p for p in processes_of(cluster.temp_dir)
+                if p.name().startswith("raylet") and nodes[1].node_id in " ".join(p.cmdline())
+            ]
+            faults.kill_tree(raylet.pid)
+        into = [Into(placement_group=group, placement_group_bundle_index=i) for i in range(2)]
+        workers = [Worker.options(scheduling_strategy=one).remote() for one in into]
+        return ray.get([worker.get_metadata.remote() for worker in workers])
+
+    WATCH.begin()
+    began = time.monotonic()
+    try:
+        start()
+    except Exception as error:
+        found = {"error": type(error).__name__, "seconds": time.monotonic() - began}
+    WATCH.end()
+    print(json.dumps({**found, "reason": WATCH.reason}))
+finally:
+    ray.shutdown()
+    cluster.stop()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", ["nothing", "notice", "lost", "no room"])
+def test_a_start_is_given_up_when_a_node_of_it_goes_and_only_then(how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, how],
+        env={**os.environ, "PYTHONPATH": str(HOME), "PYTHONWARNINGS": "default"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if how == "nothing":
+        assert found == {"reason": ""}
+    else:
+        assert found["reason"] == "1 nodes went while the workers were being placed"
+        assert found["seconds"] < 60, "of the 600 that the node still had"
+
+
+class Looks:
+    """A cluster that changes from look to look, in place of Ray's tables."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: list[dict[str, str]]) -> None:
+        self._looks = looks
+        self._seen = threading.Event()
+        self.given_up: list[set[str]] = []
+        self._alive = [set("ab"), *[set("a")] * 100]
+        monkeypatch.setattr(ray_placing, "_LOOK_EVERY_S", 0.001)
+        monkeypatch.setattr(ray_placing, "_schedulable", lambda: self._alive.pop(0))
+        monkeypatch.setattr(ray_placing, "unreachable", lambda nodes: set())
+        monkeypatch.setattr(ray_placing, "_give_up", self.given_up.append)
+        tables = SimpleNamespace(placement_group_table=self._groups, actor_table=self._actors)
+        monkeypatch.setattr(ray_placing, "_state", tables)
+        context = SimpleNamespace(get_job_id=lambda: "01000000")
+        monkeypatch.setattr(ray_placing.ray, "get_runtime_context", lambda: context)
+
+    def _groups(self) -> dict[str, Any]:
+        return {
+            "aa01000000": {"state": "CREATED", "bundles_to_node_id": {0: "a", 1: "b"}},
+            "aa02000000": {"state": "PENDING", "bundles_to_node_id": {}},  # of another job
+        }
+
+    def _actors(self, actor: None, job: Any, state: str) -> dict[str, Any]:
+        if state != "PENDING_CREATION":
+            return {}
+        if not self._looks:
+            self._seen.set()
+            return {}
+        pending = self._looks.pop(0)
+        return {
+            key: {"ActorClassName": "RayTrainWorker", "Address": {"NodeID": node}}
+            for key, node in pending.items()
+        }
+
+    def play(self) -> PlacementWatch:
+        watch = PlacementWatch()
+        watch.begin()
+        assert self._seen.wait(20)
+        watch.end()
+        return watch
+
+
+def test_a_worker_that_waits_in_one_look_alone_is_left_to_come_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = Looks(monkeypatch, [{"1": "b"}, {"2": "b"}, {"1": "a", "2": "a"}])
+    assert looks.play().reason == ""
+    assert looks.given_up == []
+
+
+def test_a_worker_that_waits_on_a_going_node_twice_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = Looks(monkeypatch, [{"1": "b", "2": "a"}, {"1": "b"}])
+    assert looks.play().reason
+    assert looks.given_up == [{"1"}]
+
+
+def test_a_watch_that_can_see_nothing_gives_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch, [])
+    alive = [set("ab")]
+    blind = threading.Event()
+
+    def schedulable() -> set[str]:
+        if not alive:
+            blind.set()
+        return alive.pop()  # IndexError from the second on
+
+    monkeypatch.setattr(ray_placing, "_schedulable", schedulable)
+    watch = PlacementWatch()
+    watch.begin()
+    assert blind.wait(20)
+    watch.end()
+    assert (watch.reason, looks.given_up) == ("", [])
