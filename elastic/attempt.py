@@ -41,7 +41,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-MEMBERS = "clips.parquet"
+MEMBERS = "clips.arrow"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
 _STORE = timedelta(seconds=300)  # longer than a supervisor waits for a fork host
 # Of a storage that takes nothing more: another life would meet it again. Checkpoints have a

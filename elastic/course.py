@@ -16,9 +16,9 @@ import ray
 
 from elastic.attempt import MEMBERS, Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
-from elastic.data.assign import Members, assign, held_out_name, load_members, save_members
+from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.encode import EncodeJob, Scale, plan_job
-from elastic.data.probe import probe_all
+from elastic.data.probes import probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
 from elastic.data.table import read_table
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 LATENTS = "latents.json"
 NUM_SAMPLES = 16
 NUM_RECONSTRUCTIONS = 6
+MOST_LOOKED_AT = 256  # held-out clips, for those
 
 
 @dataclass(frozen=True)
@@ -172,18 +173,20 @@ def pin_members(course: Course, stage: Stage) -> Members:
         return load_members(path)
     clips = read_table(stage.data)
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
-    reasons = Counter(reason for _, reason in probed.quarantined)
-    for clip, reason in probed.quarantined:
-        log.warning("quarantined %s: %s", clip.path, reason)
+    reasons: Counter[str] = Counter()
+    for clip, reason in probed.quarantined():
+        reasons[reason] += 1
+        log.warning("quarantined %r: %s", clip.path, reason)
     if reasons:
         course.tracker.event(
             "quarantine", stage.name, None,
             f"{reasons.total()} of {len(clips)} clips cannot be used",
             count=reasons.total(), reasons=dict(reasons),
         )  # fmt: skip
-    members = assign(stage, clips, probed.good)
-    save_members(path, members)
-    return members
+    assigned = assign(stage, probed)
+    for line in assigned.lines(stage, probed):
+        print(f"{stage.name}  {line}", flush=True)
+    return assigned.save(path)
 
 
 def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
@@ -286,7 +289,7 @@ def show_samples(course: Course, stage: Stage) -> None:
     """Make the videos that show what a finished stage can do."""
     began = time.monotonic()
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
-    clips = members.clips[held_out_name(longest_bucket(stage))]
+    clips = list(members.clips[held_out_name(longest_bucket(stage))][:MOST_LOOKED_AT])
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
     if isinstance(stage, AutoencoderStage):
         task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)

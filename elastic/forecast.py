@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import mul
 from pathlib import Path
 
@@ -75,10 +75,10 @@ def _disk(plan: Plan, keep: Keep) -> str:
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
     latents = 0
     for stage in stages:
-        captions = [clip.text for clip in read_table(stage.data)]
+        clips = read_table(stage.data)
         a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
-        a_clip += len(stage.buckets) * text_bytes(stage, captions)
-        latents += len(captions) * a_clip
+        a_clip += len(stage.buckets) * text_bytes(stage, clips.texts())
+        latents += len(clips) * a_clip
     return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
 
 
@@ -91,7 +91,7 @@ def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
     return values * torch.bfloat16.itemsize
 
 
-def text_bytes(stage: DiffusionStage, captions: list[str]) -> int:
+def text_bytes(stage: DiffusionStage, captions: Iterable[str]) -> int:
     """The most that is stored of the text of one clip in one bucket, in whole blocks of tokens."""
     blocks = -(-stage.text.most_tokens(captions) // TEXT_BLOCK)
     values = blocks * TEXT_BLOCK * stage.text.width + stage.text.pooled_width

@@ -29,9 +29,17 @@ Progress = Callable[[int, int], None]  # shards done, shards in all
 
 def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gpus: float) -> Scale:
     """`find_scale` on a worker, which has the codec's memory and perhaps a GPU."""
-    task = ray.remote(find_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
-    scale: Scale = result_of(task.remote(stage, weights, members))
+    cpus = cpus_of_a_task(ray.nodes(), gpus)
+    task = ray.remote(find_scale).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
+    scale: Scale = result_of(task.remote(stage, weights, members, cpus))
     return scale
+
+
+def cpus_of_a_task(nodes: list[dict[str, Any]], gpus: float) -> int:
+    """One; or those that come with its GPU, which decode for it: on any node of the cluster."""
+    have = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
+    shares = [resources.get("CPU", 0.0) / resources["GPU"] for resources in have]
+    return max(1, int(min(shares, default=0.0) * gpus))
 
 
 def result_of(reference: Any) -> Any:  # Any: Ray has no types
@@ -56,14 +64,15 @@ def encode_on_ray(
     store = open_store(job)
     again = set(damaged.shards) if damaged else set()
     missing = sorted({*store.missing(), *again}, key=store.shard_ids().index)
-    task = ray.remote(_encode_whole).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+    cpus = cpus_of_a_task(ray.nodes(), gpus)
+    task = ray.remote(_encode_whole).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
     shared = ray.put(job)
     lost_text = damaged is not None and damaged.lost_null_text
     # Otherwise the first shard brings it along.
     if lost_text or (not missing and not store.has_null_text()):
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
         result_of(ray.remote(encode_null_text).options(**options).remote(shared, lost_text))
-    running = [task.remote(shared, shard, shard in again) for shard in missing]
+    running = [task.remote(shared, shard, shard in again, cpus) for shard in missing]
     total = len(store.shard_ids())
     progress(total - len(running), total)
     failure: Exception | None = None
@@ -82,11 +91,11 @@ def encode_on_ray(
     return store.seal(), store.quarantined()
 
 
-def _encode_whole(job: EncodeJob, shard: ShardId, again: bool) -> int:
+def _encode_whole(job: EncodeJob, shard: ShardId, again: bool, decoders: int) -> int:
     """`encode_shard`, undisturbed: Ray cancels a task that runs by an interrupt."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return encode_shard(job, shard, again)
+        return encode_shard(job, shard, again, decoders)
     finally:
         signal.signal(signal.SIGINT, before)
 

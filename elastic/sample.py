@@ -12,9 +12,9 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic.data.clips import Clip
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.encode import Scale, chunk_size, encode_still, load_codec
-from elastic.data.table import Clip
 from elastic.errors import InputError, StageBlocked
 from elastic.film import contact_sheet, write_mp4
 from elastic.record import difference

@@ -3,9 +3,10 @@
 # B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
 
 import json
+import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -27,9 +28,10 @@ from elastic.data.assign import (
     assign,
     held_out_name,
     load_members,
-    save_members,
 )
+from elastic.data.clips import Clip
 from elastic.data.decode import decode_clip, to_unit
+from elastic.data.decoders import Decoders, Wanted
 from elastic.data.encode import (
     EncodeJob,
     Scale,
@@ -42,12 +44,13 @@ from elastic.data.encode import (
 )
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.probe import probe
+from elastic.data.probes import Probed
 from elastic.data.schema import NULL_TEXT, shard_file
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
-from elastic.data.table import Clip
 from elastic.data.verify import verify
 from elastic.errors import InputError
+from elastic.ray_encode import cpus_of_a_task
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
@@ -102,8 +105,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
 
 
 @pytest.fixture(scope="module")
-def members(clips: list[Clip]) -> Members:
-    return assign(STAGE, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+def members(clips: list[Clip], tmp_path_factory: pytest.TempPathFactory) -> Members:
+    found = {clip.sample_id: probe(clip.path) for clip in clips}
+    path = tmp_path_factory.mktemp("members") / "clips.arrow"
+    return assign(STAGE, Probed.of(clips, found)).save(path)
 
 
 def _write_weights(path: Path, seed: int, codec: Codec = CODEC) -> Path:
@@ -172,16 +177,23 @@ def test_a_bucket_that_no_clip_fills_is_named(clips: list[Clip]) -> None:
     probes = {clip.sample_id: probe(clip.path) for clip in clips}
     large = Phase(until=2, buckets=(Bucket("64px", frames=4, batch=2),))
     with pytest.raises(InputError, match=r"'tiny': bucket '64px-4f' has no train clip: of 11 "):
-        assign(STAGE.replace(schedule=[large]), clips, probes)
+        assign(STAGE.replace(schedule=[large]), Probed.of(clips, probes))
     short = [clip for clip in clips if not clip.held_out or clip.sample_id == 900]
     probes[900] = probes[910]
     with pytest.raises(InputError, match="bucket '32px-8f' has no held-out clip"):
-        assign(STAGE, short, probes)
+        assign(STAGE, Probed.of(short, probes))
 
 
-def test_the_pinned_membership_reads_back_as_it_was(members: Members, tmp_path: Path) -> None:
-    save_members(tmp_path / "clips.parquet", members)
-    assert load_members(tmp_path / "clips.parquet") == members
+def test_the_pinned_membership_reads_back_as_it_was(members: Members, clips: list[Clip]) -> None:
+    assert members.path is not None
+    again = load_members(members.path)
+    assert again == members
+    assert again.clips[held_out_name(LONG)] == clips[:NUM_HELD_OUT]
+    assert again.clips[LONG.name] == clips[NUM_HELD_OUT : NUM_HELD_OUT + NUM_LONG]
+    assert again.clips[SHORT.name][-2:] == clips[-2:]
+    sent = pickle.dumps(members)
+    assert pickle.loads(sent) == members
+    assert len(sent) < 500, "it travels as a path"
 
 
 def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
@@ -195,11 +207,14 @@ def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
     assert open_store(job).missing() == planned[1:]
     decoded: list[str] = []
 
-    def counted(path: str, frames: int, rate: float, height: int, width: int) -> torch.Tensor:
-        decoded.append(path)
-        return decode_clip(path, frames, rate, height, width)
+    asked = Decoders.decode
 
-    monkeypatch.setattr(encode, "decode_clip", counted)
+    def counted(self: Decoders, wanted: Iterable[Wanted], ahead: int) -> Any:
+        some = list(wanted)
+        decoded.extend(one.path for one in some)
+        return asked(self, some, ahead)
+
+    monkeypatch.setattr(Decoders, "decode", counted)
     _sealed(job)
     done = sum(len(store.planned(shard)) for shard in planned[1:])
     assert len(decoded) == done == 20 - 3
@@ -246,7 +261,8 @@ def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
     stage = STAGE.replace(vae=codec, schedule=(Phase(until=40, buckets=(bucket,)),))
     weights, module = _write_weights(tmp_path / "vae.safetensors", 0, codec), codec.build()
     load_weights(module, weights)
-    members = assign(stage, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+    found = {clip.sample_id: probe(clip.path) for clip in clips}
+    members = assign(stage, Probed.of(clips, found)).save(tmp_path / "clips.arrow")
     scale = measure_scale(stage, weights, members)
     store = _sealed(plan_job(stage, weights, scale, members, tmp_path / "latents"))
     with torch.no_grad():
@@ -289,7 +305,8 @@ def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
     module = codec.build()
     weights = _write_weights(tmp_path / "vae.safetensors", 0, codec)
     load_weights(module, weights)
-    members = assign(stage, clips, {clip.sample_id: probe(clip.path) for clip in clips})
+    found = {clip.sample_id: probe(clip.path) for clip in clips}
+    members = assign(stage, Probed.of(clips, found)).save(tmp_path / "clips.arrow")
     scale = measure_scale(stage, weights, members)
     job = plan_job(stage, weights, scale, members, tmp_path / "latents")
     store = _sealed(job)
@@ -448,6 +465,9 @@ class _RayHere:
     def put(self, value: Any) -> Any:
         return value
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return []
+
     get = put
 
     def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
@@ -486,6 +506,9 @@ class _RayOfTwo:
     def put(self, value: Any) -> Any:
         return value
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return []
+
     def get(self, task: Any) -> Any:
         if task.error is not None:
             raise task.error
@@ -511,6 +534,16 @@ class _RayOfTwo:
                 task.error = error
 
 
+def test_a_task_takes_the_cores_that_come_with_its_gpu_on_every_node() -> None:
+    head = {"Alive": True, "Resources": {"CPU": 32.0}}
+    large = {"Alive": True, "Resources": {"CPU": 96.0, "GPU": 8.0}}
+    small = {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}}
+    gone = {"Alive": False, "Resources": {"CPU": 1.0, "GPU": 1.0}}
+    assert cpus_of_a_task([head, large, small, gone], 1.0) == 8
+    assert cpus_of_a_task([head, large], 1.0) == 12
+    assert cpus_of_a_task([head, large], 0.0) == cpus_of_a_task([head], 1.0) == 1
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     interrupted: bool, job: EncodeJob, monkeypatch: pytest.MonkeyPatch
@@ -519,7 +552,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shard: tuple[str, int], again: bool) -> int:
+    def failing(job: EncodeJob, shard: tuple[str, int], again: bool, decoders: int) -> int:
         tried.append(shard)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
@@ -527,7 +560,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
             raise InputError("no such folder")
         if len(tried) == 1:
             raise OSError("disk full")
-        return encode_shard(job, shard, again)
+        return encode_shard(job, shard, again, decoders)
 
     monkeypatch.setattr(ray_encode, "encode_shard", failing)
     told: list[tuple[int, int]] = []
@@ -546,10 +579,10 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shard: tuple[str, int], again: bool) -> int:
+    def failing(job: EncodeJob, shard: tuple[str, int], again: bool, decoders: int) -> int:
         if shard == open_store(job).shard_ids()[0]:
             raise OSError("disk full")
-        return encode_shard(job, shard, again)
+        return encode_shard(job, shard, again, decoders)
 
     monkeypatch.setattr(ray_encode, "encode_shard", failing)
     with pytest.raises(OSError, match="disk full"):
@@ -576,9 +609,9 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
 
-    def counting(job: EncodeJob, shard: tuple[str, int], again: bool) -> int:
+    def counting(job: EncodeJob, shard: tuple[str, int], again: bool, decoders: int) -> int:
         encoded.append(shard)
-        return encode_shard(job, shard, again)
+        return encode_shard(job, shard, again, decoders)
 
     monkeypatch.setattr(ray_encode, "encode_shard", counting)
     assert ray_encode.encode_on_ray(job, 0, lambda *_: None, verdict)[0] == digest

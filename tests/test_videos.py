@@ -1,8 +1,10 @@
 """Tables, probing and decoding: real files, good and bad."""
 
 import os
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from videos_fixture import level_video, still_video, tagged_video
 
+from elastic.data import decoders
 from elastic.data import probe as probe_module
+from elastic.data.clips import Clip, sample_id
 from elastic.data.decode import BadVideo, Unreachable, decode_clip, to_unit
 from elastic.data.moving_shapes import render, tone_mp4, turn_mp4
-from elastic.data.probe import Probe, can_fill, probe, probe_all
-from elastic.data.table import Clip, read_table, sample_id
+from elastic.data.probe import Probe, can_fill, probe
+from elastic.data.probes import Probed, probe_all
+from elastic.data.table import read_table
 from elastic.errors import InputError
 from stages.videos import Videos
 
@@ -197,7 +202,7 @@ def _bad_files(folder: Path) -> dict[str, str]:
         (folder / name).write_bytes(content)
     (folder / "folder.mp4").mkdir()
     reasons = {name: reason for name, (_, reason) in files.items()}
-    return {**reasons, "folder.mp4": "cannot be", "gone.mp4": "cannot be|does not exist"}
+    return {**reasons, "folder.mp4": "a folder, not", "gone.mp4": "cannot be|does not exist"}
 
 
 def test_bad_files_say_why_when_probed_and_when_decoded(tmp_path: Path) -> None:
@@ -218,14 +223,14 @@ def test_a_file_that_cannot_be_reached_is_not_called_bad(
     clip = Clip(1, str(mount / "a.mp4"), "a circle", held_out=False)
     cache = tmp_path / "probes.parquet"
 
-    def refuse(path: str) -> Probe:
-        raise Unreachable(f"{path}: Too many open files")
+    def refuse(self: object, paths: Iterable[str]) -> Iterator[Unreachable]:
+        return (Unreachable(f"{path}: Too many open files") for path in paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr("elastic.data.probe.probe", refuse)
-        ((_, reason),) = probe_all([clip], cache, workers=1).quarantined
+        patch.setattr(decoders.Decoders, "probe", refuse)
+        ((_, reason),) = probe_all([clip], cache, workers=1).quarantined()
     assert "Too many open files" in reason
-    assert list(probe_all([clip], cache, workers=1).good) == [1], "it is looked at again"
+    assert good(probe_all([clip], cache, workers=1)) == [1], "it is looked at again"
 
     (mount / "a.mp4").unlink()
     for attempt in (probe, lambda path: decode_clip(path, 1, 8, 32, 32)):
@@ -286,25 +291,58 @@ def test_probing_is_cached_until_a_file_changes(
     names = ["good.mp4", *_bad_files(tmp_path)]
     clips = [Clip(sample_id(n), str(tmp_path / n), "x", held_out=False) for n in names]
     probed: list[str] = []
+    asked = decoders.Decoders.probe
 
-    def counting(path: str) -> probe_module.Probe:
-        probed.append(os.path.basename(path))
-        return probe(path)
+    def counting(self: decoders.Decoders, paths: Iterable[str]) -> Iterator[Any]:
+        wanted = list(paths)
+        probed.extend(map(os.path.basename, wanted))
+        return asked(self, wanted)
 
-    monkeypatch.setattr(probe_module, "probe", counting)
+    monkeypatch.setattr(decoders.Decoders, "probe", counting)
     cache = tmp_path / "cache" / "probes.parquet"
     first = probe_all(clips, cache, workers=3)
-    assert set(first.good) == {sample_id("good.mp4")}
-    assert [os.path.basename(clip.path) for clip, _ in first.quarantined] == names[1:]
+    assert good(first) == [sample_id("good.mp4")]
+    assert [os.path.basename(clip.path) for clip, _ in first.quarantined()] == names[1:]
     assert sorted(probed) == sorted(set(names) - {"gone.mp4"})
     probed.clear()
-    assert probe_all(clips, cache, workers=3) == first
+    assert same(probe_all(clips, cache, workers=3), first)
     assert probed == []
     (tmp_path / "empty.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
     second = probe_all(clips, cache, workers=3)
     assert probed == ["empty.mp4"]
-    assert set(second.good) == {sample_id("good.mp4"), sample_id("empty.mp4")}
-    cache.write_bytes(cache.read_bytes()[:-20])
+    assert good(second) == [sample_id("good.mp4"), sample_id("empty.mp4")]
+    assert same(probe_all(clips[:2], cache, workers=3), first, 2)
     probed.clear()
-    assert probe_all(clips, cache, workers=3) == second
+    assert same(probe_all(clips, cache, workers=3), second)
+    assert probed == [], "what only part of the clips needed is kept for all"
+    cache.write_bytes(cache.read_bytes()[:-20])
+    assert same(probe_all(clips, cache, workers=3), second)
     assert len(probed) == len(names) - 1
+
+
+def good(probed: Probed) -> list[int]:
+    return [clip.sample_id for clip, fits in zip(probed.clips, probed.is_good, strict=True) if fits]
+
+
+def same(one: Probed, other: Probed, num: int | None = None) -> bool:
+    rows = range(len(one.clips) if num is None else num)
+    return all(one.at(row) == other.at(row) for row in rows)
+
+
+@given(
+    frames=st.integers(1, 400),
+    over=st.integers(1, 240_000),
+    under=st.sampled_from([1, 2, 1001]),
+    near=st.integers(-3, 3),
+)
+def test_whether_many_clips_fill_a_bucket_is_decided_as_for_one(
+    frames: int, over: int, under: int, near: int
+) -> None:
+    rate = Fraction(over, under)
+    length_s = float((frames - 1) / rate)
+    for _ in range(abs(near)):
+        length_s = float(np.nextafter(length_s, np.inf if near > 0 else -np.inf))
+    found = Probe(10, Fraction(8), 64, 64, 0, length_s)
+    probed = Probed.of([Clip(1, "v", "", False)], {1: found})
+    assert probed.at(0) == found
+    assert probed.can_fill(frames, rate).tolist() == [can_fill(found, frames, rate)]

@@ -2,7 +2,9 @@
 
 # C channel, T frame, H, W pixels
 
+import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from fractions import Fraction
 import av
 import av.container
 import av.error
+import av.stream
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
@@ -20,12 +23,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-DECODE_VERSION = 1  # grows when the same file would give other pixels; part of the fingerprint
+DECODE_VERSION = 2  # grows when the same file would give other pixels; part of the fingerprint
 
 MAX_FRAMES = 200_000
 MAX_PIXELS = 8192 * 4608
 MAX_SECONDS = 4 * 3600.0
 DEADLINE_S = 120.0  # for one clip; a file that takes longer is broken or hostile
+
+# What libav may take a file for. Playlists and scripts are not among them: they open other files,
+# and other machines.
+_FORMATS = (
+    *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v"),
+    *("flv", "live_flv", "asf", "ogg", "mxf", "ivf", "obu", "nut", "dv", "gxf", "rm", "h264"),
+    *("hevc", "vvc", "av1", "mjpeg", "y4m", "yuv4mpegpipe", "gif", "apng", "swf", "wav", "mp3"),
+    *("flac", "aac", "image2", "image2pipe", "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe"),
+    *("tiff_pipe", "jpegxl_pipe", "ppm_pipe", "pgm_pipe", "gif_pipe", "webp"),
+)
+_OPTIONS = {
+    "format_whitelist": ",".join(_FORMATS),
+    "protocol_whitelist": "file",
+    "pattern_type": "none",  # a picture's name with a percent sign is no series of pictures
+    "max_pixels": str(MAX_PIXELS),  # before any memory is taken for them
+}
+_NOT_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+              stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}  # fmt: skip
 
 # H.273: transfer curves that need tone mapping, which is another task than decoding.
 _HDR = {16: "PQ", 18: "HLG"}
@@ -47,18 +68,16 @@ class Unreachable(OSError):
 
 @contextmanager
 def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, VideoStream]]:
-    """The container and its first video stream, decoding on one thread.
+    """The container and its first video stream that is no cover picture, decoding on one thread.
 
     BadVideo for a file that is broken, or gone from its folder; Unreachable where the disk, its
     permissions or this process are at fault.
     """
+    _require_file(path)
     try:
-        with av.open(path, metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise BadVideo("no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise BadVideo("no decoder for its codec")
+        with av.open(path, options=dict(_OPTIONS), metadata_errors="ignore") as container:
+            stream = _film(container)
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             # One thread costs the least CPU per frame; many clips at once fill the cores.
             stream.codec_context.thread_count = 1
             stream.thread_type = "NONE"
@@ -68,6 +87,39 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, VideoSt
     except av.error.FFmpegError as error:
         _require_reachable(path)
         raise BadVideo(f"cannot be read: {error.strerror}") from error
+
+
+def _require_file(path: str) -> None:
+    """BadVideo for what is no file: a pipe would be waited for, and a device never ends."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadVideo("a link that leads back to itself") from error
+        return  # libav finds the same, and what it means is decided then
+    if not stat.S_ISREG(mode):
+        raise BadVideo(f"{_NOT_FILES[stat.S_IFMT(mode)]}, not a file")
+
+
+def _film(container: av.container.InputContainer) -> VideoStream:
+    """The first video stream that is no cover picture, and whose frames are not too large."""
+    streams = container.streams.video
+    if not streams:
+        raise BadVideo("no video stream")
+    cover = av.stream.Disposition.attached_pic
+    films = [stream for stream in streams if not stream.disposition & cover]
+    if not films:
+        raise BadVideo("no video stream but a cover picture")
+    stream = films[0]
+    if stream.codec_context is None:
+        raise BadVideo("no decoder for its codec")
+    _require_size(stream.codec_context.width, stream.codec_context.height)
+    return stream
+
+
+def _require_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadVideo(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
 
 
 def _require_reachable(path: str) -> None:
@@ -98,10 +150,11 @@ def frame_time(frame: av.VideoFrame) -> Fraction:
     """When it is shown, in seconds; BadVideo if that is unknown or the frame is not usable."""
     if frame.pts is None or frame.time_base is None:
         raise BadVideo("a frame has no presentation time")
-    if frame.width * frame.height > MAX_PIXELS:
-        raise BadVideo(f"{frame.width}x{frame.height} is more than {MAX_PIXELS:,} pixels")
+    _require_size(frame.width, frame.height)
     if int(frame.color_trc) in _HDR:
         raise BadVideo(f"high dynamic range ({_HDR[int(frame.color_trc)]}): needs tone mapping")
+    if frame.interlaced_frame:
+        raise BadVideo("interlaced: its frames show two moments each, line by line")
     if frame.rotation % 90:
         raise BadVideo(f"turned by {frame.rotation} degrees; only quarter turns are known")
     return frame.pts * frame.time_base

@@ -5,7 +5,9 @@ Nothing here knows where it runs: a shard is the unit of work, and any process m
 
 import functools
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 
 from elastic.data.assign import Members
-from elastic.data.decode import DECODE_VERSION, BadVideo, decode_clip, to_unit
+from elastic.data.clips import Clip, ids_of
+from elastic.data.decode import DECODE_VERSION, BadVideo, to_unit
+from elastic.data.decoders import Wanted, shared_decoders
 from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
-from elastic.data.table import Clip
 from elastic.data.verify import FIELDS
 from elastic.errors import InputError
 from elastic.files import write_atomic
@@ -87,7 +90,9 @@ def plan_job(
     digest = file_digest(weights)
     captions = hashlib.blake2b(digest_size=16)
     for name, clips in sorted(members.clips.items()):
-        captions.update(json.dumps([name, [(c.sample_id, c.text) for c in clips]]).encode())
+        captions.update(json.dumps([name, len(clips)]).encode())
+        for clip in clips:
+            captions.update(json.dumps([clip.sample_id, clip.text]).encode())
     try:
         text_fields = stage.text.fingerprint_fields()
     except ValueError as error:
@@ -119,10 +124,9 @@ def open_store(job: EncodeJob) -> LatentStore:
         given = (stage.codec.channels, 2, *grid[1:]) if stage.gives(bucket) else None
         for name, clips in job.members.clips.items():
             if name.split(".")[0] == bucket.name:
-                ids = tuple(clip.sample_id for clip in clips)
-                plan = BucketPlan(name=name, shape=shape, sample_ids=ids, given=given)
+                plan = BucketPlan(name=name, shape=shape, sample_ids=ids_of(clips), given=given)
                 buckets.append(plan)
-    texts = {clip.text for clips in job.members.clips.values() for clip in clips}
+    texts = (clip.text for clips in job.members.clips.values() for clip in clips)
     text_tokens = stage.text.most_tokens(texts)
     largest = max(largest, 2 * text_tokens * stage.text.width)
     schema = StoreSchema(
@@ -136,9 +140,10 @@ def open_store(job: EncodeJob) -> LatentStore:
     return LatentStore.create(job.root, schema)
 
 
-def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False) -> int:
+def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False, decoders: int = 1) -> int:
     """Encode and commit one shard; returns how many of its clips could not be decoded.
 
+    So many processes decode while the codec works.
     Whoever comes first also publishes the text that stands for no text. `again` is for a shard that
     was committed before and is damaged: InputError, and nothing is changed, where a clip that it
     held cannot be decoded any more.
@@ -146,14 +151,12 @@ def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False) -> int:
     encode_null_text(job)
     store = LatentStore.open(job.root)
     bucket = next(b for b in job.stage.buckets if b.name == shard[0].split(".")[0])
-    clips = {clip.sample_id: clip for clip in job.members.clips[shard[0]]}
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
     samples: list[Sample | Absent] = []
-    planned = store.planned(shard)
-    size = chunk_size(job.stage.codec)
-    for first in range(0, len(planned), size):
-        chunk = [clips[number] for number in planned[first : first + size]]
-        samples += _encode(job, codec, bucket, chunk)
+    clips = job.members.clips[shard[0]][store.slots(shard)]
+    decoded = decode_ahead(job.stage.codec, clips, bucket, job.stage.rate, decoders)
+    for chunk, pictures in decoded:
+        samples += _encode(job, codec, bucket, chunk, pictures)
     if again:
         _require_held(store, shard, samples, clips)
     store.write_shard(*shard, samples)
@@ -161,14 +164,17 @@ def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False) -> int:
 
 
 def _require_held(
-    store: LatentStore, shard: ShardId, samples: list[Sample | Absent], clips: dict[int, Clip]
+    store: LatentStore,
+    shard: ShardId,
+    samples: Sequence[Sample | Absent],
+    clips: Sequence[Clip],
 ) -> None:
     """InputError if a clip is absent now that the damaged shard held."""
-    for sample in samples:
+    for sample, clip in zip(samples, clips, strict=True):
         if isinstance(sample, Absent) and store.has_held(shard, sample.sample_id):
             raise InputError(
                 f"shard {shard[1]} of {shard[0]!r} in {str(store.root)!r} cannot be encoded again: "
-                f"{clips[sample.sample_id].path!r}, which it held: {sample.reason}. Nothing was "
+                f"{clip.path!r}, which it held: {sample.reason}. Nothing was "
                 "changed; restore the file and give the same command again"
             )
 
@@ -200,10 +206,25 @@ def chunk_size(codec: Codec) -> int:
     return _CHUNK if codec.tiling is None else 1
 
 
+def decode_ahead(
+    codec: Codec, clips: Sequence[Clip], bucket: Bucket, rate: float, decoders: int
+) -> Iterator[tuple[Sequence[Clip], list[Tensor | BadVideo]]]:
+    """The clips in chunks, with their pictures; the next chunk is decoded while one is used."""
+    size = chunk_size(codec)
+    wanted = (Wanted(c.path, bucket.frames, rate, bucket.height, bucket.width) for c in clips)
+    pictures = shared_decoders(decoders).decode(wanted, ahead=2 * size)
+    for first in range(0, len(clips), size):
+        chunk = clips[first : first + size]
+        yield chunk, list(itertools.islice(pictures, len(chunk)))
+
+
 def _encode(
-    job: EncodeJob, codec: CodecModule, bucket: Bucket, clips: list[Clip]
+    job: EncodeJob,
+    codec: CodecModule,
+    bucket: Bucket,
+    clips: Sequence[Clip],
+    decoded: list[Tensor | BadVideo],
 ) -> list[Sample | Absent]:
-    decoded = [_decode(clip, bucket, job.stage.rate) for clip in clips]
     good = [x for x in decoded if isinstance(x, Tensor)]
     latents: list[Tensor] = []
     stills: list[Tensor] | list[None] = [None] * len(good)
@@ -220,8 +241,8 @@ def _encode(
     texts = job.text.encode([clip.text for clip in clips])
     samples: list[Sample | Absent] = []
     for clip, x, text in zip(clips, decoded, texts, strict=True):
-        if isinstance(x, str):
-            samples.append(Absent(clip.sample_id, x))
+        if isinstance(x, BadVideo):
+            samples.append(Absent(clip.sample_id, x.reason))
             continue
         text_LD, pooled_P = text.embedding_LD.bfloat16(), text.pooled_D.bfloat16()
         latent_CTHW = latents.pop(0).contiguous()
@@ -259,22 +280,17 @@ def _posterior(codec: Codec, module: CodecModule, x_BCTHW: Tensor) -> tuple[Tens
     return mean_BCTHW, deviation_BCTHW
 
 
-def _decode(clip: Clip, bucket: Bucket, rate: float) -> Tensor | str:
-    try:
-        return decode_clip(clip.path, bucket.frames, rate, bucket.height, bucket.width)
-    except BadVideo as error:
-        return str(error)
-
-
-def find_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
+def find_scale(stage: DiffusionStage, weights: Path, members: Members, decoders: int = 1) -> Scale:
     """The normalisation of a stage's latents: that of its published codec, or a measured one."""
     if stage.codec.normalisation == "measured":
-        return measure_scale(stage, weights, members)
+        return measure_scale(stage, weights, members, decoders)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     return Scale(*codec.published_statistics())
 
 
-def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Scale:
+def measure_scale(
+    stage: DiffusionStage, weights: Path, members: Members, decoders: int = 1
+) -> Scale:
     """Mean and deviation of each channel over the first clips of the stage's longest bucket.
 
     Of what a DiT is trained on: the variance of the posterior counts where that is sampled.
@@ -284,9 +300,7 @@ def measure_scale(stage: DiffusionStage, weights: Path, members: Members) -> Sca
     device = next(codec.parameters()).device
     sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
     clips = members.clips[bucket.name][:STATISTICS_CLIPS]
-    size = chunk_size(stage.codec)
-    for first in range(0, len(clips), size):
-        decoded = [_decode(clip, bucket, stage.rate) for clip in clips[first : first + size]]
+    for _, decoded in decode_ahead(stage.codec, clips, bucket, stage.rate, decoders):
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:
             continue

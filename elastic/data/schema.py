@@ -74,7 +74,7 @@ class BucketPlan:
 
     name: str
     shape: tuple[int, int, int, int]
-    sample_ids: Sequence[int]
+    sample_ids: Sequence[int] | NDArray[np.int64]
     given: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +90,8 @@ class BucketPlan:
             )
         if isinstance(self.sample_ids, StoredIds):
             return  # they were checked when they were planned, and have the digest of then
-        if len(set(self.sample_ids)) != len(self.sample_ids) or min(self.sample_ids) < 0:
+        ids = np.asarray(self.sample_ids)
+        if len(np.unique(ids)) != len(ids) or ids.min() < 0:
             raise ValueError(f"bucket {self.name!r}: sample ids must be distinct and not negative")
 
 

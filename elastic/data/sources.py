@@ -1,16 +1,16 @@
 """The two sources of samples: video files for autoencoders, latent stores for DiTs."""
 
 import logging
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from elastic.data.assign import Members, held_out_name
+from elastic.data.clips import Clip, ids_of
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.load import Samples
 from elastic.data.order import Indices
 from elastic.data.sealed import SealedStore
-from elastic.data.table import Clip
 from elastic.errors import InputError
 from models.text import TextEmbedding, WordHash, pad
 from stages.schedule import Bucket
@@ -24,10 +24,12 @@ class VideoSource:
 
     def __init__(self, stage: Stage, members: Members, held_out: bool) -> None:
         self._rate = stage.rate
-        self._clips: dict[str, list[Clip]] = {}
+        self._clips: dict[str, Sequence[Clip]] = {}
         for bucket in stage.buckets:
             name = held_out_name(bucket) if held_out else bucket.name
             self._clips[bucket.name] = members.clips[name]
+        # Of a file that is mapped: pages of it are read where they are asked for.
+        self._ids = {name: ids_of(clips) for name, clips in self._clips.items()}
 
     def counts(self) -> dict[str, int]:
         """Clips of each bucket, by its name."""
@@ -35,12 +37,11 @@ class VideoSource:
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """The ids of the clips at these indices."""
-        clips = self._clips[bucket.name]
-        return np.array([clips[i].sample_id for i in indices], dtype=np.int64)
+        return self._ids[bucket.name][indices]
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         """Decode these clips; one that breaks only now is grey and has weight 0."""
-        decoded = [self._decode(self._clips[bucket.name][i], bucket) for i in indices]
+        decoded = [self._decode(self._clips[bucket.name][int(i)], bucket) for i in indices]
         grey = torch.zeros(3, bucket.frames, bucket.height, bucket.width)
         return Samples(
             x_BCTHW=torch.stack([grey if x is None else x for x in decoded]),

@@ -136,8 +136,12 @@ class LatentStore:
 
     def planned(self, shard: ShardId) -> tuple[int, ...]:
         """The sample ids of a shard, slot by slot."""
+        return tuple(map(int, self.schema.bucket(shard[0]).sample_ids[self.slots(shard)]))
+
+    def slots(self, shard: ShardId) -> slice:
+        """The places of a shard's samples in its bucket."""
         k = self.schema.samples_per_shard
-        return tuple(self.schema.bucket(shard[0]).sample_ids[shard[1] * k : (shard[1] + 1) * k])
+        return slice(shard[1] * k, (shard[1] + 1) * k)
 
     def missing(self) -> list[ShardId]:
         """Shards that are not committed, or whose files are not there in the right size."""

@@ -1,83 +1,97 @@
 """Reads the table of clips: which file, which caption, train or held out."""
 
 import difflib
-import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from numpy.typing import NDArray
 
+from elastic.data.clips import ROWS, SCHEMA, Clips, sample_id
 from elastic.errors import InputError
 from stages.videos import Videos
 
 SPLITS = ("train", "held-out")
+_COLUMNS = ("path", "text", "split")
 
 
-class Clip(NamedTuple):
-    """One row: `sample_id` is a hash of the path as the table writes it, `path` is absolute."""
-
-    sample_id: int
-    path: str
-    text: str
-    held_out: bool
-
-
-def sample_id(path: str) -> int:
-    """63 bits of BLAKE2b of the path as the table writes it: the same on every machine."""
-    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def read_table(videos: Videos) -> list[Clip]:
+def read_table(videos: Videos) -> Clips:
     """The rows of the table in its order; InputError where a person has something to put right."""
-    table = _load(videos.table)
-    folder = os.path.abspath(videos.folder or os.path.dirname(videos.table) or ".")
+    name = videos.table
+    folder = os.path.abspath(videos.folder or os.path.dirname(name) or ".")
     if not os.path.isdir(folder):
         raise InputError(
             f"video folder {folder!r} does not exist; relative paths of the table "
-            f"{videos.table!r} are taken from it: correct the folder"
+            f"{name!r} are taken from it: correct the folder"
         )
-    paths, texts = _column(table, "path", videos.table), _column(table, "text", videos.table)
-    has_split = "split" in table.column_names
-    splits = _column(table, "split", videos.table) if has_split else None
-    if not paths:
-        raise InputError(
-            f"table {videos.table!r} has no rows; it needs at least one row of path and text"
-        )
-    clips: list[Clip] = []
-    first_row: dict[int, int] = {}
-    for row, (path, text) in enumerate(zip(paths, texts, strict=True), start=1):
-        where = f"table {videos.table!r}, row {row}"
-        number = sample_id(path)
-        if number in first_row:
-            raise InputError(
-                f"{where}: path {path!r} is there already, in row {first_row[number]}; "
-                f"a clip has one row: remove one of them"
-            )
-        first_row[number] = row
-        if splits is None:
-            held_out = number % videos.held_out_every == 0
-        else:
-            held_out = _is_held_out(splits[row - 1], where)
-        clips.append(Clip(number, _absolute(path, folder, where), text, held_out))
+    batches, first_row = [], 1
+    for batch in _read(name):
+        batches.append(_clips(batch, videos, folder, first_row))
+        first_row += len(batch)
+    clips = Clips(pa.Table.from_batches(batches, schema=SCHEMA))
+    if not len(clips):
+        raise InputError(f"table {name!r} has no rows; it needs at least one row of path and text")
+    _require_distinct(name, clips.ids())
     return clips
 
 
-def _load(name: str) -> pa.Table:
+def _clips(batch: pa.RecordBatch, videos: Videos, folder: str, first_row: int) -> pa.RecordBatch:
+    """Some rows of the table as clips."""
+    name = videos.table
+    paths, texts = _values(batch, "path", name, first_row), _values(batch, "text", name, first_row)
+    ids = [sample_id(path) for path in paths]
+    if "split" in batch.schema.names:
+        splits = enumerate(_values(batch, "split", name, first_row), start=first_row)
+        held_out = [_is_held_out(split, f"table {name!r}, row {row}") for row, split in splits]
+    else:
+        held_out = [number % videos.held_out_every == 0 for number in ids]
+    found = [
+        _absolute(path, folder, f"table {name!r}, row {row}")
+        for row, path in enumerate(paths, start=first_row)
+    ]
+    return pa.RecordBatch.from_pydict(
+        dict(zip(SCHEMA.names, (ids, found, texts, held_out), strict=True)), schema=SCHEMA
+    )
+
+
+def _require_distinct(name: str, ids: NDArray[np.int64]) -> None:
+    order = np.argsort(ids, kind="stable")
+    again = order[1:][np.diff(ids[order]) == 0]  # of rows alike, all but the first
+    if len(again):
+        row = int(again.min())
+        first = int(np.flatnonzero(ids == ids[row])[0])
+        path = _path_at(name, row)
+        raise InputError(
+            f"table {name!r}, row {row + 1}: path {path!r} is there already, in row {first + 1}; "
+            f"a clip has one row: remove one of them"
+        )
+
+
+def _path_at(name: str, row: int) -> str:
+    for batch in _read(name):
+        if row < len(batch):
+            return str(batch.column("path")[row].as_py())
+        row -= len(batch)
+    raise AssertionError(f"{name} has changed while it was read")
+
+
+def _read(name: str) -> Iterator[pa.RecordBatch]:
+    """The columns of the table that are used, some rows at a time."""
     if not os.path.isfile(name):
         raise InputError(
             f"table {name!r} does not exist; it is a local CSV or Parquet file with the columns "
             f"path and text: correct the name"
         )
-    readers = {".csv": _read_csv, ".parquet": pyarrow.parquet.read_table}
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
     suffix = Path(name).suffix.lower()
     if suffix not in readers:
         raise InputError(f"table {name!r} ends in {suffix!r}; it must end in .csv or .parquet")
     try:
-        return readers[suffix](name)
+        yield from readers[suffix](name)
     except (pa.ArrowException, OSError) as error:
         what = ascii(str(error))[1:-1][:300]  # a binary file would put its bytes on the terminal
         raise InputError(
@@ -86,40 +100,55 @@ def _load(name: str) -> pa.Table:
         ) from error
 
 
-def _read_csv(name: str) -> pa.Table:
+def _read_parquet(name: str) -> Iterator[pa.RecordBatch]:
+    with pyarrow.parquet.ParquetFile(name) as file:
+        columns = _columns(file.schema_arrow.names, name)
+        yield from file.iter_batches(batch_size=ROWS, columns=columns)
+
+
+def _read_csv(name: str) -> Iterator[pa.RecordBatch]:
     if os.path.getsize(name) == 0:
         raise InputError(f"table {name!r} is an empty file; it needs the header path,text")
-    # Fixed types: a column of captions such as `12` must not become numbers.
-    text = dict.fromkeys(("path", "text", "split"), pa.string())
-    return pyarrow.csv.read_csv(
-        name,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=text),
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(name, parse_options=parse) as reader:
+        columns = _columns(reader.schema.names, name)
+    # Fixed types: a column of captions such as `12` must not become numbers. Other columns are not
+    # converted: their types would be guessed from the first rows.
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.string()), include_columns=columns
     )
+    with pyarrow.csv.open_csv(name, parse_options=parse, convert_options=convert) as reader:
+        yield from reader
 
 
-def _column(table: pa.Table, column: str, name: str) -> list[str]:
-    columns = table.column_names
-    if columns.count(column) > 1:
+def _columns(names: list[str], table: str) -> list[str]:
+    """Those of the columns that are used; InputError for one that is missing or there twice."""
+    if len(names) == 1 and ";" in names[0]:
         raise InputError(
-            f"table {name!r} has {columns.count(column)} columns {column!r}; a column comes once: "
-            "rename or remove the others"
-        )
-    if len(columns) == 1 and ";" in columns[0]:
-        raise InputError(
-            f"table {name!r} has the one column {columns[0]!r}; columns are parted by commas: "
+            f"table {table!r} has the one column {names[0]!r}; columns are parted by commas: "
             "write path,text"
         )
-    if column not in columns:
-        lowered = {found.lower(): found for found in columns}
-        near = difflib.get_close_matches(column, lowered, n=1, cutoff=0.4)
-        hint = f"nearest is {lowered[near[0]]!r}: rename it" if near else "add it"
-        raise InputError(
-            f"table {name!r} has no column {column!r}, it has {', '.join(map(repr, columns))}; "
-            f"path and text must be there; {hint}"
-        )
-    values = table.column(column).to_pylist()
-    for row, value in enumerate(values, start=1):
+    for column in _COLUMNS:
+        if names.count(column) > 1:
+            raise InputError(
+                f"table {table!r} has {names.count(column)} columns {column!r}; a column comes "
+                "once: rename or remove the others"
+            )
+    for column in ("path", "text"):
+        if column not in names:
+            lowered = {found.lower(): found for found in names}
+            near = difflib.get_close_matches(column, lowered, n=1, cutoff=0.4)
+            hint = f"nearest is {lowered[near[0]]!r}: rename it" if near else "add it"
+            raise InputError(
+                f"table {table!r} has no column {column!r}, it has {', '.join(map(repr, names))}; "
+                f"path and text must be there; {hint}"
+            )
+    return [column for column in _COLUMNS if column in names]
+
+
+def _values(batch: pa.RecordBatch, column: str, name: str, first_row: int) -> list[str]:
+    values = batch.column(column).to_pylist()
+    for row, value in enumerate(values, start=first_row):
         is_usable = isinstance(value, str) and (value != "" or column != "path")
         if not is_usable:
             raise InputError(

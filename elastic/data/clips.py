@@ -1,0 +1,129 @@
+"""Rows of clips in columns: a data set of any size, of which memory holds what is looked at."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+SCHEMA = pa.schema(
+    {"sample_id": pa.int64(), "path": pa.string(), "text": pa.string(), "held_out": pa.bool_()}
+)
+ROWS = 16_384  # of one batch
+
+
+class Clip(NamedTuple):
+    """One row: `sample_id` is a hash of the path as the table writes it, `path` is absolute."""
+
+    sample_id: int
+    path: str
+    text: str
+    held_out: bool
+
+
+def sample_id(path: str) -> int:
+    """63 bits of BLAKE2b of the path as the table writes it: the same on every machine."""
+    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Clips(Sequence[Clip]):
+    """Clips in the columns of an Arrow table, which may be a file that is mapped into memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    @classmethod
+    def of(cls, clips: Iterable[Clip]) -> "Clips":
+        """Some clips in columns; those that are in columns are taken as they are."""
+        if isinstance(clips, Clips):
+            return clips
+        return cls(pa.Table.from_pylist([clip._asdict() for clip in clips], schema=SCHEMA))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Clip: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Clips": ...
+    def __getitem__(self, at: int | slice) -> "Clip | Clips":
+        if isinstance(at, slice):
+            places = range(len(self))[at]
+            if places.step == 1:
+                return Clips(self._table.slice(places.start, len(places)))
+            return Clips(self._table.take(list(places)))
+        place = range(len(self))[at]
+        (row,) = self._table.slice(place, 1).to_pylist()
+        return Clip(**row)
+
+    def __iter__(self) -> Iterator[Clip]:
+        for batch in self.batches():
+            columns = (batch.column(name).to_pylist() for name in SCHEMA.names)
+            yield from map(Clip._make, zip(*columns, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, some at a time."""
+        return iter(self._table.to_batches(max_chunksize=ROWS))
+
+    def ids(self) -> NDArray[np.int64]:
+        """The sample ids."""
+        return self._table.column("sample_id").to_numpy()  # type: ignore[no-any-return]
+
+    def held_out(self) -> NDArray[np.bool_]:
+        """Which of them are held out."""
+        return self._table.column("held_out").to_numpy()  # type: ignore[no-any-return]
+
+    def texts(self) -> Iterator[str]:
+        """The captions."""
+        for batch in self.batches():
+            yield from batch.column("text").to_pylist()
+
+
+def ids_of(clips: Sequence[Clip]) -> NDArray[np.int64]:
+    """The sample ids of some clips."""
+    return Clips.of(clips).ids()
+
+
+def write_parts(path: Path, parts: Iterable[tuple[str, Iterator[pa.RecordBatch]]]) -> None:
+    """Publish clips by the name of their part, as an Arrow file that `read_parts` maps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with open(aside, "wb") as file:
+        with pa.ipc.new_file(file, SCHEMA.append(pa.field("part", pa.string()))) as writer:
+            for name, batches in parts:
+                for batch in batches:
+                    names = pa.array([name]).take(pa.array(np.zeros(len(batch), np.int8)))
+                    writer.write_batch(batch.append_column("part", names))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_parts(path: Path) -> dict[str, Clips]:
+    """What was written, part by part; the rows stay in the file until they are looked at."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    parts: dict[str, list[pa.RecordBatch]] = {}
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        if len(batch):  # a batch holds rows of one part alone
+            part = batch.column("part")[0].as_py()
+            parts.setdefault(part, []).append(batch.select(SCHEMA.names))
+    return {name: Clips(pa.Table.from_batches(batches)) for name, batches in parts.items()}
