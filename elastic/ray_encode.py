@@ -14,7 +14,7 @@ from elastic.data.encode import (
     Scale,
     ShardId,
     encode_null_text,
-    encode_shard,
+    encode_shards,
     find_scale,
     open_store,
 )
@@ -23,6 +23,8 @@ from elastic.errors import InputError, StageBlocked
 from stages.stage import DiffusionStage
 
 _RETRIES = 8
+MOST_SHARDS = 8  # of one task
+_TURNS = 4  # of each worker, at least, if there are shards enough
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
@@ -40,6 +42,20 @@ def cpus_of_a_task(nodes: list[dict[str, Any]], gpus: float) -> int:
     have = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
     shares = [resources.get("CPU", 0.0) / resources["GPU"] for resources in have]
     return max(1, int(min(shares, default=0.0) * gpus))
+
+
+def _num_tasks(gpus: float, cpus: int) -> int:
+    """How many tasks run at once now."""
+    have = ray.cluster_resources()
+    return int(have.get("GPU", 0.0) / gpus if gpus else have.get("CPU", 1.0) / cpus)
+
+
+def in_groups(shards: list[ShardId], at_once: int) -> list[list[ShardId]]:
+    """Shards for one task each: some of them, so that work overlaps from one to the next; and few
+    enough that all workers are busy to the end, and that little is done again.
+    """
+    size = max(1, min(MOST_SHARDS, len(shards) // max(1, _TURNS * at_once)))
+    return [shards[first : first + size] for first in range(0, len(shards), size)]
 
 
 def result_of(reference: Any) -> Any:  # Any: Ray has no types
@@ -72,9 +88,12 @@ def encode_on_ray(
     if lost_text or (not missing and not store.has_null_text()):
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
         result_of(ray.remote(encode_null_text).options(**options).remote(shared, lost_text))
-    running = [task.remote(shared, shard, shard in again, cpus) for shard in missing]
-    total = len(store.shard_ids())
-    progress(total - len(running), total)
+    groups = in_groups([shard for shard in missing if shard not in again], _num_tasks(gpus, cpus))
+    groups += [[shard] for shard in missing if shard in again]
+    tasks = {task.remote(shared, group, group[0] in again, cpus): len(group) for group in groups}
+    running, total = list(tasks), len(store.shard_ids())
+    num_left = len(missing)
+    progress(total - num_left, total)
     failure: Exception | None = None
     while running:
         (done,), running = ray.wait(running, num_returns=1)
@@ -85,17 +104,18 @@ def encode_on_ray(
             raise error from failure
         except Exception as error:  # raised when the other shards are committed
             failure = failure or error
-        progress(total - len(running), total)
+        num_left -= tasks[done]
+        progress(total - num_left, total)
     if failure is not None:
         raise failure
     return store.seal(), store.quarantined()
 
 
-def _encode_whole(job: EncodeJob, shard: ShardId, again: bool, decoders: int) -> int:
-    """`encode_shard`, undisturbed: Ray cancels a task that runs by an interrupt."""
+def _encode_whole(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    """`encode_shards`, undisturbed: Ray cancels a task that runs by an interrupt."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return encode_shard(job, shard, again, decoders)
+        return encode_shards(job, shards, again, decoders)
     finally:
         signal.signal(signal.SIGINT, before)
 

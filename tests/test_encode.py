@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
@@ -37,11 +39,13 @@ from elastic.data.encode import (
     Scale,
     chunk_size,
     encode_shard,
+    encode_shards,
     find_scale,
     measure_scale,
     open_store,
     plan_job,
 )
+from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.probe import probe
 from elastic.data.probes import Probed
@@ -50,7 +54,7 @@ from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.verify import verify
 from elastic.errors import InputError
-from elastic.ray_encode import cpus_of_a_task
+from elastic.ray_encode import MOST_SHARDS, cpus_of_a_task, in_groups
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
@@ -468,6 +472,9 @@ class _RayHere:
     def nodes(self) -> list[dict[str, Any]]:
         return []
 
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
     get = put
 
     def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
@@ -488,6 +495,10 @@ def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
 
 
+class _Task(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 class _RayOfTwo:
     """As much of Ray as encoding uses, with two workers: what is waited for runs in order."""
 
@@ -497,7 +508,7 @@ class _RayOfTwo:
 
     def remote(self, function: Callable[..., Any]) -> SimpleNamespace:
         def submit(*arguments: Any) -> SimpleNamespace:
-            task = SimpleNamespace(run=lambda: function(*arguments), result=None, error=None)
+            task = _Task(run=lambda: function(*arguments), result=None, error=None)
             self.queued.append(task)
             return task
 
@@ -508,6 +519,9 @@ class _RayOfTwo:
 
     def nodes(self) -> list[dict[str, Any]]:
         return []
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
 
     def get(self, task: Any) -> Any:
         if task.error is not None:
@@ -544,6 +558,17 @@ def test_a_task_takes_the_cores_that_come_with_its_gpu_on_every_node() -> None:
     assert cpus_of_a_task([head, large], 0.0) == cpus_of_a_task([head], 1.0) == 1
 
 
+@given(num=st.integers(0, 400), at_once=st.integers(0, 40))
+def test_groups_of_shards_are_all_of_them_in_order_and_leave_work_for_everybody(
+    num: int, at_once: int
+) -> None:
+    shards = [("32px", number) for number in range(num)]
+    groups = in_groups(shards, at_once)
+    assert [shard for group in groups for shard in group] == shards
+    assert all(1 <= len(group) <= MOST_SHARDS for group in groups)
+    assert len(groups) >= min(num, 4 * at_once)
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     interrupted: bool, job: EncodeJob, monkeypatch: pytest.MonkeyPatch
@@ -552,17 +577,17 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shard: tuple[str, int], again: bool, decoders: int) -> int:
-        tried.append(shard)
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+        tried.extend(shards)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
         if len(tried) == 2:
             raise InputError("no such folder")
         if len(tried) == 1:
             raise OSError("disk full")
-        return encode_shard(job, shard, again, decoders)
+        return encode_shards(job, shards, again, decoders)
 
-    monkeypatch.setattr(ray_encode, "encode_shard", failing)
+    monkeypatch.setattr(ray_encode, "encode_shards", failing)
     told: list[tuple[int, int]] = []
     with pytest.raises(InputError, match="no such folder"):
         ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
@@ -579,12 +604,12 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shard: tuple[str, int], again: bool, decoders: int) -> int:
-        if shard == open_store(job).shard_ids()[0]:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+        if shards == open_store(job).shard_ids()[:1]:
             raise OSError("disk full")
-        return encode_shard(job, shard, again, decoders)
+        return encode_shards(job, shards, again, decoders)
 
-    monkeypatch.setattr(ray_encode, "encode_shard", failing)
+    monkeypatch.setattr(ray_encode, "encode_shards", failing)
     with pytest.raises(OSError, match="disk full"):
         ray_encode.encode_on_ray(job, 0, lambda *_: None)
     assert len(open_store(job).missing()) == 1
@@ -609,11 +634,11 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
 
-    def counting(job: EncodeJob, shard: tuple[str, int], again: bool, decoders: int) -> int:
-        encoded.append(shard)
-        return encode_shard(job, shard, again, decoders)
+    def counting(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+        encoded.extend(shards)
+        return encode_shards(job, shards, again, decoders)
 
-    monkeypatch.setattr(ray_encode, "encode_shard", counting)
+    monkeypatch.setattr(ray_encode, "encode_shards", counting)
     assert ray_encode.encode_on_ray(job, 0, lambda *_: None, verdict)[0] == digest
     assert encoded == [(LONG.name, 0)]
     assert [path.read_bytes() for path in files] == before

@@ -8,9 +8,10 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,26 +142,59 @@ def open_store(job: EncodeJob) -> LatentStore:
 
 
 def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False, decoders: int = 1) -> int:
-    """Encode and commit one shard; returns how many of its clips could not be decoded.
+    """`encode_shards` of one."""
+    return encode_shards(job, [shard], again, decoders)
 
-    So many processes decode while the codec works.
-    Whoever comes first also publishes the text that stands for no text. `again` is for a shard that
-    was committed before and is damaged: InputError, and nothing is changed, where a clip that it
-    held cannot be decoded any more.
+
+def encode_shards(
+    job: EncodeJob, shards: Sequence[ShardId], again: bool = False, decoders: int = 1
+) -> int:
+    """Encode and commit some shards; returns how many of their clips could not be decoded.
+
+    While the codec works so many processes decode what comes next, and the shard before is written.
+    Whoever comes first also publishes the text that stands for no text. `again` is for shards that
+    were committed before and are damaged: InputError, and nothing is changed, where a clip that
+    one held cannot be decoded any more.
     """
     encode_null_text(job)
     store = LatentStore.open(job.root)
-    bucket = next(b for b in job.stage.buckets if b.name == shard[0].split(".")[0])
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
-    samples: list[Sample | Absent] = []
-    clips = job.members.clips[shard[0]][store.slots(shard)]
-    decoded = decode_ahead(job.stage.codec, clips, bucket, job.stage.rate, decoders)
-    for chunk, pictures in decoded:
-        samples += _encode(job, codec, bucket, chunk, pictures)
-    if again:
-        _require_held(store, shard, samples, clips)
-    store.write_shard(*shard, samples)
-    return sum(isinstance(sample, Absent) for sample in samples)
+    num_absent = 0
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
+        writing: Future[None] | None = None
+        for shard, samples in _encode_all(job, codec, store, shards, decoders):
+            if again:
+                clips = job.members.clips[shard[0]][store.slots(shard)]
+                _require_held(store, shard, samples, clips)
+            num_absent += sum(isinstance(sample, Absent) for sample in samples)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(store.write_shard, *shard, samples)
+        if writing is not None:
+            writing.result()
+    return num_absent
+
+
+def _encode_all(
+    job: EncodeJob,
+    codec: CodecModule,
+    store: LatentStore,
+    shards: Sequence[ShardId],
+    decoders: int,
+) -> Iterator[tuple[ShardId, list[Sample | Absent]]]:
+    """What each of the shards holds."""
+    buckets = {bucket.name: bucket for bucket in job.stage.buckets}
+    parts = [
+        Part(buckets[shard[0].split(".")[0]], job.members.clips[shard[0]][store.slots(shard)])
+        for shard in shards
+    ]
+    chunks = decode_ahead(job.stage.codec, parts, job.stage.rate, decoders)
+    for shard, part in zip(shards, parts, strict=True):
+        samples: list[Sample | Absent] = []
+        while len(samples) < len(part.clips):
+            clips, pictures = next(chunks)
+            samples += _encode(job, codec, part.bucket, clips, pictures)
+        yield shard, samples
 
 
 def _require_held(
@@ -206,16 +240,28 @@ def chunk_size(codec: Codec) -> int:
     return _CHUNK if codec.tiling is None else 1
 
 
+class Part(NamedTuple):
+    """Clips that are decoded for one bucket."""
+
+    bucket: Bucket
+    clips: Sequence[Clip]
+
+
 def decode_ahead(
-    codec: Codec, clips: Sequence[Clip], bucket: Bucket, rate: float, decoders: int
+    codec: Codec, parts: Sequence[Part], rate: float, decoders: int
 ) -> Iterator[tuple[Sequence[Clip], list[Tensor | BadVideo]]]:
-    """The clips in chunks, with their pictures; the next chunk is decoded while one is used."""
+    """The clips of each part in chunks, with their pictures; what comes next is decoded already."""
     size = chunk_size(codec)
-    wanted = (Wanted(c.path, bucket.frames, rate, bucket.height, bucket.width) for c in clips)
+    wanted = (
+        Wanted(clip.path, bucket.frames, rate, bucket.height, bucket.width)
+        for bucket, clips in parts
+        for clip in clips
+    )
     pictures = shared_decoders(decoders).decode(wanted, ahead=2 * size)
-    for first in range(0, len(clips), size):
-        chunk = clips[first : first + size]
-        yield chunk, list(itertools.islice(pictures, len(chunk)))
+    for _, clips in parts:
+        for first in range(0, len(clips), size):
+            chunk = clips[first : first + size]
+            yield chunk, list(itertools.islice(pictures, len(chunk)))
 
 
 def _encode(
@@ -300,7 +346,7 @@ def measure_scale(
     device = next(codec.parameters()).device
     sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
     clips = members.clips[bucket.name][:STATISTICS_CLIPS]
-    for _, decoded in decode_ahead(stage.codec, clips, bucket, stage.rate, decoders):
+    for _, decoded in decode_ahead(stage.codec, [Part(bucket, clips)], stage.rate, decoders):
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:
             continue
