@@ -460,11 +460,21 @@ def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
         LatentSource(with_files, sealed, held_out=False).null_text()
 
 
+class _Task(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 class _RayHere:
     """As much of Ray as encoding uses; a task runs when it is made."""
 
     def remote(self, function: Callable[..., Any]) -> SimpleNamespace:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=function))
+        def run(*arguments: Any) -> _Task:
+            return _Task(result=function(*arguments))
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=run))
+
+    def get(self, task: _Task) -> Any:
+        return task.result
 
     def put(self, value: Any) -> Any:
         return value
@@ -474,8 +484,6 @@ class _RayHere:
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 2.0}
-
-    get = put
 
     def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
         return running[:num_returns], running[num_returns:]
@@ -493,10 +501,6 @@ def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     assert told[9:] == [(8, 8)]
     assert again == first
     assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
-
-
-class _Task(SimpleNamespace):
-    __hash__ = object.__hash__
 
 
 class _RayOfTwo:
