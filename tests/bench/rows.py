@@ -1,0 +1,154 @@
+"""Peak memory of the parts of the latent path, with a thousand rows in the table and a million.
+
+Each part is a process of its own, as in a run: the driver that reads the table, takes the probes
+from their cache, assigns and pins; the driver that plans the store; a worker that encodes the last
+shard; a rank that trains on videos and looks at a few clips. All rows name one file, in different
+words, so that a million files need not be made. A reader of latents is measured in test_store.py.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# What lies beside this script is measured, whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from figure import record
+from safetensors.torch import save_file
+
+from elastic.data.assign import assign, load_members
+from elastic.data.clips import Clip, Clips
+from elastic.data.encode import Scale, encode_shards, open_store, plan_job
+from elastic.data.moving_shapes import write_demo_videos
+from elastic.data.probes import probe_all
+from elastic.data.sources import VideoSource
+from elastic.data.table import read_table
+from models.fresh import fresh_parameters, named_generator
+
+HOME = Path(__file__).resolve().parents[2]
+FEW, MANY = 1_000, 1_000_000
+WORKER_MB, DRIVER_BYTES = 32.0, 200.0  # more with MANY than with FEW; a row
+PARTS = ("pin", "plan", "encode", "train")
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a thousand and ten thousand rows")
+    parser.add_argument("--part", choices=PARTS, help="of one process: what it does")
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(run(options.part, options.folder)))
+        return
+    many = 10_000 if options.quick else MANY
+    found: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    with tempfile.TemporaryDirectory(prefix="restage-bench-") as temporary:
+        videos = write_demo_videos(Path(temporary) / "videos", clips=4)
+        film = sorted(videos.folder.glob("*.mp4"))[0]
+        for rows in (FEW, many):
+            folder = Path(temporary) / str(rows)
+            folder.mkdir()
+            prepare(folder, film, rows)
+            for part in PARTS:
+                command = [sys.executable, __file__, "--part", part, "--folder", str(folder)]
+                environment = {**os.environ, **variables(folder)}
+                done = subprocess.run(
+                    command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+                )
+                found[part][str(rows)] = json.loads(done.stdout.splitlines()[-1])
+    more = {part: round(mb[str(many)]["mb"] - mb[str(FEW)]["mb"], 1) for part, mb in found.items()}
+    a_row = {part: round(1e6 * more[part] / (many - FEW), 1) for part in ("pin", "plan")}
+    record(
+        "rows",
+        figures={"rows": [FEW, many], "peak": found, "more_mb": more, "bytes_a_row": a_row},
+        goal=(
+            f"workers take at most {WORKER_MB:.0f} MB more with {MANY:,} rows than with {FEW:,}, "
+            f"the driver at most {DRIVER_BYTES:.0f} bytes a row"
+        ),
+        holds=max(more["encode"], more["train"]) <= WORKER_MB
+        and max(a_row.values()) <= DRIVER_BYTES,
+        keep=not options.quick,
+    )
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """What tests/encode_plan.py reads."""
+    return {
+        "ENCODE_VIDEOS": str(folder / "captions.csv"),
+        "ENCODE_WEIGHTS": str(folder / "codec.safetensors"),
+        "PYTHONPATH": f"{HOME}:{HOME / 'tests'}",
+    }
+
+
+def prepare(folder: Path, film: Path, rows: int) -> None:
+    """A table of one film under many names, its probe, and weights of the codec."""
+    from encode_plan import CODEC
+
+    (folder / "v.mp4").write_bytes(film.read_bytes())
+    with open(folder / "captions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "text"))
+        writer.writerows(
+            (f"{row}/../v.mp4", f"clip {row}: a red circle moves to the left over a blue floor")
+            for row in range(rows)
+        )
+    one = Clips.of([Clip(1, str(folder / "v.mp4"), "", held_out=False)])
+    probe_all(one, folder / "probes.parquet", workers=1)
+    drawn = fresh_parameters(CODEC.build(device="meta"), lambda name: named_generator(0, name))
+    save_file(dict(drawn), folder / "codec.safetensors")
+
+
+def run(part: str, folder: Path) -> dict[str, float]:
+    """Do one part, and tell its peak memory in MB and its seconds."""
+    from encode_plan import BUCKET, CODEC, stage
+
+    began = time.monotonic()
+    if part == "pin":
+        probed = probe_all(read_table(stage.data), folder / "probes.parquet", workers=1)
+        assign(stage, probed).save(folder / "clips.arrow")
+    elif part == "plan":
+        members = load_members(folder / "clips.arrow")
+        scale = Scale((0.0,) * CODEC.channels, (1.0,) * CODEC.channels)
+        job = plan_job(stage, folder / "codec.safetensors", scale, members, folder / "latents")
+        open_store(job)
+        (folder / "job.pickle").write_bytes(pickle.dumps(job))
+    elif part == "encode":
+        job = pickle.loads((folder / "job.pickle").read_bytes())
+        shards = [shard for shard in open_store_ids(job) if shard[0] == BUCKET.name]
+        encode_shards(job, [shards[-1]])
+    else:
+        source = VideoSource(stage, load_members(folder / "clips.arrow"), held_out=False)
+        count = source.counts()[BUCKET.name]
+        for first in range(0, count, max(1, count // 20)):
+            source.fetch(BUCKET, source_indices(first))
+            source.sample_ids(BUCKET, source_indices(first))
+    status = Path("/proc/self/status").read_text()
+    peak_kb = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return {"mb": round(int(peak_kb) / 1000, 1), "s": round(time.monotonic() - began, 1)}
+
+
+def open_store_ids(job: Any) -> list[tuple[str, int]]:
+    """The shards of a store that was planned, as a worker sees them."""
+    from elastic.data.store import LatentStore
+
+    return LatentStore.open(job.root).shard_ids()
+
+
+def source_indices(first: int) -> Any:
+    """One index, as a batch."""
+    import numpy as np
+
+    return np.array([first])
+
+
+if __name__ == "__main__":
+    main()
