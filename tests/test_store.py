@@ -466,6 +466,31 @@ def test_bad_plans_are_refused() -> None:
         BucketPlan(name="x", shape=(1, 1, 1, 1), sample_ids=(1, 1))
 
 
+def test_what_was_found_whole_is_not_checked_again_until_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = _schema(videos=20)
+    store = LatentStore.create(tmp_path, schema)
+    _fill(store)
+    store.seal()
+    sealed, checked = SealedStore.open(tmp_path, PRINT), []
+    monkeypatch.setattr("elastic.data.sealed.crc32c", lambda b: checked.append(1) or crc32c(b))
+    sealed.read_batch(VIDEO, [3, 17])
+    first = len(checked)
+    assert first == 2 * len(schema.arrays(VIDEO))
+    sealed.read_batch(VIDEO, [17, 3])
+    assert len(checked) == first
+    sealed.read_batch(VIDEO, [4])
+    assert len(checked) == first * 3 // 2
+    path = shard_file(tmp_path, VIDEO, "latent", 3 // schema.samples_per_shard)
+    content = bytearray(path.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    path.write_bytes(content)
+    sealed.forget_checks()
+    with pytest.raises(DamagedStore, match="has CRC"):
+        sealed.read_batch(VIDEO, range(8))
+
+
 def test_many_shards_are_read_with_few_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,9 +59,6 @@ class _Place(NamedTuple):
     slot: int
     shard: int
     samples: int  # present ones before it in the shard
-    text_blocks: int  # of these
-    length: int  # text tokens of the sample itself
-    crcs: list[int]  # of its part in each array
 
 
 class _Column(Generic[_Item]):
@@ -128,20 +125,27 @@ class _Rows:
         """The ids of present samples."""
         return self._sample_id.at(self._slots(indices)).astype(np.int64, copy=False)
 
-    def places(self, indices: NDArray[np.int64]) -> list[_Place]:
-        """Where present samples lie, and what else is sealed of them."""
-        slots = self._slots(indices)
-        shards = slots // self._per_shard
-        firsts = shards * self._per_shard
-        before = indices - firsts + np.searchsorted(self._absent_M, firsts)
-        places = []
-        columns = firsts.tolist(), slots.tolist(), shards.tolist(), before.tolist()
-        for first, slot, shard, samples in zip(*columns, strict=True):
-            lengths = self._length.between(first, slot + 1)
-            blocks = int((-(-lengths[:-1] // TEXT_BLOCK)).sum())
-            crcs = self._crcs.between(slot, slot + 1)[0].tolist()
-            places.append(_Place(slot, shard, samples, blocks, int(lengths[-1]), crcs))
-        return places
+    def place(self, index: int) -> _Place:
+        """Where a present sample lies."""
+        if len(self._absent_M):
+            slot = index + int(np.searchsorted(self._present_M, index, side="right"))
+        else:
+            slot = index
+        shard = slot // self._per_shard
+        first = shard * self._per_shard
+        return _Place(slot, shard, index - first + self._absent_before(first))
+
+    def _absent_before(self, slot: int) -> int:
+        return int(np.searchsorted(self._absent_M, slot)) if len(self._absent_M) else 0
+
+    def text(self, place: _Place) -> tuple[int, int]:
+        """Blocks of text before a sample's in its shard, and its own text tokens."""
+        lengths = self._length.between(place.shard * self._per_shard, place.slot + 1)
+        return int((-(-lengths[:-1] // TEXT_BLOCK)).sum()), int(lengths[-1])
+
+    def crc(self, place: _Place, column: int) -> int:
+        """The CRC of a sample's part in an array."""
+        return int(self._crcs.between(place.slot, place.slot + 1)[0, column])
 
     def id(self, place: _Place) -> int:
         """The id of a sample."""
@@ -151,11 +155,39 @@ class _Rows:
         return indices + np.searchsorted(self._present_M, indices, side="right")
 
 
+class _Array:
+    """An array of a bucket: where its shards lie, and which samples' bytes have been checked."""
+
+    def __init__(self, root: Path, bucket: str, name: str, column: int, count: int) -> None:
+        self.name, self.column = name, column
+        path = str(shard_file(root, bucket, name, 0))
+        self._start, _, self._end = path.rpartition("/c.0")
+        # A bit for each sample; pages of it that are not written to take no memory.
+        self._checked = np.zeros(-(-count // 8), np.uint8)
+
+    def file(self, shard: int) -> str:
+        """Where a shard of it lies."""
+        return f"{self._start}/c.{shard}{self._end}"
+
+    def forget(self) -> None:
+        """Nothing has been checked."""
+        self._checked[:] = 0
+
+    def is_checked(self, slot: int) -> bool:
+        """Whether the bytes of a sample were found to be those that were sealed."""
+        return bool(self._checked[slot >> 3] >> (slot & 7) & 1)
+
+    def check(self, slot: int) -> None:
+        """Note that they were. Of two threads at once one may be forgotten: it is checked again."""
+        self._checked[slot >> 3] |= 1 << (slot & 7)
+
+
 class SealedStore:
     """A finished store. Indices count the samples that are present, in the order of the plan.
 
-    Where a sample lies follows from the sealed lengths, so no shard index is read. May be used
-    by several threads.
+    Where a sample lies follows from the sealed lengths, so no shard index is read. What is read for
+    the first time is compared with its CRC: a process reads again what it has found whole. May be
+    used by several threads.
     """
 
     def __init__(
@@ -173,6 +205,14 @@ class SealedStore:
         self._root = root
         self._rows = rows
         self._files = _Files()
+        self._shapes = {bucket.name: bucket.shape for bucket in schema.buckets}
+        self._arrays = {
+            bucket.name: {
+                name: _Array(root, bucket.name, name, column, len(bucket.sample_ids))
+                for column, name in enumerate(schema.arrays(bucket.name))
+            }
+            for bucket in schema.buckets
+        }
 
     @classmethod
     def open(cls, root: str | Path, fingerprint: str, digest: str | None = None) -> Self:
@@ -216,7 +256,7 @@ class SealedStore:
 
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""
-        self._fill_latent(bucket, self._places(bucket, [index])[0], out)
+        self._fill_latent(bucket, self._place(bucket, index), out)
 
     def read_batch(
         self, bucket: str, indices: Sequence[int] | NDArray[np.int64], out: Tensor | None = None
@@ -231,7 +271,8 @@ class SealedStore:
         given = self.schema.bucket(bucket).given
         given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
         texts = []
-        for number, place in enumerate(self._places(bucket, indices)):
+        for number, index in enumerate(indices):
+            place = self._place(bucket, int(index))
             self._fill_latent(bucket, place, out[number])
             self._fill(bucket, "pooled", place, _bytes_of(pooled_BP[number]))
             texts.append(self._text(bucket, place))
@@ -240,15 +281,20 @@ class SealedStore:
         ids = rows.ids(np.asarray(indices, np.int64))
         return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
 
-    def _places(self, bucket: str, indices: Sequence[int] | NDArray[np.int64]) -> list[_Place]:
-        rows, asked = self._rows[bucket], np.asarray(indices, np.int64)
-        outside = asked[(asked < 0) | (asked >= len(rows))]
-        if len(outside):
-            raise IndexError(f"bucket {bucket!r} has {len(rows)} samples, not {outside[0]}")
-        return rows.places(asked)
+    def forget_checks(self) -> None:
+        """Compare everything again when it is read next."""
+        for arrays in self._arrays.values():
+            for array in arrays.values():
+                array.forget()
+
+    def _place(self, bucket: str, index: int) -> _Place:
+        rows = self._rows[bucket]
+        if not 0 <= index < len(rows):
+            raise IndexError(f"bucket {bucket!r} has {len(rows)} samples, not {index}")
+        return rows.place(index)
 
     def _fill_latent(self, bucket: str, place: _Place, out: Tensor) -> None:
-        shape = self.schema.bucket(bucket).shape
+        shape = self._shapes[bucket]
         if out.dtype != torch.bfloat16 or tuple(out.shape) != shape or not out.is_contiguous():
             raise ValueError(
                 f"bucket {bucket!r} fills a contiguous bfloat16 tensor {shape}, "
@@ -257,34 +303,42 @@ class SealedStore:
         self._fill(bucket, "latent", place, _bytes_of(out))
 
     def _text(self, bucket: str, place: _Place) -> Tensor:
-        length, width = place.length, self.schema.text_width
+        blocks, length = self._rows[bucket].text(place)
+        width = self.schema.text_width
         text_LD = torch.empty((-(-length // TEXT_BLOCK) * TEXT_BLOCK, width), dtype=torch.bfloat16)
-        self._fill(bucket, "text", place, _bytes_of(text_LD))
+        start = blocks * 2 * TEXT_BLOCK * width
+        self._fill(bucket, "text", place, _bytes_of(text_LD), start)
         return text_LD[:length]
 
-    def _fill(self, bucket: str, array: str, place: _Place, out: Bytes) -> None:
-        """Read the bytes of a sample and compare their CRC with the sealed one."""
-        path = shard_file(self._root, bucket, array, place.shard)
+    def _fill(
+        self, bucket: str, name: str, place: _Place, out: Bytes, start: int | None = None
+    ) -> None:
+        """Read the bytes of a sample; the first time, compare their CRC with the sealed one.
+
+        All samples of an array but text take the same space; of text the start is given.
+        """
+        array = self._arrays[bucket][name]
         try:
-            file = self._files.get(path)
+            file = self._files.get(array.file(place.shard))
         except FileNotFoundError:
-            raise self._damaged(bucket, array, place, "is gone with its shard") from None
-        block = 2 * TEXT_BLOCK * self.schema.text_width
-        # All samples of an array but text take the same space.
-        start = place.text_blocks * block if array == "text" else place.samples * out.nbytes
+            raise self._damaged(bucket, name, place, "is gone with its shard") from None
+        at = place.samples * out.nbytes if start is None else start
         got = 0
         while got < out.nbytes:
-            step = os.preadv(file.descriptor, [out[got:].data], start + got)
+            step = os.preadv(file.descriptor, [out[got:].data], at + got)
             if step == 0:
-                raise self._damaged(bucket, array, place, f"is cut off after {got} bytes")
+                raise self._damaged(bucket, name, place, f"is cut off after {got} bytes")
             got += step
-        found, sealed = crc32c(out), place.crcs[self.schema.arrays(bucket).index(array)]
+        if array.is_checked(place.slot):
+            return
+        found, sealed = crc32c(out), self._rows[bucket].crc(place, array.column)
         if found != sealed:
             what = f"has CRC {found:08x}, sealed was {sealed:08x}"
-            raise self._damaged(bucket, array, place, what)
+            raise self._damaged(bucket, name, place, what)
+        array.check(place.slot)
 
     def _damaged(self, bucket: str, array: str, place: _Place, what: str) -> DamagedStore:
-        path = shard_file(self._root, bucket, array, place.shard)
+        path = self._arrays[bucket][array].file(place.shard)
         number = self._rows[bucket].id(place)
         return DamagedStore(
             f"{path}: {array} of sample {number} (bucket {bucket!r}) {what}; delete that file and "
@@ -307,7 +361,7 @@ def read_null_text(root: Path, digest: str | None = None) -> TextEmbedding:
 class _File:
     """A descriptor that closes when its last reader lets go of it, in whatever thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
 
@@ -321,9 +375,9 @@ class _Files:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[Path, _File] = OrderedDict()
+        self._open: OrderedDict[str, _File] = OrderedDict()
 
-    def get(self, path: Path) -> _File:
+    def get(self, path: str) -> _File:
         with self._lock:
             file = self._open.get(path) or _File(path)
             self._open[path] = file
