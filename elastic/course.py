@@ -171,7 +171,8 @@ def pin_members(course: Course, stage: Stage) -> Members:
     path = course.folder.stage(stage.name) / MEMBERS
     if path.exists():
         return load_members(path)
-    clips = read_table(stage.data)
+    spilled = path.with_name(".table.arrow")
+    clips = read_table(stage.data, spilled)
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
     reasons: Counter[str] = Counter()
     for clip, reason in probed.quarantined():
@@ -186,7 +187,9 @@ def pin_members(course: Course, stage: Stage) -> Members:
     assigned = assign(stage, probed)
     for line in assigned.lines(stage, probed):
         print(f"{stage.name}  {line}", flush=True)
-    return assigned.save(path)
+    members = assigned.save(path)
+    spilled.unlink()
+    return members
 
 
 def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:

@@ -5,7 +5,7 @@ from stages.given import Given
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
-from stages.schedule import Bucket, Phase
+from stages.schedule import Bucket, Phase, Windows
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
 
@@ -28,5 +28,6 @@ __all__ = [
     "PlanError",
     "Stage",
     "Videos",
+    "Windows",
     "load_plan",
 ]

@@ -55,6 +55,18 @@ class Bucket(Record):
         return f"{self.size}-{self.frames}f"
 
 
+class Windows(Record):
+    """An order for storage that is slow at random places: neighbours are read near one another.
+
+    Runs of `run` samples that lie side by side are put into an order of their own in each epoch,
+    and `mixed` of them at a time are shuffled together: so many shards are read from at once.
+    A `run` of 64 is a whole shard of small latents, or several of large ones.
+    """
+
+    run: int = Field(default=64, ge=1)
+    mixed: int = Field(default=64, ge=1)
+
+
 class Phase(Record):
     """A stretch of a stage with fixed buckets, up to `until` samples seen in the stage."""
 

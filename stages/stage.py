@@ -20,7 +20,7 @@ from stages.given import Given
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
-from stages.schedule import Bucket, Phase, check_schedule
+from stages.schedule import Bucket, Phase, Windows, check_schedule
 from stages.videos import Videos
 
 # A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
@@ -47,6 +47,8 @@ class _Stage(Record):
     """Frames per second at which clips are sampled."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sample order and of the noise."""
+    order: Windows | None = None
+    """None: any sample may follow any other; `Windows()` keeps what is read together together."""
     workers: tuple[int, int] = (1, 64)
     """Fewest and most workers; the stage starts with what is free."""
     save_every: int = Field(gt=0)
@@ -332,6 +334,8 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     fields["init"] = {"policy": type(stage.init).__name__} | {
         name: value for name, value in fields["init"].items() if not name.startswith("guard_")
     }
+    if stage.order is None:  # as in runs of before there were others
+        del fields["order"]
     if not stage.exact:  # the order in which a batch is added up
         for phase in fields["schedule"]:
             for bucket in phase["buckets"]:

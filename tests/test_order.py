@@ -18,12 +18,13 @@ from elastic.data.order import (
     EMPTY_DIGEST,
     BatchPlan,
     Permutation,
+    WindowedPermutation,
     batch_at,
     bucket_at,
     chain_digest,
     updates_before,
 )
-from stages import AdamW, Bucket, DiffusionStage, Phase
+from stages import AdamW, Bucket, DiffusionStage, Phase, Windows
 
 COUNTS = {CLIP: 23, STILL: 17}
 # Pearson's statistic over 255 degrees of freedom: mean 255, deviation 22.6; this is 6.6 of them.
@@ -60,10 +61,38 @@ def test_the_smallest_sizes_reach_every_order_of_two_and_are_bijections(size: in
     assert len(orders) > 1 or size == 1
 
 
+WINDOWS = st.builds(Windows, run=st.integers(1, 70), mixed=st.integers(1, 9))
+
+
 @settings(deadline=None)
-@given(size=st.integers(1, 60), batch=st.integers(1, 80))
-def test_each_sample_comes_once_an_epoch(size: int, batch: int) -> None:
-    plans = _walk(_one_bucket(batch, 6), {CLIP: size})
+@given(size=st.integers(1, 3000), windows=WINDOWS, key=st.integers(0, 2**63))
+def test_windows_are_a_bijection_of_any_size(size: int, windows: Windows, key: int) -> None:
+    there = WindowedPermutation(size, windows, "test", key)(np.arange(size))
+    assert np.array_equal(np.sort(there), np.arange(size))
+
+
+def test_a_window_is_read_from_as_many_runs_as_are_mixed_and_mixes_them() -> None:
+    size, windows = 10_000 - 7, Windows(run=50, mixed=8)
+    there = WindowedPermutation(size, windows, "test")(np.arange(size))
+    before: set[int] = set()
+    for first in range(0, size, 400):
+        runs = np.bincount(there[first : first + 400] // 50, minlength=200)
+        most = np.flatnonzero(runs > 7)  # fewer are those that the short last run sends elsewhere
+        assert len(most) <= 8
+        assert not before & set(most.tolist()), "a run is read in one window"
+        before |= set(most.tolist())
+        # Each run is spread over its window: so many of its samples come in the first half.
+        early = np.bincount(there[first : first + 200] // 50, minlength=200)[most]
+        assert (early > 10).all()
+        assert (early < 40).all()
+    other = WindowedPermutation(size, windows, "another")(np.arange(size))
+    assert (there == other).mean() < 0.01
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 60), batch=st.integers(1, 80), windows=st.one_of(st.none(), WINDOWS))
+def test_each_sample_comes_once_an_epoch(size: int, batch: int, windows: Windows | None) -> None:
+    plans = _walk(_one_bucket(batch, 6).replace(order=windows), {CLIP: size})
     stream = np.concatenate([plan.indices for plan in plans])
     epochs = np.concatenate([plan.epochs for plan in plans])
     assert np.array_equal(epochs, np.arange(6 * batch) // size)
@@ -168,9 +197,12 @@ def test_neighbours_in_the_order_are_independent(monkeypatch: pytest.MonkeyPatch
     assert min(weak) > CHI_SQUARE_BOUND
 
 
-def test_a_batch_of_a_thousand_million_samples_costs_no_time_and_no_memory() -> None:
+@pytest.mark.parametrize("windows", [None, Windows()])
+def test_a_batch_of_a_thousand_million_samples_costs_no_time_and_no_memory(
+    windows: Windows | None,
+) -> None:
     size = 10**9
-    stage = _one_bucket(10_080, 400_000)
+    stage = _one_bucket(10_080, 400_000).replace(order=windows)
     position = 10_080 * 312_345
     seconds = []
     for _ in range(5):

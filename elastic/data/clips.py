@@ -1,6 +1,8 @@
 """Rows of clips in columns: a data set of any size, of which memory holds what is looked at."""
 
+import bisect
 import hashlib
+import itertools
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +39,9 @@ class Clips(Sequence[Clip]):
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
+        self._ids = table.column("sample_id").chunks
+        sizes = [len(chunk) for chunk in self._ids]
+        self._starts = list(itertools.accumulate(sizes, initial=0))
 
     @classmethod
     def of(cls, clips: Iterable[Clip]) -> "Clips":
@@ -58,8 +63,7 @@ class Clips(Sequence[Clip]):
             if places.step == 1:
                 return Clips(self._table.slice(places.start, len(places)))
             return Clips(self._table.take(list(places)))
-        place = range(len(self))[at]
-        (row,) = self._table.slice(place, 1).to_pylist()
+        (row,) = self._table.slice(range(len(self))[at], 1).to_pylist()
         return Clip(**row)
 
     def __iter__(self) -> Iterator[Clip]:
@@ -81,6 +85,14 @@ class Clips(Sequence[Clip]):
     def ids(self) -> NDArray[np.int64]:
         """The sample ids."""
         return self._table.column("sample_id").to_numpy()  # type: ignore[no-any-return]
+
+    def ids_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample ids at some places, whose pages alone are read."""
+        found = np.empty(len(places), np.int64)
+        for number, place in enumerate(places.tolist()):
+            chunk = bisect.bisect_right(self._starts, place) - 1
+            found[number] = self._ids[chunk][place - self._starts[chunk]].as_py()
+        return found
 
     def held_out(self) -> NDArray[np.bool_]:
         """Which of them are held out."""

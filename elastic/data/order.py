@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from models.fresh import named_seed
 from stages.init import Continue
-from stages.schedule import Bucket, Slot, samples_before, slot_at
+from stages.schedule import Bucket, Slot, Windows, samples_before, slot_at
 from stages.stage import Stage
 
 _HALF_ROUNDS = 6
@@ -58,6 +58,44 @@ class Permutation:
         return np.asarray(left * columns + right)
 
 
+class WindowedPermutation:
+    """A keyed bijection of [0, size) that keeps neighbours near one another.
+
+    Runs of places side by side are permuted, and then the places of `mixed` runs at a time. The
+    last run may reach beyond the size: places there are walked on until they land inside, which
+    sends less than a run of samples somewhere else.
+    """
+
+    def __init__(self, size: int, windows: Windows, *key: str | int) -> None:
+        assert size > 0, f"cannot permute {size} elements"
+        self.size = size
+        self._run = min(windows.run, size)
+        self._num_runs = -(-size // self._run)
+        self._mixed = windows.mixed
+        self._runs = Permutation(self._num_runs, *key, "runs")
+        self._key = key
+
+    def __call__(self, index: Indices) -> Indices:
+        """Where each of the given indices goes."""
+        out = self._place(np.asarray(index, dtype=np.int64))
+        while (outside := out >= self.size).any():
+            out[outside] = self._place(out[outside])
+        return out
+
+    def _place(self, x: Indices) -> Indices:
+        window_size = self._mixed * self._run
+        windows, within = np.divmod(x, window_size)
+        out = np.empty_like(x)
+        for window in np.unique(windows):
+            here = windows == window
+            first = int(window) * self._mixed
+            num_runs = min(self._mixed, self._num_runs - first)
+            mix = Permutation(num_runs * self._run, *self._key, "window", int(window))
+            runs, offsets = np.divmod(mix(within[here]), self._run)
+            out[here] = self._runs(first + runs) * self._run + offsets
+        return out
+
+
 class BatchPlan(NamedTuple):
     """The global batch at a position: its bucket and the indices of its samples in that bucket."""
 
@@ -97,7 +135,9 @@ def batch_at(stage: Stage, position: int, counts: dict[str, int]) -> BatchPlan:
     indices = np.empty_like(within)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        order = Permutation(size, "order", stage.seed, stage.name, bucket.name, int(epoch))
+        key = ("order", stage.seed, stage.name, bucket.name, int(epoch))
+        windows = stage.order
+        order = WindowedPermutation(size, windows, *key) if windows else Permutation(size, *key)
         indices[here] = order(within[here])
     return BatchPlan(position, bucket, indices, epochs)
 

@@ -1,12 +1,11 @@
 """The two sources of samples: video files for autoencoders, latent stores for DiTs."""
 
 import logging
-from collections.abc import Sequence
 
 import torch
 
 from elastic.data.assign import Members, held_out_name
-from elastic.data.clips import Clip, ids_of
+from elastic.data.clips import Clip, Clips
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.load import Samples
 from elastic.data.order import Indices
@@ -24,12 +23,10 @@ class VideoSource:
 
     def __init__(self, stage: Stage, members: Members, held_out: bool) -> None:
         self._rate = stage.rate
-        self._clips: dict[str, Sequence[Clip]] = {}
+        self._clips: dict[str, Clips] = {}
         for bucket in stage.buckets:
             name = held_out_name(bucket) if held_out else bucket.name
-            self._clips[bucket.name] = members.clips[name]
-        # Of a file that is mapped: pages of it are read where they are asked for.
-        self._ids = {name: ids_of(clips) for name, clips in self._clips.items()}
+            self._clips[bucket.name] = Clips.of(members.clips[name])
 
     def counts(self) -> dict[str, int]:
         """Clips of each bucket, by its name."""
@@ -37,7 +34,7 @@ class VideoSource:
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """The ids of the clips at these indices."""
-        return self._ids[bucket.name][indices]
+        return self._clips[bucket.name].ids_at(indices)
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         """Decode these clips; one that breaks only now is grey and has weight 0."""

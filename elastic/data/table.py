@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from elastic.data.clips import ROWS, SCHEMA, Clips, sample_id
+from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
 from elastic.errors import InputError
 from stages.videos import Videos
 
@@ -19,8 +19,11 @@ SPLITS = ("train", "held-out")
 _COLUMNS = ("path", "text", "split")
 
 
-def read_table(videos: Videos) -> Clips:
-    """The rows of the table in its order; InputError where a person has something to put right."""
+def read_table(videos: Videos, spill: Path | None = None) -> Clips:
+    """The rows of the table in its order; InputError where a person has something to put right.
+
+    They are kept in memory, or in the file `spill`, which is then mapped and may be deleted.
+    """
     name = videos.table
     folder = os.path.abspath(videos.folder or os.path.dirname(name) or ".")
     if not os.path.isdir(folder):
@@ -28,15 +31,23 @@ def read_table(videos: Videos) -> Clips:
             f"video folder {folder!r} does not exist; relative paths of the table "
             f"{name!r} are taken from it: correct the folder"
         )
-    batches, first_row = [], 1
-    for batch in _read(name):
-        batches.append(_clips(batch, videos, folder, first_row))
-        first_row += len(batch)
-    clips = Clips(pa.Table.from_batches(batches, schema=SCHEMA))
+    rows = _all_clips(videos, folder)
+    if spill is None:
+        clips = Clips(pa.Table.from_batches(rows, schema=SCHEMA))
+    else:
+        write_parts(spill, [("table", rows)])
+        clips = read_parts(spill).get("table", Clips(SCHEMA.empty_table()))
     if not len(clips):
         raise InputError(f"table {name!r} has no rows; it needs at least one row of path and text")
     _require_distinct(name, clips.ids())
     return clips
+
+
+def _all_clips(videos: Videos, folder: str) -> Iterator[pa.RecordBatch]:
+    first_row = 1
+    for batch in _read(videos.table):
+        yield _clips(batch, videos, folder, first_row)
+        first_row += len(batch)
 
 
 def _clips(batch: pa.RecordBatch, videos: Videos, folder: str, first_row: int) -> pa.RecordBatch:

@@ -1,4 +1,4 @@
-"""Peak memory of the parts of the latent path, with a thousand rows in the table and a million.
+"""Memory of the parts of the latent path, with a thousand rows in the table and with a million.
 
 Each part is a process of its own, as in a run: the driver that reads the table, takes the probes
 from their cache, assigns and pins; the driver that plans the store; a worker that encodes the last
@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 # What lies beside this script is measured, whatever is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
 from figure import record
 from safetensors.torch import save_file
 
@@ -30,6 +32,7 @@ from elastic.data.encode import Scale, encode_shards, open_store, plan_job
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.probes import probe_all
 from elastic.data.sources import VideoSource
+from elastic.data.store import LatentStore
 from elastic.data.table import read_table
 from models.fresh import fresh_parameters, named_generator
 
@@ -47,7 +50,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(run(options.part, options.folder)))
+        print(json.dumps(watched(options.part, options.folder)))
         return
     many = 10_000 if options.quick else MANY
     found: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
@@ -107,13 +110,32 @@ def prepare(folder: Path, film: Path, rows: int) -> None:
     save_file(dict(drawn), folder / "codec.safetensors")
 
 
-def run(part: str, folder: Path) -> dict[str, float]:
-    """Do one part, and tell its peak memory in MB and its seconds."""
+def watched(part: str, folder: Path) -> dict[str, float]:
+    """Do one part; its peak memory in MB, and its seconds."""
+    began, over, seen = time.monotonic(), threading.Event(), [own_mb()]
+
+    def look() -> None:
+        while not over.wait(0.02):
+            seen.append(own_mb())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        run(part, folder)
+    finally:
+        over.set()
+        looking.join()
+    return {"mb": round(max(seen), 1), "s": round(time.monotonic() - began, 1)}
+
+
+def run(part: str, folder: Path) -> None:
+    """Do one part, as the course does it."""
     from encode_plan import BUCKET, CODEC, stage
 
-    began = time.monotonic()
     if part == "pin":
-        probed = probe_all(read_table(stage.data), folder / "probes.parquet", workers=1)
+        probed = probe_all(
+            read_table(stage.data, folder / ".table.arrow"), folder / "probes.parquet", workers=1
+        )
         assign(stage, probed).save(folder / "clips.arrow")
     elif part == "plan":
         members = load_members(folder / "clips.arrow")
@@ -123,31 +145,21 @@ def run(part: str, folder: Path) -> dict[str, float]:
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
     elif part == "encode":
         job = pickle.loads((folder / "job.pickle").read_bytes())
-        shards = [shard for shard in open_store_ids(job) if shard[0] == BUCKET.name]
-        encode_shards(job, [shards[-1]])
+        shards = LatentStore.open(job.root).shard_ids()
+        encode_shards(job, [max(shard for shard in shards if shard[0] == BUCKET.name)])
     else:
         source = VideoSource(stage, load_members(folder / "clips.arrow"), held_out=False)
         count = source.counts()[BUCKET.name]
         for first in range(0, count, max(1, count // 20)):
-            source.fetch(BUCKET, source_indices(first))
-            source.sample_ids(BUCKET, source_indices(first))
+            source.fetch(BUCKET, np.array([first]))
+            source.sample_ids(BUCKET, np.array([first]))
+
+
+def own_mb() -> float:
+    """Memory that is this process's own: pages of mapped files can be had back at any time."""
     status = Path("/proc/self/status").read_text()
-    peak_kb = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"mb": round(int(peak_kb) / 1000, 1), "s": round(time.monotonic() - began, 1)}
-
-
-def open_store_ids(job: Any) -> list[tuple[str, int]]:
-    """The shards of a store that was planned, as a worker sees them."""
-    from elastic.data.store import LatentStore
-
-    return LatentStore.open(job.root).shard_ids()
-
-
-def source_indices(first: int) -> Any:
-    """One index, as a batch."""
-    import numpy as np
-
-    return np.array([first])
+    (kb,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(kb) / 1000
 
 
 if __name__ == "__main__":
