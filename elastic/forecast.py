@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
+from elastic.data.places import is_there
 from elastic.data.schema import TEXT_BLOCK
 from elastic.data.table import read_table
 from elastic.fit import memory_lines, shown, workers_on
@@ -71,7 +72,7 @@ def _disk(plan: Plan, keep: Keep) -> str:
     stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
     if not stages:
         return "; ".join(parts)
-    if not all(os.path.isfile(stage.data.table) for stage in stages):
+    if not all(is_there(stage.data.table) for stage in stages):
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
     latents = 0
     for stage in stages:

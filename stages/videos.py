@@ -8,7 +8,9 @@ from models.record import Record
 class Videos(Record):
     """A table of clips: a CSV or Parquet file with the columns `path` and `text`.
 
-    Relative paths in the table are taken from `folder`, or from the table's own folder.
+    Table, folder and paths may be URLs that fsspec knows, such as s3://bucket/clips.parquet; keys
+    come from the environment. Relative paths in the table are taken from `folder`, or from the
+    table's own folder.
     An optional column `split` marks held-out clips with the word `held-out`; without it every
     `held_out_every`-th clip, by the hash of its path, is held out.
     """

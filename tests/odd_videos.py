@@ -280,7 +280,7 @@ KINDS = (
         "too short|cannot be read|cut off|damaged"),
     Odd("cut.ts", _cut(0.5, lambda: video("mpeg2video", "mpegts")),
         "too short|cannot be read|cut off|damaged"),
-    _bare("damaged-index.mp4", _flipped, "cannot be read|no frame could be decoded"),
+    _bare("damaged-index.mp4", _flipped, "cannot be read|no frame could|too short"),
     _bare("sound.mp4", lambda: tone_mp4(1.0), "no video stream"),
     _bare("sound-with-cover.m4a", lambda: _with_cover(only=True), "cover"),
     _bare("no-times.h264", _no_times, "no presentation time|no frame"),

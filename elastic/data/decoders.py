@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic.data.decode import DEADLINE_S, BadVideo, Unreachable, decode_clip
+from elastic.data.places import is_url
 from elastic.data.probe import Probe, probe
 
-KILL_AFTER_S = DEADLINE_S + 30.0  # the decoder itself gives up at its deadline, between frames
+KILL_AFTER_S = 2 * DEADLINE_S  # by the clock; a decoder gives up itself at its deadline
 MEMORY_BYTES = 4 << 30  # more than it has at its start
 _TRIES = 3  # whatever else ends processes on a machine, it does not end three in a row
 _GROW = 1 << 20
@@ -151,6 +152,9 @@ class _Process:
                 ended_by = self._end()
             if ended_by == signal.SIGALRM:
                 reason = f"took more than {self._kill_after_s:.0f} s, and no end of it"
+                path = question if isinstance(question, str) else question.path
+                if is_url(path):  # that is the network's doing before it is the file's
+                    return Unreachable(f"{path}: {reason}"), self._pixels
                 break
             reason = f"ends its decoder by {ended_by.name}"
         return BadVideo(reason), self._pixels
@@ -168,7 +172,7 @@ class _Process:
         context.set_forkserver_preload([__name__])
         memory = context.RawArray("B", -(-num_bytes // _GROW) * _GROW)
         self._connection, far = context.Pipe()
-        arguments = (far, memory, self._do, self._kill_after_s)
+        arguments = (far, memory, self._do, self._kill_after_s, dict(os.environ))
         self._started = context.Process(target=_serve, args=arguments, daemon=True)
         self._started.start()
         far.close()
@@ -186,8 +190,11 @@ class _Process:
         return signal.Signals(max(1, -self._started.exitcode))
 
 
-def _serve(connection: Connection, memory: Any, do: Do, kill_after_s: float) -> None:
+def _serve(
+    connection: Connection, memory: Any, do: Do, kill_after_s: float, environment: dict[str, str]
+) -> None:
     """Answer until the other side is gone."""
+    os.environ.update(environment)  # of now: what it was forked from began at some other time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: whoever asks decides
     torch.set_num_threads(1)
     pixels = np.frombuffer(memory, np.uint8) if len(memory) else np.empty(0, np.uint8)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from elastic.data.clips import ROWS, Clip, Clips, sample_id
 from elastic.data.decode import DECODE_VERSION, BadVideo, Unreachable
 from elastic.data.decoders import Decoders
+from elastic.data.places import Stamp, stamp
 from elastic.data.probe import Probe
 
 _SAVE_EVERY_S = 30.0
@@ -99,10 +100,10 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
         row = 0
         for batch in probed.clips.batches():
             paths = batch.column("path").to_pylist()
-            for stat in pool.map(_stat, paths):
-                stats[row] = stat or (-1, -1)
-                if stat is None:
-                    probed.put(row, "the file does not exist")
+            for found in pool.map(_stamp, paths):
+                stats[row] = found if isinstance(found, Stamp) else (-1, -1)
+                if not isinstance(found, Stamp):
+                    probed.put(row, found or "the file does not exist")
                 row += 1
             rows = np.arange(row - len(paths), row)
             todo.append(rows[_take_known(cache, probed, rows, paths, stats[rows])])
@@ -156,13 +157,11 @@ def _probe(
     cache.save()
 
 
-def _stat(path: str) -> tuple[int, int] | None:
+def _stamp(path: str) -> Stamp | str | None:
     try:
-        found = os.stat(path)
-    except OSError as error:
-        # What is there, and leads nowhere or in a circle, is looked at and gets its own reason.
-        return (0, 0) if isinstance(error, OSError) and os.path.islink(path) else None
-    return found.st_size, found.st_mtime_ns
+        return stamp(path)
+    except OSError as error:  # a later run may find it
+        return str(error)
 
 
 class _Cache:

@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
 from elastic.errors import InputError
 from stages.videos import Videos
@@ -25,8 +26,14 @@ def read_table(videos: Videos, spill: Path | None = None) -> Clips:
     They are kept in memory, or in the file `spill`, which is then mapped and may be deleted.
     """
     name = videos.table
-    folder = os.path.abspath(videos.folder or os.path.dirname(name) or ".")
-    if not os.path.isdir(folder):
+    for what, place in (("table", name), ("video folder", videos.folder or "")):
+        if places.is_url(place):
+            places.check_url(place, what)
+    folder = videos.folder or places.parent(name) or "."
+    if not places.is_url(folder):
+        folder = os.path.abspath(folder)
+    # Behind a URL there are no folders, only names that begin alike.
+    if not places.is_url(folder) and not os.path.isdir(folder):
         raise InputError(
             f"video folder {folder!r} does not exist; relative paths of the table "
             f"{name!r} are taken from it: correct the folder"
@@ -92,10 +99,14 @@ def _path_at(name: str, row: int) -> str:
 
 def _read(name: str) -> Iterator[pa.RecordBatch]:
     """The columns of the table that are used, some rows at a time."""
-    if not os.path.isfile(name):
+    try:
+        is_there = places.is_file(name)
+    except OSError as error:
+        raise InputError(f"table {name!r} cannot be reached: {error}") from error
+    if not is_there:
         raise InputError(
-            f"table {name!r} does not exist; it is a local CSV or Parquet file with the columns "
-            f"path and text: correct the name"
+            f"table {name!r} does not exist; it is a CSV or Parquet file, or its URL, with the "
+            f"columns path and text: correct the name"
         )
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
     suffix = Path(name).suffix.lower()
@@ -112,23 +123,30 @@ def _read(name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _read_parquet(name: str) -> Iterator[pa.RecordBatch]:
-    with pyarrow.parquet.ParquetFile(name) as file:
+    with places.open_read(name) as opened, pyarrow.parquet.ParquetFile(opened) as file:
         columns = _columns(file.schema_arrow.names, name)
         yield from file.iter_batches(batch_size=ROWS, columns=columns)
 
 
 def _read_csv(name: str) -> Iterator[pa.RecordBatch]:
-    if os.path.getsize(name) == 0:
+    found = places.stamp(name)
+    if found is None or not found.size:
         raise InputError(f"table {name!r} is an empty file; it needs the header path,text")
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(name, parse_options=parse) as reader:
+    with (
+        places.open_read(name) as file,
+        pyarrow.csv.open_csv(file, parse_options=parse) as reader,
+    ):
         columns = _columns(reader.schema.names, name)
     # Fixed types: a column of captions such as `12` must not become numbers. Other columns are not
     # converted: their types would be guessed from the first rows.
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.string()), include_columns=columns
     )
-    with pyarrow.csv.open_csv(name, parse_options=parse, convert_options=convert) as reader:
+    with (
+        places.open_read(name) as file,
+        pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert) as reader,
+    ):
         yield from reader
 
 
@@ -179,6 +197,9 @@ def _is_held_out(split: str, where: str) -> bool:
 
 
 def _absolute(path: str, folder: str, where: str) -> str:
+    if places.is_url(path):
+        places.check_url(path, where)
+        return path
     if os.path.isabs(path):
         return os.path.normpath(path)
     inner = os.path.normpath(path)
@@ -187,4 +208,4 @@ def _absolute(path: str, folder: str, where: str) -> str:
             f"{where}: path {path!r} leads out of the folder {folder!r}; a relative path stays "
             f"inside it: move the file, or write its absolute path"
         )
-    return os.path.join(folder, inner)
+    return places.join(folder, inner)

@@ -1,0 +1,104 @@
+"""Files of the input by a path or a URL: there or not, how old, opened. URLs go by fsspec."""
+
+import errno
+import hashlib
+import os
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from elastic.errors import InputError
+
+_BLOCK = 2**20  # bytes of one request; an index at a file's end is one, and its frames some
+# What carries no time says when it changed in one of these words, whatever its kind of storage.
+_STAMPS = ("ETag", "etag", "md5", "LastModified", "last_modified", "updated", "mtime", "created")
+
+
+class Stamp(NamedTuple):
+    """Size in bytes, and a number that differs when it was written again: of a local one, ns."""
+
+    size: int
+    changed: int
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec is asked for it."""
+    return "://" in path
+
+
+def join(folder: str, name: str) -> str:
+    """A name below a folder or URL."""
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
+
+
+def parent(path: str) -> str:
+    """The folder, or the URL of it, that holds a file."""
+    return path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
+
+
+def check_url(url: str, what: str) -> None:
+    """InputError for a URL with keys in it, or for which no program is installed."""
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise InputError(
+            f"{what}: a URL with a user or key in it would end up in logs; give those by the "
+            "environment, and write the URL without them"
+        )
+    try:
+        _file_system(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"{what} {url!r}: {error}; for s3:// install the extra: pip install 'restage[s3]'"
+        ) from None
+
+
+def stamp(path: str) -> Stamp | None:
+    """Size and age of what is there; None if nothing is. OSError where that cannot be known."""
+    if not is_url(path):
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            # A link that leads nowhere or in a circle is there, and gets a reason of its own.
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return Stamp(0, 0) if os.path.islink(path) else None
+            raise
+        return Stamp(found.st_size, found.st_mtime_ns)
+    try:
+        info = _file_system(path).info(path)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a back end raises what it likes
+        raise OSError(f"{path}: {error}") from error
+    words = repr([info.get(name) for name in _STAMPS])
+    digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return Stamp(int(info.get("size") or 0), int.from_bytes(digest, "big") >> 1)
+
+
+def is_file(path: str) -> bool:
+    """Whether a file is there. OSError where that cannot be known."""
+    if is_url(path):
+        return stamp(path) is not None
+    return os.path.isfile(path)
+
+
+def is_there(path: str) -> bool:
+    """Whether something is there, as far as can be known."""
+    try:
+        return stamp(path) is not None
+    except OSError:
+        return False
+
+
+def open_read(path: str) -> BinaryIO:
+    """The file, to read any part of it. OSError as files raise it."""
+    if not is_url(path):
+        return open(path, "rb")
+    try:
+        return cast(BinaryIO, _file_system(path).open(path, "rb", block_size=_BLOCK))
+    except OSError:
+        raise
+    except Exception as error:  # as above
+        raise OSError(f"{path}: {error}") from error
+
+
+def _file_system(url: str) -> Any:  # Any: fsspec has no types
+    import fsspec  # its back ends take long to import, and most data sets are local
+
+    return fsspec.core.url_to_fs(url)[0]
