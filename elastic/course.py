@@ -171,6 +171,12 @@ def pin_members(course: Course, stage: Stage) -> Members:
     path = course.folder.stage(stage.name) / MEMBERS
     if path.exists():
         return load_members(path)
+    if path.with_suffix(".parquet").exists():
+        raise InputError(
+            f"stage {stage.name!r} of {str(course.folder.root)!r} was begun by an earlier version, "
+            "which kept its clips in another way (CHANGELOG.md); finish it with that version, or "
+            "give --storage another folder to begin anew"
+        )
     spilled = path.with_name(".table.arrow")
     clips = read_table(stage.data, spilled)
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)

@@ -15,6 +15,10 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 56, 130, 20, 44
 COLOURS = {"fresh": "#000000", "keep": "#0072B2", "keep-frozen": "#56B4E9", "align": "#D55E00",
            "align-token": "#E69F00", "align-half": "#CC79A7"}  # fmt: skip
 
+_READERS = {"memcpy": "a copy in memory", "ours": "**ours**", "ours, first time":
+            "ours, with the checksum of a first read", "streaming": "MosaicML Streaming",
+            "webdataset": "WebDataset"}  # fmt: skip
+
 
 def policy_table(policies: dict[str, Any]) -> str:
     """One row a policy: final loss, samples to the final loss of `fresh`, what is seen."""
@@ -121,6 +125,20 @@ def mfu_table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def reader_table(figures: dict[str, Any]) -> str:
+    """One row a reader: samples a second of each size, in random order and in windows."""
+    columns = [(size, order) for size in ("1.1 MB", "9.7 MB") for order in ("random", "windows")]
+    lines = [
+        "| reader | " + " | ".join(f"{size}, {order}" for size, order in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in figures["1.1 MB"]["orders"]["windows"]:
+        found = [figures[size]["orders"][order].get(name) for size, order in columns]
+        cells = [f"{row['samples_per_s']:,.0f}" if row else "no" for row in found]
+        lines.append(f"| {_READERS.get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables, write the picture."""
     policies = json.loads((RESULTS / "init_policies.json").read_text())["figures"]["policies"]
@@ -129,6 +147,7 @@ def main() -> None:
     print(f"\n{resize_table(resize['faults'])}\n")
     mfu = json.loads((RESULTS / "mfu.json").read_text())
     print(f"{mfu['device']}\n\n{mfu_table(mfu['figures']['cells'])}\n")
+    print(f"{reader_table(json.loads((RESULTS / 'reader.json').read_text())['figures'])}\n")
     PICTURE.write_text(policy_picture(policies))
     print(f"\n{PICTURE.relative_to(PICTURE.parents[1])}")
     for path in sorted(RESULTS.glob("*.json")):

@@ -23,7 +23,7 @@ from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
 from elastic import ray_encode
-from elastic.course import check_pinned
+from elastic.course import check_pinned, pin_members
 from elastic.data import encode
 from elastic.data.assign import (
     Members,
@@ -54,6 +54,7 @@ from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.verify import verify
 from elastic.errors import InputError
+from elastic.folders import RunFolder
 from elastic.ray_encode import MOST_SHARDS, cpus_of_a_task, in_groups
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
@@ -198,6 +199,15 @@ def test_the_pinned_membership_reads_back_as_it_was(members: Members, clips: lis
     sent = pickle.dumps(members)
     assert pickle.loads(sent) == members
     assert len(sent) < 500, "it travels as a path"
+
+
+def test_clips_that_an_earlier_version_pinned_are_not_chosen_anew(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (folder.stage(STAGE.name) / "clips.parquet").parent.mkdir(parents=True)
+    (folder.stage(STAGE.name) / "clips.parquet").touch()
+    course = SimpleNamespace(folder=folder)
+    with pytest.raises(InputError, match=r"'tiny' of .* begun by an earlier version"):
+        pin_members(course, STAGE)  # type: ignore[arg-type]
 
 
 def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
