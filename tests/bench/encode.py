@@ -40,7 +40,7 @@ from elastic.data.decoders import Wanted, shared_decoders
 from elastic.data.encode import (
     EncodeJob,
     chunk_size,
-    encode_shard,
+    encode_shards,
     load_codec,
     measure_scale,
     open_store,
@@ -157,8 +157,7 @@ def _ways(job: EncodeJob, folder: Path) -> dict[str, Callable[[], int]]:
     def whole() -> int:
         store = open_store(job)
         shards = [shard for shard in store.shard_ids() if shard[0] == BUCKET.name]
-        for shard in shards:
-            encode_shard(job, shard, decoders=1)
+        encode_shards(job, shards, decoders=1)  # as many as one task of Ray has
         return sum(len(LatentStore.open(job.root).planned(shard)) for shard in shards)
 
     return {"decode_alone": decode_alone, "codec_alone": codec_alone, "whole": whole}
