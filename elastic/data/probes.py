@@ -1,11 +1,11 @@
 """Probes every clip of a table, once."""
 
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from elastic.data.decoders import Decoders
 from elastic.data.places import Stamp, stamp
 from elastic.data.probe import Probe
 
+log = logging.getLogger(__name__)
+
 _SAVE_EVERY_S = 30.0
-_CHUNK = 1024
 _STATS = 32  # threads that ask for sizes: on a shared disk each question is a round trip
 
 _FIELDS = np.dtype([
@@ -93,68 +94,45 @@ class Probed:
 def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Probed:
     """Probe every clip once; a file of the same size and time is taken from the cache."""
     probed = Probed(Clips.of(clips))
-    cache = _Cache(Path(cache_path))
-    todo: list[NDArray[np.int64]] = []
-    stats = np.empty((len(clips), 2), np.int64)
-    with ThreadPoolExecutor(_STATS) as pool:
-        row = 0
-        for batch in probed.clips.batches():
-            paths = batch.column("path").to_pylist()
-            for found in pool.map(_stamp, paths):
-                stats[row] = found if isinstance(found, Stamp) else (-1, -1)
-                if not isinstance(found, Stamp):
-                    probed.put(row, found or "the file does not exist")
-                row += 1
-            rows = np.arange(row - len(paths), row)
-            todo.append(rows[_take_known(cache, probed, rows, paths, stats[rows])])
-    left = np.concatenate(todo)
-    if len(left):
-        _probe(cache, probed, left, stats, workers)
+    cache, decoders, first = _Cache(Path(cache_path)), Decoders(workers), 0
+    try:
+        with ThreadPoolExecutor(_STATS) as pool:
+            for batch in probed.clips.batches():
+                paths = batch.column("path").to_pylist()
+                left = _take_known(
+                    cache, probed, first, zip(paths, pool.map(_stamp, paths), strict=True)
+                )
+                answers = decoders.probe(paths[row - first] for row in left)
+                for (row, now), answer in zip(left.items(), answers, strict=True):
+                    found = answer.reason if isinstance(answer, BadVideo) else answer
+                    if isinstance(found, Unreachable):  # a later run may read it
+                        probed.put(row, str(found))
+                        continue
+                    probed.put(row, found)
+                    cache.add(paths[row - first], now, found)
+                first += len(paths)
+    finally:
+        decoders.close()
+        cache.save()
     return probed
 
 
 def _take_known(
-    cache: "_Cache",
-    probed: Probed,
-    rows: NDArray[np.int64],
-    paths: list[str],
-    stats: NDArray[np.int64],
-) -> NDArray[np.bool_]:
-    """Take from the cache what it has; which of the rows are left to be probed."""
-    is_left = np.zeros(len(rows), bool)
-    for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
-        if stats[number][0] < 0:
-            continue
-        found = cache.find(path, stats[number])
-        if found is None:
-            is_left[number] = True
+    cache: "_Cache", probed: Probed, row: int, stamps: Iterable[tuple[str, Stamp | str | None]]
+) -> dict[int, Stamp]:
+    """Take from the cache what it has of some rows; those that are left to be probed."""
+    left: dict[int, Stamp] = {}
+    for path, now in stamps:
+        if isinstance(now, Stamp):
+            known = cache.find(path, now)
+            if known is None:
+                left[row] = now
+            else:
+                probed.put(row, known)
         else:
-            probed.put(int(row), found)
-    return is_left
-
-
-def _probe(
-    cache: "_Cache", probed: Probed, left: NDArray[np.int64], stats: NDArray[np.int64], workers: int
-) -> None:
-    decoders = Decoders(workers)
-    try:
-        answers = decoders.probe(probed.clips[int(row)].path for row in left)
-        saved = time.monotonic()
-        for start in range(0, len(left), _CHUNK):
-            rows = left[start : start + _CHUNK]
-            for row, answer in zip(rows, islice(answers, len(rows)), strict=True):
-                found = answer.reason if isinstance(answer, BadVideo) else answer
-                if isinstance(found, Unreachable):  # a later run may read it
-                    probed.put(int(row), str(found))
-                    continue
-                probed.put(int(row), found)
-                cache.add(probed.clips[int(row)].path, stats[row], found)
-            if time.monotonic() - saved > _SAVE_EVERY_S:
-                cache.save()
-                saved = time.monotonic()
-    finally:
-        decoders.close()
-    cache.save()
+            probed.put(row, now or "the file does not exist")
+        row += 1
+    return left
 
 
 def _stamp(path: str) -> Stamp | str | None:
@@ -165,45 +143,52 @@ def _stamp(path: str) -> Stamp | str | None:
 
 
 class _Cache:
-    """What earlier runs found in each file, while its size and time are the same."""
+    """What was found in each file, while its size and time are the same; kept as Parquet."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._added: dict[str, tuple[int, int, Probe | str]] = {}
-        table = _load(path)
-        keys = [sample_id(path) for path in _strings(table, "path")]
-        self._keys = np.array(keys, np.int64)
+        self._added: dict[str, tuple[Stamp, Probe | str]] = {}  # since it was saved
+        self._saved, self._pause_s = time.monotonic(), _SAVE_EVERY_S
+        known = pa.schema([field for field in _SCHEMA if field.name != "path"])
+        keys, batches = [np.empty(0, np.int64)], []
+        for batch in _load(path):
+            paths = batch.column("path").to_pylist()
+            keys.append(np.array([sample_id(path) for path in paths], np.int64))
+            batches.append(batch.select(known.names))
+        self._keys = np.concatenate(keys)
         self._order = np.argsort(self._keys)
-        self._table = table.drop_columns("path")
+        self._table = pa.Table.from_batches(batches, schema=known)
 
-    def find(self, path: str, stat: NDArray[np.int64]) -> Probe | str | None:
+    def find(self, path: str, now: Stamp) -> Probe | str | None:
         """What is known of the file; None if that is nothing, or of before it changed."""
-        if path in self._added:
-            *known, found = self._added[path]
-            return found if known == stat.tolist() else None
         if not len(self._keys):
             return None
         place = int(np.searchsorted(self._keys, key := sample_id(path), sorter=self._order))
         if place == len(self._keys) or self._keys[self._order[place]] != key:
             return None
         (row,) = self._table.slice(int(self._order[place]), 1).to_pylist()
-        if [row.pop("size"), row.pop("mtime_ns")] != stat.tolist():
+        if Stamp(row.pop("size"), row.pop("mtime_ns")) != now:
             return None
         reason = row.pop("reason")
         if reason is not None:
             return str(reason)
         return Probe(rate=Fraction(row.pop("rate_over"), row.pop("rate_under")), **row)
 
-    def add(self, path: str, stat: NDArray[np.int64], found: Probe | str) -> None:
-        """Note what was found in a file."""
-        self._added[path] = (int(stat[0]), int(stat[1]), found)
+    def add(self, path: str, now: Stamp, found: Probe | str) -> None:
+        """Note what was found in a file; what was noted is saved now and then."""
+        self._added[path] = now, found
+        if time.monotonic() - self._saved > self._pause_s:
+            self.save()
 
     def save(self) -> None:
         """Publish what is known: the old rows that were not replaced, then the new ones."""
+        if not self._added:
+            return
+        began = time.monotonic()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         aside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         with open(aside, "wb") as file, pyarrow.parquet.ParquetWriter(file, _SCHEMA) as writer:
-            for batch in _load(self._path).to_batches(max_chunksize=ROWS):
+            for batch in _load(self._path):
                 kept = [p not in self._added for p in batch.column("path").to_pylist()]
                 writer.write_batch(batch.filter(pa.array(kept, pa.bool_())))
             writer.write_table(pa.Table.from_pylist(list(self._rows()), schema=_SCHEMA))
@@ -211,10 +196,16 @@ class _Cache:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self._path)
+        self._added.clear()
+        self._saved = time.monotonic()
+        # All of it is written each time: with many rows, not oftener than a tenth of the time.
+        self._pause_s = max(_SAVE_EVERY_S, 10 * (self._saved - began))
 
     def _rows(self) -> Iterator[dict[str, object]]:
-        for path, (size, mtime_ns, found) in self._added.items():
-            row: dict[str, object] = {"path": path, "size": size, "mtime_ns": mtime_ns}
+        for path, (known, found) in self._added.items():
+            row: dict[str, object] = {
+                "path": path, "size": known.size, "mtime_ns": known.changed,
+            }  # fmt: skip
             if isinstance(found, str):
                 yield {**row, "reason": found}
                 continue
@@ -223,15 +214,12 @@ class _Cache:
             yield {**row, **fields, "rate_over": rate.numerator, "rate_under": rate.denominator}
 
 
-def _strings(table: pa.Table, column: str) -> Iterator[str]:
-    for batch in table.select([column]).to_batches(max_chunksize=ROWS):
-        yield from batch.column(0).to_pylist()
-
-
-def _load(path: Path) -> pa.Table:
-    """The cache, or nothing if it is missing, damaged, or of another decode version."""
+def _load(path: Path) -> Iterator[pa.RecordBatch]:
+    """The cache, some rows at a time; none if it is missing, damaged, or of another version."""
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pa.ArrowInvalid):
-        return _SCHEMA.empty_table()
-    return table if table.schema.equals(_SCHEMA, check_metadata=True) else _SCHEMA.empty_table()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if file.schema_arrow.equals(_SCHEMA, check_metadata=True):
+                yield from file.iter_batches(batch_size=ROWS)
+    except (OSError, pa.ArrowInvalid) as error:
+        if path.exists():
+            log.warning("%s cannot be read, so files are probed again: %s", path, error)

@@ -77,16 +77,17 @@ def _clips(batch: pa.RecordBatch, videos: Videos, folder: str, first_row: int) -
 
 
 def _require_distinct(name: str, ids: NDArray[np.int64]) -> None:
+    if len(np.unique(ids)) == len(ids):
+        return
     order = np.argsort(ids, kind="stable")
     again = order[1:][np.diff(ids[order]) == 0]  # of rows alike, all but the first
-    if len(again):
-        row = int(again.min())
-        first = int(np.flatnonzero(ids == ids[row])[0])
-        path = _path_at(name, row)
-        raise InputError(
-            f"table {name!r}, row {row + 1}: path {path!r} is there already, in row {first + 1}; "
-            f"a clip has one row: remove one of them"
-        )
+    row = int(again.min())
+    first = int(np.flatnonzero(ids == ids[row])[0])
+    path = _path_at(name, row)
+    raise InputError(
+        f"table {name!r}, row {row + 1}: path {path!r} is there already, in row {first + 1}; "
+        f"a clip has one row: remove one of them"
+    )
 
 
 def _path_at(name: str, row: int) -> str:
