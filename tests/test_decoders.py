@@ -2,42 +2,45 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from numpy.typing import NDArray
 from videos_fixture import level_video
 
 from elastic.data.decode import BadVideo, Unreachable, decode_clip
-from elastic.data.decoders import MEMORY_BYTES, Answer, Decoders, Wanted, answer
+from elastic.data.decoders import Answer, Decoders, Times, Wanted, answer
 
 RATE = Fraction(8)
+HOME = Path(__file__).parent.parent
 
 
-def hostile(question: Wanted | str, pixels: NDArray[np.uint8]) -> Answer:
+def hostile(question: Wanted | str) -> Answer:
     """As a decoder that files can bring to crash, hang, or take memory, by their names."""
-    name = question if isinstance(question, str) else Path(question.path).name
+    path = question if isinstance(question, str) else question.path
+    name = Path(path).name
     if name == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    elif name == "hang":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    elif name == "busy":
+        while True:
+            pass
+    elif name == "still":
         threading.Event().wait()
-    elif name == "bomb":
-        try:
-            np.empty(2 * MEMORY_BYTES, np.uint8)
-        except MemoryError:
-            return BadVideo("took too much")
-    elif name == "once" and not os.path.exists(question.path + ".seen"):  # type: ignore[union-attr]
-        Path(question.path + ".seen").touch()  # type: ignore[union-attr]
+    elif name == "oom":
         os.kill(os.getpid(), signal.SIGKILL)
-    return answer(question, pixels)
+    elif name == "bomb":
+        question = Wanted(path, 4, RATE, 60_000, 60_000)
+    elif name == "once" and not os.path.exists(path + ".seen"):
+        Path(path + ".seen").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(question)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +48,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     for number in range(6):
         level_video(folder / f"{number}.mp4", [20 + 30 * number] * 8, list(range(8)), 1 / RATE)
-    level_video(folder / "once", [99] * 8, list(range(8)), 1 / RATE)
+    for name in ("once", "bomb"):
+        level_video(folder / name, [99] * 8, list(range(8)), 1 / RATE)
     return folder
 
 
 @pytest.fixture(scope="module")
 def decoders() -> Iterator[Decoders]:
-    decoders = Decoders(2, hostile, kill_after_s=3.0)
+    decoders = Decoders(2, hostile, Times(processor=2.0, clock=3.0))
     yield decoders
     decoders.close()
 
@@ -71,8 +75,8 @@ def test_pictures_come_in_order_and_are_those_of_one_process(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("crash", "ends its decoder by SIGSEGV"), ("hang", "more than 3 s, and no end"),
-     ("bomb", "took too much"), ("gone.mp4", "does not exist")],
+    [("crash", "ends its decoder by SIGSEGV"), ("busy", "more than 2 s of the processor"),
+     ("bomb", "takes more than 4 GB"), ("gone.mp4", "does not exist")],
 )  # fmt: skip
 def test_what_a_file_does_to_its_decoder_is_told_of_that_file_alone(
     decoders: Decoders, folder: Path, name: str, reason: str
@@ -82,6 +86,43 @@ def test_what_a_file_does_to_its_decoder_is_told_of_that_file_alone(
     assert isinstance(found[1], BadVideo)
     assert reason in found[1].reason
     assert all(isinstance(found[at], torch.Tensor) for at in (0, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("still", "no answer in 3 s"), ("oom", "was ended by SIGKILL")]
+)
+def test_what_the_machine_does_to_a_decoder_says_nothing_about_the_file(
+    decoders: Decoders, folder: Path, name: str, reason: str
+) -> None:
+    with pytest.raises(Unreachable, match=reason):
+        list(decoders.decode([wanted(folder / name)], ahead=1))
+    (found,) = decoders.probe([str(folder / name)])
+    assert isinstance(found, Unreachable)
+    assert isinstance(next(decoders.decode([wanted(folder / "0.mp4")], ahead=1)), torch.Tensor)
+
+
+def test_decoders_that_cannot_be_started_call_no_file_bad(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders = Decoders(1)
+    monkeypatch.setattr("elastic.data.decoders._serve", sys.exit)  # by its name: at once, code 1
+    with pytest.raises(RuntimeError, match="cannot be started here"):
+        list(decoders.probe([str(folder / "0.mp4")]))
+    decoders.close()
+
+
+def test_decoders_live_with_a_smaller_limit_of_memory(folder: Path) -> None:
+    script = (
+        "import resource, sys; from elastic.data.decoders import Decoders\n"
+        "if __name__ == '__main__':\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (4_500_000_000, 4_500_000_000))\n"
+        "    decoders = Decoders(1); print(list(decoders.probe(sys.argv[1:]))); decoders.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "0.mp4")],
+        env={**os.environ, "PYTHONPATH": str(HOME)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("[Probe(frames=8"), done.stdout
 
 
 def test_a_decoder_that_somebody_else_ends_costs_no_clip(decoders: Decoders, folder: Path) -> None:
@@ -95,6 +136,15 @@ def test_a_file_that_cannot_be_reached_is_an_error_of_the_machine(
 ) -> None:
     with pytest.raises(Unreachable, match="still mounted"):
         list(decoders.decode([wanted(tmp_path / "gone.mp4")], ahead=1))
+
+
+def test_an_end_does_not_wait_for_a_decoder_that_is_busy(folder: Path) -> None:
+    decoders = Decoders(1, hostile, Times(processor=60.0, clock=60.0))
+    pictures = decoders.decode([wanted(folder / "0.mp4"), wanted(folder / "still")], ahead=2)
+    assert isinstance(next(pictures), torch.Tensor)
+    began = time.monotonic()
+    decoders.close()
+    assert time.monotonic() - began < 20, "it would have been 60"
 
 
 def test_whoever_stops_early_leaves_nothing_running(decoders: Decoders, folder: Path) -> None:

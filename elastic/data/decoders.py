@@ -1,7 +1,8 @@
 """Decoding in processes of their own, ahead of whoever uses the pictures.
 
 A file can crash its decoder, keep it busy for ever, or have it take all memory. Here that costs one
-process, which is started anew, and the file gets the reason.
+process, which is started anew, and the file gets the reason. What the machine does to a decoder is
+told apart from that: it says nothing about the file.
 """
 
 import functools
@@ -9,12 +10,12 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing.connection import Connection
-from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,15 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic.data.decode import DEADLINE_S, BadVideo, Unreachable, decode_clip
-from elastic.data.places import is_url
 from elastic.data.probe import Probe, probe
 
-KILL_AFTER_S = 2 * DEADLINE_S  # by the clock; a decoder gives up itself at its deadline
 MEMORY_BYTES = 4 << 30  # more than it has at its start
-_TRIES = 3  # whatever else ends processes on a machine, it does not end three in a row
-_GROW = 1 << 20
+_START_S = 120.0  # torch is imported first, on a machine that may be busy
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_TRIES = 3
+_PAUSE_S = 1.0  # before another try where the machine ended one
 
-Answer = Probe | BadVideo | Unreachable | None  # None: the pictures lie in the shared memory
+Pictures = NDArray[np.uint8]  # C,T,H,W
+Answer = Probe | BadVideo | Unreachable | Pictures
 
 
 class Wanted(NamedTuple):
@@ -43,26 +45,25 @@ class Wanted(NamedTuple):
     height: int
     width: int
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """C,T,H,W of its pictures."""
-        return 3, self.frames, self.height, self.width
+
+Do = Callable[[Wanted | str], Answer]
 
 
-Do = Callable[[Wanted | str, NDArray[np.uint8]], Answer]
+class Times(NamedTuple):
+    """Seconds that one question may take: of the processor, and by the clock."""
+
+    processor: float = 2 * DEADLINE_S  # a decoder gives up itself at its deadline, between frames
+    clock: float = 900.0  # a disk that stands still
 
 
 class Decoders:
-    """So many processes that probe and decode; results come in the order of the questions.
+    """So many processes that probe and decode; results come in the order of the questions."""
 
-    What is done there is a function of a question and the memory for pictures.
-    """
-
-    def __init__(self, num: int, do: Do | None = None, kill_after_s: float = KILL_AFTER_S) -> None:
+    def __init__(self, num: int, do: Do | None = None, times: Times | None = None) -> None:
         self.num = num
         self._do = do or answer
-        self._kill_after_s = kill_after_s
-        self._own = local()  # each thread talks to one process
+        self._times = times or Times()
+        self._own = threading.local()  # each thread talks to one process
         self._processes: list[_Process] = []
         self._threads = ThreadPoolExecutor(num, thread_name_prefix="decoder")
 
@@ -70,30 +71,33 @@ class Decoders:
         """The pictures of each clip, uint8 C,T,H,W, or what is wrong with it.
 
         Up to `ahead` clips are decoded before they are asked for. Raises Unreachable for a file
-        that cannot be read just now.
+        that cannot be read just now, or whose decoders the machine ends.
         """
-        for found in self._in_order(self._decode, wanted, ahead):
+        for found in self._in_order(wanted, ahead):
             if isinstance(found, Unreachable):
                 raise found
-            yield found
+            assert not isinstance(found, Probe), "a probe was not asked for"
+            yield found if isinstance(found, BadVideo) else torch.from_numpy(found)
 
     def probe(self, paths: Iterable[str]) -> Iterator[Probe | BadVideo | Unreachable]:
         """What is in each file, or why that is not known."""
-        return self._in_order(self._probe, paths, 4 * self.num)
+        for found in self._in_order(paths, 4 * self.num):
+            assert not isinstance(found, np.ndarray), "pictures were not asked for"
+            yield found
 
     def close(self) -> None:
-        """End the processes."""
-        self._threads.shutdown(cancel_futures=True)
+        """End the processes, whatever they are doing."""
         for process in self._processes:
             process.close()
+        self._threads.shutdown(cancel_futures=True)
 
-    def _in_order(self, function: Any, questions: Iterable[Any], ahead: int) -> Iterator[Any]:
+    def _in_order(self, questions: Iterable[Wanted | str], ahead: int) -> Iterator[Answer]:
         left = iter(questions)
-        waiting: deque[Future[Any]] = deque()
+        waiting: deque[Future[Answer]] = deque()
         try:
             while True:
                 while len(waiting) <= ahead and (question := next(left, None)) is not None:
-                    waiting.append(self._threads.submit(function, question))
+                    waiting.append(self._threads.submit(self._ask, question))
                 if not waiting:
                     return
                 yield waiting.popleft().result()
@@ -101,25 +105,12 @@ class Decoders:
             for future in waiting:
                 future.cancel()
 
-    def _decode(self, wanted: Wanted) -> Tensor | BadVideo | Unreachable:
-        num_bytes = int(np.prod(wanted.shape))
-        found, pixels = self._process().ask(wanted, num_bytes)
-        if found is not None:
-            assert not isinstance(found, Probe), "a probe was not asked for"
-            return found
-        return torch.from_numpy(pixels[:num_bytes].copy()).view(wanted.shape)
-
-    def _probe(self, path: str) -> Probe | BadVideo | Unreachable:
-        found, _ = self._process().ask(path, 0)
-        assert found is not None, "pictures were not asked for"
-        return found
-
-    def _process(self) -> "_Process":
+    def _ask(self, question: Wanted | str) -> Answer:
         if not hasattr(self._own, "process"):
-            self._own.process = _Process(self._do, self._kill_after_s)
+            self._own.process = _Process(self._do, self._times)
             self._processes.append(self._own.process)
         process: _Process = self._own.process
-        return process
+        return process.ask(question)
 
 
 @functools.cache
@@ -129,101 +120,141 @@ def shared_decoders(num: int) -> Decoders:
 
 
 class _Process:
-    """One decoder and the memory in which it leaves its pictures."""
+    """One decoder; it is started when it is asked, and again when it has ended."""
 
-    def __init__(self, do: Do, kill_after_s: float) -> None:
+    def __init__(self, do: Do, times: Times) -> None:
         self._do = do
-        self._kill_after_s = kill_after_s
+        self._times = times
         self._started: Any = None  # multiprocessing's process, of a type without a name
         self._connection: Connection | None = None
-        self._pixels: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._closing = threading.Event()
 
-    def ask(self, question: Wanted | str, num_bytes: int) -> tuple[Answer, NDArray[np.uint8]]:
-        """Its answer, and the memory with the pictures; a process that dies is replaced."""
-        reason = ""
-        for _ in range(_TRIES):
-            if self._connection is None or num_bytes > len(self._pixels):
-                self._start(num_bytes)
-            assert self._connection is not None, "it has been started"
-            try:
-                self._connection.send(question)
-                return self._connection.recv(), self._pixels
-            except (EOFError, OSError):
-                ended_by = self._end()
-            if ended_by == signal.SIGALRM:
-                reason = f"took more than {self._kill_after_s:.0f} s, and no end of it"
-                path = question if isinstance(question, str) else question.path
-                if is_url(path):  # that is the network's doing before it is the file's
-                    return Unreachable(f"{path}: {reason}"), self._pixels
+    def ask(self, question: Wanted | str) -> Answer:
+        """Its answer; a process that dies is replaced, and asked again where that may help."""
+        path = question if isinstance(question, str) else question.path
+        why = ""
+        for turn in range(_TRIES):
+            if self._closing.wait(_PAUSE_S * turn) or self._closing.is_set():
                 break
-            reason = f"ends its decoder by {ended_by.name}"
-        return BadVideo(reason), self._pixels
+            connection = self._connection or self._start()
+            try:
+                connection.send(question)
+                if connection.poll(self._times.clock):
+                    return self._receive(connection)
+                ended_by = None
+            except (EOFError, OSError):
+                ended_by = self._ended_by()
+            self._end()
+            if ended_by is None:
+                why = f"no answer in {self._times.clock:.0f} s; does its storage stand still?"
+                break
+            why = f"its decoder was ended by {ended_by.name}"
+            if ended_by == signal.SIGPROF:
+                return BadVideo(f"took more than {self._times.processor:.0f} s of the processor")
+            if ended_by in _CRASHES and turn:
+                return BadVideo(f"ends its decoder by {ended_by.name}")
+        return Unreachable(f"{path}: {why or 'given up'}")
+
+    def _receive(self, connection: Connection) -> Answer:
+        found: Answer | tuple[int, ...] = connection.recv()
+        if not isinstance(found, tuple) or isinstance(found, Probe):
+            return found
+        pixels = np.empty(found, np.uint8)
+        connection.recv_bytes_into(pixels.reshape(-1).data)
+        return pixels
 
     def close(self) -> None:
-        """End it."""
-        if self._connection is not None:
-            self._end()
+        """End it, whatever it is doing; it is not started again."""
+        self._closing.set()
+        if self._started is not None:
+            self._started.kill()
 
-    def _start(self, num_bytes: int) -> None:
-        if self._connection is not None:
-            self._end()
+    def _start(self) -> Connection:
         context = multiprocessing.get_context("forkserver")
         # Torch is imported once, for all processes that it forks.
         context.set_forkserver_preload([__name__])
-        memory = context.RawArray("B", -(-num_bytes // _GROW) * _GROW)
-        self._connection, far = context.Pipe()
-        arguments = (far, memory, self._do, self._kill_after_s, dict(os.environ))
+        connection, far = context.Pipe()
+        arguments = (far, self._do, self._times.processor, dict(os.environ))
         self._started = context.Process(target=_serve, args=arguments, daemon=True)
         self._started.start()
         far.close()
-        self._pixels = np.frombuffer(memory, np.uint8) if num_bytes else np.empty(0, np.uint8)
+        self._connection = connection
+        try:
+            if not connection.poll(_START_S):
+                raise EOFError
+            connection.recv()  # it is ready
+        except (EOFError, OSError):
+            self._end()
+            raise RuntimeError(
+                f"a process that decodes videos cannot be started here (exit code "
+                f"{self._started.exitcode}); what it says stands above: mend it, and go on"
+            ) from None
+        return connection
 
-    def _end(self) -> signal.Signals:
-        """End it, if it has not ended; by what it did."""
-        assert self._connection is not None, "it has been started"
-        self._connection.close()
-        self._connection = None
-        self._started.join(timeout=1.0)
-        if self._started.exitcode is None:
-            self._started.kill()
-            self._started.join()
-        return signal.Signals(max(1, -self._started.exitcode))
+    def _ended_by(self) -> signal.Signals:
+        """The signal that ended it, or will: nobody else does while it is asked something."""
+        self._started.join(timeout=5.0)
+        code = self._started.exitcode
+        return signal.Signals(-code) if code is not None and code < 0 else signal.SIGKILL
+
+    def _end(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._started.kill()
+        self._started.join()
 
 
-def _serve(
-    connection: Connection, memory: Any, do: Do, kill_after_s: float, environment: dict[str, str]
-) -> None:
+def _serve(connection: Connection, do: Do, processor_s: float, environment: dict[str, str]) -> None:
     """Answer until the other side is gone."""
     os.environ.update(environment)  # of now: what it was forked from began at some other time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: whoever asks decides
     torch.set_num_threads(1)
-    pixels = np.frombuffer(memory, np.uint8) if len(memory) else np.empty(0, np.uint8)
-    with open("/proc/self/statm") as file:
-        own = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY_BYTES, own + MEMORY_BYTES))
+    _limit_memory()
+    connection.send("ready")
     while True:
         try:
             question = connection.recv()
         except EOFError:
             return
-        # By default an alarm ends the process, also one that hangs inside a library.
-        signal.setitimer(signal.ITIMER_REAL, kill_after_s)
-        found = do(question, pixels)
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        connection.send(found)
+        # By default its signal ends the process, also one that is busy inside a library.
+        signal.setitimer(signal.ITIMER_PROF, processor_s)
+        found = do(question)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        if isinstance(found, np.ndarray):
+            connection.send(found.shape)
+            connection.send_bytes(np.ascontiguousarray(found).reshape(-1).data)
+        else:
+            connection.send(found)
 
 
-def answer(question: Wanted | str, pixels: NDArray[np.uint8]) -> Answer:
-    """Probe a path, or decode into the memory; what is wrong with a file is an answer too."""
+def _limit_memory() -> None:
+    with open("/proc/self/statm") as file:
+        own = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = own + MEMORY_BYTES
+    limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def answer(question: Wanted | str) -> Answer:
+    """Probe a path, or decode; what is wrong with a file, or hinders its reading, is an answer."""
     try:
         if isinstance(question, str):
             return probe(question)
-        x_CTHW = decode_clip(*question).numpy()
-        pixels[: x_CTHW.size] = x_CTHW.reshape(-1)
+        return decode_clip(*question).numpy()
     except (BadVideo, Unreachable) as error:
         return error
     except MemoryError:
-        return BadVideo(f"takes more than {MEMORY_BYTES >> 30} GB to decode")
+        return _too_large()
+    except OSError as error:
+        path = question if isinstance(question, str) else question.path
+        return Unreachable(f"{path}: {error}")
     except Exception as error:  # a file that confuses the library in a way not met before
-        return BadVideo(f"cannot be decoded: {type(error).__name__}: {error}")
-    return None
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's own
+            return _too_large()
+        return BadVideo(f"cannot be decoded: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _too_large() -> BadVideo:
+    return BadVideo(f"takes more than {MEMORY_BYTES >> 30} GB to decode")

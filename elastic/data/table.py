@@ -144,9 +144,11 @@ def _read_csv(name: str) -> Iterator[pa.RecordBatch]:
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.string()), include_columns=columns
     )
+    # Threads would read the file ahead of whoever uses its rows, whole.
+    slowly = pyarrow.csv.ReadOptions(use_threads=False)
     with (
         places.open_read(name) as file,
-        pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert) as reader,
+        pyarrow.csv.open_csv(file, slowly, parse, convert) as reader,
     ):
         yield from reader
 
