@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 LATENTS = "latents.json"
 NUM_SAMPLES = 16
+_MORE_TRIES, _TRY_AGAIN_S = 2, 5.0  # for files that cannot be read just now
 NUM_RECONSTRUCTIONS = 6
 MOST_LOOKED_AT = 256  # held-out clips, for those
 
@@ -178,8 +179,26 @@ def pin_members(course: Course, stage: Stage) -> Members:
             "give --storage another folder to begin anew"
         )
     spilled = path.with_name(".table.arrow")
+    try:
+        return _choose_members(course, stage, path, spilled)
+    finally:
+        spilled.unlink(missing_ok=True)
+
+
+def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> Members:
     clips = read_table(stage.data, spilled)
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
+    for _ in range(_MORE_TRIES):
+        if probed.unreachable:
+            time.sleep(_TRY_AGAIN_S)
+            probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
+    if probed.unreachable:
+        # Pinned without them, the stage would never see them again.
+        raise InputError(
+            f"stage {stage.name!r}: {len(probed.unreachable)} of {len(clips)} files cannot be read "
+            f"just now, such as {probed.at(probed.unreachable[0])}; give the same command again "
+            "when they can, or take them out of the table"
+        )
     reasons: Counter[str] = Counter()
     for clip, reason in probed.quarantined():
         reasons[reason] += 1
@@ -193,9 +212,7 @@ def pin_members(course: Course, stage: Stage) -> Members:
     assigned = assign(stage, probed)
     for line in assigned.lines(stage, probed):
         print(f"{stage.name}  {line}", flush=True)
-    members = assigned.save(path)
-    spilled.unlink()
-    return members
+    return assigned.save(path)
 
 
 def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:

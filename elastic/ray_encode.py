@@ -31,23 +31,26 @@ Progress = Callable[[int, int], None]  # shards done, shards in all
 
 def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gpus: float) -> Scale:
     """`find_scale` on a worker, which has the codec's memory and perhaps a GPU."""
-    cpus = cpus_of_a_task(ray.nodes(), gpus)
-    task = ray.remote(find_scale).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
-    scale: Scale = result_of(task.remote(stage, weights, members, cpus))
+    decoders = decoders_of_a_task(ray.nodes(), gpus)
+    task = ray.remote(find_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
+    scale: Scale = result_of(task.remote(stage, weights, members, decoders))
     return scale
 
 
-def cpus_of_a_task(nodes: list[dict[str, Any]], gpus: float) -> int:
-    """One; or those that come with its GPU, which decode for it: on any node of the cluster."""
+def decoders_of_a_task(nodes: list[dict[str, Any]], gpus: float) -> int:
+    """One; or as many as cores come with its GPU, on any node of the cluster.
+
+    Ray is asked for one core nevertheless: what was free of all of them might never come.
+    """
     have = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
     shares = [resources.get("CPU", 0.0) / resources["GPU"] for resources in have]
     return max(1, int(min(shares, default=0.0) * gpus))
 
 
-def _num_tasks(gpus: float, cpus: int) -> int:
+def _num_tasks(gpus: float) -> int:
     """How many tasks run at once now."""
     have = ray.cluster_resources()
-    return int(have.get("GPU", 0.0) / gpus if gpus else have.get("CPU", 1.0) / cpus)
+    return int(have.get("GPU", 0.0) / gpus if gpus else have.get("CPU", 1.0))
 
 
 def in_groups(shards: list[ShardId], at_once: int) -> list[list[ShardId]]:
@@ -80,17 +83,19 @@ def encode_on_ray(
     store = open_store(job)
     again = set(damaged.shards) if damaged else set()
     missing = sorted({*store.missing(), *again}, key=store.shard_ids().index)
-    cpus = cpus_of_a_task(ray.nodes(), gpus)
-    task = ray.remote(_encode_whole).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
+    decoders = decoders_of_a_task(ray.nodes(), gpus)
+    task = ray.remote(_encode_whole).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     shared = ray.put(job)
     lost_text = damaged is not None and damaged.lost_null_text
     # Otherwise the first shard brings it along.
     if lost_text or (not missing and not store.has_null_text()):
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
         result_of(ray.remote(encode_null_text).options(**options).remote(shared, lost_text))
-    groups = in_groups([shard for shard in missing if shard not in again], _num_tasks(gpus, cpus))
+    groups = in_groups([shard for shard in missing if shard not in again], _num_tasks(gpus))
     groups += [[shard] for shard in missing if shard in again]
-    tasks = {task.remote(shared, group, group[0] in again, cpus): len(group) for group in groups}
+    tasks = {
+        task.remote(shared, group, group[0] in again, decoders): len(group) for group in groups
+    }
     running, total = list(tasks), len(store.shard_ids())
     num_left = len(missing)
     progress(total - num_left, total)

@@ -51,21 +51,27 @@ class PlacementWatch:
         about = (job, nodes, self._over)
         threading.Thread(target=self._watch, args=about, daemon=True).start()
 
-    def end(self) -> None:
+    def end(self, is_up: bool = False) -> None:
         """Its workers are up, or it has failed."""
         self._over.set()
+        if is_up:
+            self._reason = ""
 
     def _watch(self, job: str, nodes: set[str], over: threading.Event) -> None:
-        before: set[str] = set()
+        before, has_given_up = set[str](), False
         while not over.wait(_LOOK_EVERY_S):
             try:
                 going = nodes - (_schedulable() - unreachable(nodes))
                 doomed = _waits_in_vain(job, going) if going else set()
                 if doomed & before and not over.is_set():
+                    # Before: the controller may be at its failure at once.
                     self._reason = f"{len(going)} nodes went while the workers were being placed"
                     _give_up(doomed & before)
+                    has_given_up = True
                 before = doomed
             except Exception as error:  # whatever it is: then the start takes the longer way
+                if not has_given_up:
+                    self._reason = ""
                 log.warning("the placing of a group cannot be watched just now: %s", error)
 
 
@@ -83,16 +89,21 @@ def _waits_in_vain(job: str, going: set[str]) -> set[str]:
     # The id of a group ends with that of its job, which has one at a time.
     groups = {k: g for k, g in _state.placement_group_table().items() if k.endswith(job)}
     pending = {key for key, group in groups.items() if group["state"] == "PENDING"}
-    placed = [set(g["bundles_to_node_id"].values()) for k, g in groups.items() if k not in pending]
-    members = set[str]().union(*placed)
-    if not members & going:
+    places = [
+        node
+        for key, group in groups.items()
+        if key not in pending
+        for node in group["bundles_to_node_id"].values()
+    ]
+    if not going & set(places):
         return pending
-    waiting = _workers(job, "PENDING_CREATION")
-    up = _workers(job, "ALIVE")
-    silent = unreachable(members & going)
-    # One that has no place yet carries the node of its owner, or none.
-    staying = members - going
-    late = {key for key, node in waiting.items() if node not in staying}
+    waiting, up = _workers(job, "PENDING_CREATION"), _workers(job, "ALIVE")
+    silent = unreachable(going & set(places))
+    # Which of those that wait is to come up on a node that stays cannot be told: one that has no
+    # place yet carries the node of its owner. How many are still to come up there can.
+    num_staying = sum(node not in going for node in places)
+    num_up = sum(node not in going for node in up.values())
+    late = set(waiting) if len(waiting) > num_staying - num_up else set()
     return pending | late | {key for key, node in up.items() if node in silent}
 
 

@@ -225,7 +225,7 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[m
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Remember the workers."""
-        WATCH.end()
+        WATCH.end(is_up=True)
         self._group = worker_group
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from models.record import Record
 
+SMALLEST_WINDOW = 64
 _SIZE = re.compile(r"(\d+)px|(\d+)x(\d+)")
 
 
@@ -60,11 +61,21 @@ class Windows(Record):
 
     Runs of `run` samples that lie side by side are put into an order of their own in each epoch,
     and `mixed` of them at a time are shuffled together: so many shards are read from at once.
-    A `run` of 64 is a whole shard of small latents, or several of large ones.
+    A `run` of 64 is a shard of small latents, or several of large ones; where clips could not be
+    encoded, a run begins in one shard and ends in the next.
     """
 
     run: int = Field(default=64, ge=1)
     mixed: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _check_size(self) -> "Windows":
+        if self.run * self.mixed < SMALLEST_WINDOW:
+            raise ValueError(
+                f"run {self.run} x mixed {self.mixed} = {self.run * self.mixed} samples: so few "
+                f"shuffled together are no shuffle; the least is {SMALLEST_WINDOW}"
+            )
+        return self
 
 
 class Phase(Record):

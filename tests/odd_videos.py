@@ -292,6 +292,8 @@ KINDS = (
     _bare("hlg.mp4", lambda: video("libx265", "mp4", "yuv420p10le", color_trc=18,
                                    options={"x265-params": "log-level=none:pools=1:transfer=18"}),
           "HLG"),
+    _bare("stretched.mp4", lambda: video("libx264", "mp4", sample_aspect_ratio=Fraction(1, 20)),
+          "times as wide as high"),
     _bare("huge.png", lambda: _png(60_000, 60_000), "pixels|cannot be read"),
     _bare("bomb.png", lambda: _png(16_000, 9_000), "pixels|cannot be read"),
     _bare("huge.jpg", _huge_jpeg, "pixels|cannot be read"),

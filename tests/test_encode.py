@@ -55,7 +55,7 @@ from elastic.data.sources import LatentSource, VideoSource
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
-from elastic.ray_encode import MOST_SHARDS, cpus_of_a_task, in_groups
+from elastic.ray_encode import MOST_SHARDS, decoders_of_a_task, in_groups
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
@@ -562,14 +562,14 @@ class _RayOfTwo:
                 task.error = error
 
 
-def test_a_task_takes_the_cores_that_come_with_its_gpu_on_every_node() -> None:
+def test_a_task_decodes_on_as_many_cores_as_come_with_a_gpu_on_every_node() -> None:
     head = {"Alive": True, "Resources": {"CPU": 32.0}}
     large = {"Alive": True, "Resources": {"CPU": 96.0, "GPU": 8.0}}
     small = {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}}
     gone = {"Alive": False, "Resources": {"CPU": 1.0, "GPU": 1.0}}
-    assert cpus_of_a_task([head, large, small, gone], 1.0) == 8
-    assert cpus_of_a_task([head, large], 1.0) == 12
-    assert cpus_of_a_task([head, large], 0.0) == cpus_of_a_task([head], 1.0) == 1
+    assert decoders_of_a_task([head, large, small, gone], 1.0) == 8
+    assert decoders_of_a_task([head, large], 1.0) == 12
+    assert decoders_of_a_task([head, large], 0.0) == decoders_of_a_task([head], 1.0) == 1
 
 
 @given(num=st.integers(0, 400), at_once=st.integers(0, 40))

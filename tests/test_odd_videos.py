@@ -12,6 +12,7 @@ import pytest
 from odd_videos import HEIGHT, KINDS, RATE, WIDTH, Odd, quarter_colours, wanted_colours
 
 from elastic.data.decode import BadVideo, decode_clip
+from elastic.data.decoders import Decoders, Wanted
 from elastic.data.probe import probe
 from elastic.data.probes import probe_all
 from elastic.data.table import read_table
@@ -59,6 +60,15 @@ def test_a_table_of_all_kinds_is_divided_into_good_and_quarantined(tmp_path: Pat
         writer.writerows(rows)
     clips = read_table(Videos(str(tmp_path / "clips.csv")))
     probed = probe_all(clips, tmp_path / "probes.parquet", workers=2)
+    decoders = Decoders(2)
+    wanted = [Wanted(str(tmp_path / kind.name), kind.frames, RATE, HEIGHT, WIDTH) for kind in KINDS]
+    for kind, found in zip(KINDS, decoders.decode(wanted, ahead=9), strict=True):
+        if kind.reason:
+            assert isinstance(found, BadVideo), kind.name
+            assert re.search(kind.reason, found.reason), kind.name
+        else:
+            assert not isinstance(found, BadVideo), f"{kind.name}: {found}"
+    decoders.close()
     reasons = {Path(clip.path).name: reason for clip, reason in probed.quarantined()}
     found = {kind.name for kind in KINDS} - set(reasons)
     assert {kind.name for kind in GOOD} <= found

@@ -61,7 +61,7 @@ def test_the_smallest_sizes_reach_every_order_of_two_and_are_bijections(size: in
     assert len(orders) > 1 or size == 1
 
 
-WINDOWS = st.builds(Windows, run=st.integers(1, 70), mixed=st.integers(1, 9))
+WINDOWS = st.builds(Windows, run=st.integers(8, 70), mixed=st.integers(8, 20))
 
 
 @settings(deadline=None)
@@ -69,6 +69,11 @@ WINDOWS = st.builds(Windows, run=st.integers(1, 70), mixed=st.integers(1, 9))
 def test_windows_are_a_bijection_of_any_size(size: int, windows: Windows, key: int) -> None:
     there = WindowedPermutation(size, windows, "test", key)(np.arange(size))
     assert np.array_equal(np.sort(there), np.arange(size))
+
+
+def test_windows_too_small_to_shuffle_are_refused() -> None:
+    with pytest.raises(ValueError, match="run 7 x mixed 9 = 63 samples"):
+        Windows(run=7, mixed=9)
 
 
 def test_a_window_is_read_from_as_many_runs_as_are_mixed_and_mixes_them() -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,9 +22,10 @@ import ray
 from cluster import faults
 from cluster.local import LocalCluster, processes_of
 
-cluster = LocalCluster(cpus=0)
+how, head = sys.argv[1], int(sys.argv[2])
+cluster = LocalCluster(cpus=head)
 try:
-    nodes = [cluster.add_node(), cluster.add_node()]
+    nodes = [cluster.add_node() for _ in range(2 - head)]
     cluster.connect()
     from ray.train.v2._internal.execution.worker_group import RayTrainWorker
     from ray.util.placement_group import placement_group
@@ -32,19 +33,19 @@ try:
     from elastic.ray_placing import WATCH
 
     Worker = ray.remote(num_cpus=1)(RayTrainWorker)
-    how, found = sys.argv[1], {}
+    found = {}
 
     def start():
         if how == "no room":
-            cluster.drain(nodes[1], 600)
+            cluster.drain(nodes[-1], 600)
         group = placement_group([{"CPU": 1}] * 2, strategy="SPREAD")
         assert group.wait(60)
         if how == "notice":
-            cluster.drain(nodes[1], 600)
+            cluster.drain(nodes[-1], 600)
         elif how == "lost":
             [raylet] = [
                 p for p in processes_of(cluster.temp_dir)
-                if p.name().startswith("raylet") and nodes[1].node_id in " ".join(p.cmdline())
+                if p.name().startswith("raylet") and nodes[-1].node_id in " ".join(p.cmdline())
             ]
             faults.kill_tree(raylet.pid)
         into = [Into(placement_group=group, placement_group_bundle_index=i) for i in range(2)]
@@ -66,10 +67,14 @@ finally:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", ["nothing", "notice", "lost", "no room"])
-def test_a_start_is_given_up_when_a_node_of_it_goes_and_only_then(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "head"),
+    [("nothing", 0), ("notice", 0), ("lost", 0), ("no room", 0), ("notice", 1), ("lost", 1)],
+)
+def test_a_start_is_given_up_when_a_node_of_it_goes_and_only_then(how: str, head: int) -> None:
+    """With the controller's own node in the group, and without."""
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, how],
+        [sys.executable, "-c", DRIVER, how, str(head)],
         env={**os.environ, "PYTHONPATH": str(HOME), "PYTHONWARNINGS": "default"},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -79,13 +84,20 @@ def test_a_start_is_given_up_when_a_node_of_it_goes_and_only_then(how: str) -> N
         assert found == {"reason": ""}
     else:
         assert found["reason"] == "1 nodes went while the workers were being placed"
-        assert found["seconds"] < 60, "of the 600 that the node still had"
+        assert found["seconds"] < 20, "of the 600 that the node still had"
+
+
+class Workers(NamedTuple):
+    """Nodes of workers that wait and of those that are up, by their ids."""
+
+    waiting: dict[str, str]
+    up: dict[str, str]
 
 
 class Looks:
     """A cluster that changes from look to look, in place of Ray's tables."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: list[dict[str, str]]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: list[Workers]) -> None:
         self._looks = looks
         self._seen = threading.Event()
         self.given_up: list[set[str]] = []
@@ -106,39 +118,46 @@ class Looks:
         }
 
     def _actors(self, actor: None, job: Any, state: str) -> dict[str, Any]:
-        if state != "PENDING_CREATION":
-            return {}
         if not self._looks:
             self._seen.set()
             return {}
-        pending = self._looks.pop(0)
+        # Those that wait are asked for first.
+        found = self._looks[0].waiting if state != "ALIVE" else self._looks.pop(0).up
         return {
             key: {"ActorClassName": "RayTrainWorker", "Address": {"NodeID": node}}
-            for key, node in pending.items()
+            for key, node in found.items()
         }
 
     def play(self) -> PlacementWatch:
-        watch = PlacementWatch()
-        watch.begin()
+        self.watch = PlacementWatch()
+        self.watch.begin()
         assert self._seen.wait(20)
-        watch.end()
-        return watch
+        self.watch.end()
+        return self.watch
 
 
-def test_a_worker_that_waits_in_one_look_alone_is_left_to_come_up(
+def test_workers_that_may_come_up_on_nodes_that_stay_are_left_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    looks = Looks(monkeypatch, [{"1": "b"}, {"2": "b"}, {"1": "a", "2": "a"}])
+    one = Workers({"1": "b", "2": "a"}, {})  # two wait, and one node stays
+    none = Workers({"2": "a"}, {"1": "b"})  # it came up on the node that goes
+    looks = Looks(monkeypatch, [one, none, none, none, one])
     assert looks.play().reason == ""
     assert looks.given_up == []
 
 
-def test_a_worker_that_waits_on_a_going_node_twice_is_ended(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("node", ["b", "owner's"])
+def test_a_worker_that_waits_twice_with_no_place_to_come_up_is_ended(
+    monkeypatch: pytest.MonkeyPatch, node: str
 ) -> None:
-    looks = Looks(monkeypatch, [{"1": "b", "2": "a"}, {"1": "b"}])
+    looks = Looks(
+        monkeypatch, [Workers({"1": node, "2": "a"}, {}), Workers({"1": node}, {"2": "a"})]
+    )
     assert looks.play().reason
     assert looks.given_up == [{"1"}]
+    assert looks.watch.reason, "of a start that failed"
+    looks.watch.end(is_up=True)
+    assert looks.watch.reason == ""
 
 
 def test_a_watch_that_can_see_nothing_gives_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

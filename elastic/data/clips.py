@@ -113,15 +113,19 @@ def write_parts(path: Path, parts: Iterable[tuple[str, Iterator[pa.RecordBatch]]
     """Publish clips by the name of their part, as an Arrow file that `read_parts` maps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(aside, "wb") as file:
-        with pa.ipc.new_file(file, SCHEMA.append(pa.field("part", pa.string()))) as writer:
-            for name, batches in parts:
-                for batch in batches:
-                    names = pa.array([name]).take(pa.array(np.zeros(len(batch), np.int8)))
-                    writer.write_batch(batch.append_column("part", names))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            with pa.ipc.new_file(file, SCHEMA.append(pa.field("part", pa.string()))) as writer:
+                for name, batches in parts:
+                    for batch in batches:
+                        names = pa.array([name]).take(pa.array(np.zeros(len(batch), np.int8)))
+                        writer.write_batch(batch.append_column("part", names))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

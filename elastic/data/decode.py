@@ -30,6 +30,7 @@ DECODE_VERSION = 2  # grows when the same file would give other pixels; part of 
 
 MAX_FRAMES = 200_000
 MAX_PIXELS = 8192 * 4608
+MAX_STRETCH = 8  # of a pixel; an anamorphic film has 2
 MAX_SECONDS = 4 * 3600.0
 DEADLINE_S = 120.0  # of the processor, for one clip; one that takes longer is broken or hostile
 
@@ -140,6 +141,9 @@ def _film(container: av.container.InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise BadVideo("no decoder for its codec")
     _require_size(stream.codec_context.width, stream.codec_context.height)
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not 1 / MAX_STRETCH <= aspect <= MAX_STRETCH:
+        raise BadVideo(f"pixels {float(aspect):.4g} times as wide as high")
     return stream
 
 

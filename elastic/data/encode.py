@@ -154,25 +154,53 @@ def encode_shards(
     While the codec works so many processes decode what comes next, and the shard before is written.
     Whoever comes first also publishes the text that stands for no text. `again` is for shards that
     were committed before and are damaged: InputError, and nothing is changed, where a clip that
-    one held cannot be decoded any more.
+    one held cannot be decoded any more. Otherwise a shard that fails is raised when the others have
+    been tried, and one that is committed already is left as it is.
     """
     encode_null_text(job)
     store = LatentStore.open(job.root)
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
-    num_absent = 0
+    left = list(shards) if again else store.not_there(shards)
+    num_absent, failure = 0, None
+    while left:
+        done: list[ShardId] = []
+        try:
+            for shard, samples in _written(job, codec, store, left, again, decoders):
+                done.append(shard)
+                num_absent += sum(isinstance(sample, Absent) for sample in samples)
+            break
+        except InputError:
+            raise
+        except Exception as error:  # raised when the others have been tried
+            failure = failure or error
+            left = left[len(done) + 1 :]
+    if failure is not None:
+        raise failure
+    return num_absent
+
+
+def _written(
+    job: EncodeJob,
+    codec: CodecModule,
+    store: LatentStore,
+    shards: Sequence[ShardId],
+    again: bool,
+    decoders: int,
+) -> Iterator[tuple[ShardId, list[Sample | Absent]]]:
+    """Each of the shards when it has been committed, in order."""
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        writing: Future[None] | None = None
+        before: tuple[ShardId, list[Sample | Absent], Future[None]] | None = None
         for shard, samples in _encode_all(job, codec, store, shards, decoders):
             if again:
                 clips = job.members.clips[shard[0]][store.slots(shard)]
                 _require_held(store, shard, samples, clips)
-            num_absent += sum(isinstance(sample, Absent) for sample in samples)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(store.write_shard, *shard, samples)
-        if writing is not None:
-            writing.result()
-    return num_absent
+            if before is not None:
+                before[2].result()
+                yield before[:2]
+            before = shard, samples, writer.submit(store.write_shard, *shard, samples)
+        if before is not None:
+            before[2].result()
+            yield before[:2]
 
 
 def _encode_all(
@@ -257,7 +285,7 @@ def decode_ahead(
         for bucket, clips in parts
         for clip in clips
     )
-    pictures = shared_decoders(decoders).decode(wanted, ahead=2 * size)
+    pictures = shared_decoders(decoders).decode(wanted, ahead=max(2 * size, decoders))
     for _, clips in parts:
         for first in range(0, len(clips), size):
             chunk = clips[first : first + size]

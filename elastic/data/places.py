@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from elastic.errors import InputError
@@ -10,6 +11,9 @@ from elastic.errors import InputError
 _BLOCK = 2**20  # bytes of one request; an index at a file's end is one, and its frames some
 # What carries no time says when it changed in one of these words, whatever its kind of storage.
 _STAMPS = ("ETag", "etag", "md5", "LastModified", "last_modified", "updated", "mtime", "created")
+
+
+_SECRET = re.compile(r"[?&][^=&]*(sig|token|secret|password|credential|key)[^=&]*=", re.IGNORECASE)
 
 
 class Stamp(NamedTuple):
@@ -36,11 +40,14 @@ def parent(path: str) -> str:
 
 def check_url(url: str, what: str) -> None:
     """InputError for a URL with keys in it, or for which no program is installed."""
-    if "@" in url.partition("://")[2].partition("/")[0]:
+    hosts = [part.partition("/")[0] for part in url.split("://")[1:]]
+    if any("@" in host for host in hosts) or _SECRET.search(url):
         raise InputError(
             f"{what}: a URL with a user or key in it would end up in logs; give those by the "
             "environment, and write the URL without them"
         )
+    if "::" in url:
+        raise InputError(f"{what} {url!r}: files inside of other files are not read; unpack them")
     try:
         _file_system(url)
     except (ImportError, ValueError) as error:
@@ -62,8 +69,10 @@ def stamp(path: str) -> Stamp | None:
         return Stamp(found.st_size, found.st_mtime_ns)
     try:
         info = _file_system(path).info(path)
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        if _is_missing(error):
+            return None
+        raise OSError(f"{path}: {error.__cause__ or error}") from error
     except Exception as error:  # a back end raises what it likes
         raise OSError(f"{path}: {error}") from error
     words = repr([info.get(name) for name in _STAMPS])
@@ -92,10 +101,20 @@ def open_read(path: str) -> BinaryIO:
         return open(path, "rb")
     try:
         return cast(BinaryIO, _file_system(path).open(path, "rb", block_size=_BLOCK))
+    except FileNotFoundError as error:
+        if _is_missing(error):
+            raise
+        raise OSError(f"{path}: {error.__cause__ or error}") from error
     except OSError:
         raise
     except Exception as error:  # as above
         raise OSError(f"{path}: {error}") from error
+
+
+def _is_missing(error: FileNotFoundError) -> bool:
+    """Whether the server said so: over HTTP a busy one gives the same error."""
+    status = getattr(error.__cause__ or error.__context__, "status", None)
+    return status in (None, 404, 410)
 
 
 def _file_system(url: str) -> Any:  # Any: fsspec has no types

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,7 @@ class Probed:
         self.clips = clips
         self.is_good = np.zeros(len(clips), np.bool_)
         self._fields = np.zeros(len(clips), _FIELDS)
+        self.unreachable: list[int] = []  # rows that say nothing about their files
         self._reasons = np.full(len(clips), "not probed", object)  # of those that are not good
 
     @classmethod
@@ -53,6 +55,11 @@ class Probed:
             if clip.sample_id in found:
                 probed.put(row, found[clip.sample_id])
         return probed
+
+    def put_unreachable(self, row: int, why: str) -> None:
+        """Note that the file of a row cannot be read just now."""
+        self.unreachable.append(row)
+        self._reasons[row] = why
 
     def put(self, row: int, found: Probe | str) -> None:
         """Note what was found in the file of a row."""
@@ -106,7 +113,7 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
                 for (row, now), answer in zip(left.items(), answers, strict=True):
                     found = answer.reason if isinstance(answer, BadVideo) else answer
                     if isinstance(found, Unreachable):  # a later run may read it
-                        probed.put(row, str(found))
+                        probed.put_unreachable(row, str(found))
                         continue
                     probed.put(row, found)
                     cache.add(paths[row - first], now, found)
@@ -118,20 +125,24 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
 
 
 def _take_known(
-    cache: "_Cache", probed: Probed, row: int, stamps: Iterable[tuple[str, Stamp | str | None]]
+    cache: "_Cache", probed: Probed, first: int, stamps: Iterable[tuple[str, Stamp | str | None]]
 ) -> dict[int, Stamp]:
     """Take from the cache what it has of some rows; those that are left to be probed."""
-    left: dict[int, Stamp] = {}
-    for path, now in stamps:
+    there: list[tuple[int, str, Stamp]] = []
+    for row, (path, now) in enumerate(stamps, start=first):
         if isinstance(now, Stamp):
-            known = cache.find(path, now)
-            if known is None:
-                left[row] = now
-            else:
-                probed.put(row, known)
+            there.append((row, path, now))
+        elif now is not None:
+            probed.put_unreachable(row, now)
         else:
-            probed.put(row, now or "the file does not exist")
-        row += 1
+            probed.put(row, "the file does not exist")
+    known = cache.find([path for _, path, _ in there], [now for *_, now in there])
+    left: dict[int, Stamp] = {}
+    for (row, _, now), found in zip(there, known, strict=True):
+        if found is None:
+            left[row] = now
+        else:
+            probed.put(row, found)
     return left
 
 
@@ -159,20 +170,20 @@ class _Cache:
         self._order = np.argsort(self._keys)
         self._table = pa.Table.from_batches(batches, schema=known)
 
-    def find(self, path: str, now: Stamp) -> Probe | str | None:
-        """What is known of the file; None if that is nothing, or of before it changed."""
-        if not len(self._keys):
-            return None
-        place = int(np.searchsorted(self._keys, key := sample_id(path), sorter=self._order))
-        if place == len(self._keys) or self._keys[self._order[place]] != key:
-            return None
-        (row,) = self._table.slice(int(self._order[place]), 1).to_pylist()
-        if Stamp(row.pop("size"), row.pop("mtime_ns")) != now:
-            return None
-        reason = row.pop("reason")
-        if reason is not None:
-            return str(reason)
-        return Probe(rate=Fraction(row.pop("rate_over"), row.pop("rate_under")), **row)
+    def find(self, paths: Sequence[str], now: Sequence[Stamp]) -> list[Probe | str | None]:
+        """What is known of each file; None if that is nothing, or of before it changed."""
+        if not len(self._keys) or not paths:
+            return [None] * len(paths)
+        keys = np.array([sample_id(path) for path in paths], np.int64)
+        places = np.searchsorted(self._keys, keys, sorter=self._order)
+        rows = self._order[np.minimum(places, len(self._keys) - 1)]
+        # In the order in which they lie; a take is dear for each and cheap for many.
+        found = self._table.take(pa.array(rows)).to_pylist()
+        same = (self._keys[rows] == keys).tolist()
+        return [
+            _known(row, stamp) if is_it else None
+            for row, stamp, is_it in zip(found, now, same, strict=True)
+        ]
 
     def add(self, path: str, now: Stamp, found: Probe | str) -> None:
         """Note what was found in a file; what was noted is saved now and then."""
@@ -212,6 +223,16 @@ class _Cache:
             fields = found._asdict()
             rate = fields.pop("rate")
             yield {**row, **fields, "rate_over": rate.numerator, "rate_under": rate.denominator}
+
+
+def _known(row: dict[str, Any], now: Stamp) -> Probe | str | None:
+    """A row of the cache, if it is of the file as it is now."""
+    if Stamp(row.pop("size"), row.pop("mtime_ns")) != now:
+        return None
+    reason = row.pop("reason")
+    if reason is not None:
+        return str(reason)
+    return Probe(rate=Fraction(row.pop("rate_over"), row.pop("rate_under")), **row)
 
 
 def _load(path: Path) -> Iterator[pa.RecordBatch]:

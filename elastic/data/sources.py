@@ -52,7 +52,8 @@ class VideoSource:
             return to_unit(
                 decode_clip(clip.path, bucket.frames, self._rate, bucket.height, bucket.width)
             )
-        except BadVideo as error:
+        except (BadVideo, MemoryError, RuntimeError, ValueError) as error:
+            # The probe has looked at its first frame alone, and this is the process that trains.
             log.warning("%s: left out of its batch: %s", clip.path, error)
             return None
 

@@ -148,6 +148,17 @@ class LatentStore:
         committed = self._committed()
         return [shard for shard in self.shard_ids() if shard not in committed]
 
+    def not_there(self, shards: Sequence[ShardId]) -> list[ShardId]:
+        """Those of some shards that are not committed; the log is read only where files are."""
+        arrays = {bucket: self.schema.arrays(bucket) for bucket, _ in shards}
+        there = [
+            shard
+            for shard in shards
+            if all(self._file(shard[0], array, shard[1]).exists() for array in arrays[shard[0]])
+        ]
+        missing = set(self.missing()) if there else set()
+        return [shard for shard in shards if shard not in there or shard in missing]
+
     def quarantined(self) -> dict[int, str]:
         """The samples that could not be encoded, with the reason, of all committed shards."""
         commits = self._committed().values()

@@ -200,13 +200,15 @@ def _is_held_out(split: str, where: str) -> bool:
 
 
 def _absolute(path: str, folder: str, where: str) -> str:
+    if "\0" in path:
+        raise InputError(f"{where}: path {path!r} has a NUL character in it: write its real name")
     if places.is_url(path):
         places.check_url(path, where)
         return path
     if os.path.isabs(path):
         return os.path.normpath(path)
     inner = os.path.normpath(path)
-    if inner == ".." or inner.startswith("../") or "\0" in inner:
+    if inner == ".." or inner.startswith("../"):
         raise InputError(
             f"{where}: path {path!r} leads out of the folder {folder!r}; a relative path stays "
             f"inside it: move the file, or write its absolute path"
