@@ -32,7 +32,7 @@ from elastic.data.assign import (
     load_members,
 )
 from elastic.data.clips import Clip
-from elastic.data.decode import decode_clip, to_unit
+from elastic.data.decode import Unreachable, decode_clip, to_unit
 from elastic.data.decoders import Decoders, Wanted
 from elastic.data.encode import (
     EncodeJob,
@@ -52,6 +52,7 @@ from elastic.data.probes import Probed
 from elastic.data.schema import NULL_TEXT, shard_file
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
+from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
@@ -627,6 +628,66 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
     with pytest.raises(OSError, match="disk full"):
         ray_encode.encode_on_ray(job, 0, lambda *_: None)
     assert len(open_store(job).missing()) == 1
+
+
+def test_a_shard_that_fails_leaves_the_others_of_its_task_and_what_is_there_stays(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(job)
+    shards = store.shard_ids()
+    write, written = LatentStore.write_shard, []
+
+    def failing(self: LatentStore, bucket: str, shard: int, samples: Any) -> None:
+        if (bucket, shard) == shards[2] and len(written) < 5:
+            raise OSError("disk full for a moment")
+        written.append((bucket, shard))
+        write(self, bucket, shard, samples)
+
+    monkeypatch.setattr(LatentStore, "write_shard", failing)
+    encode_shards(job, shards[:1])
+    with pytest.raises(OSError, match="for a moment"):
+        encode_shards(job, shards[:6])
+    # The one after it was encoded already when it failed, and is tried again with the rest.
+    assert set(store.missing()) == {shards[2], *shards[6:]}
+    assert written.count(shards[0]) == 1, "it was there"
+    encode_shards(job, shards)
+    assert store.missing() == []
+    assert all(written.count(shard) == 1 for shard in shards)
+    encode_shards(job, shards[:2], again=True)
+    assert written[-2:] == shards[:2], "unless that is asked for"
+
+
+def test_clips_that_cannot_be_read_just_now_are_not_pinned_out(
+    clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["path,text", *(f"{clip.path},{clip.text}" for clip in clips)]
+    (tmp_path / "none.csv").write_text("\n".join(lines))
+    stage = STAGE.replace(data=Videos(str(tmp_path / "none.csv"), held_out_every=2))
+    told: list[str] = []
+    tracker = SimpleNamespace(event=lambda kind, *_, **__: told.append(kind))
+    course = SimpleNamespace(folder=RunFolder(tmp_path / "run"), tracker=tracker)
+    probe_files, times = Decoders.probe, 0
+
+    def silent(self: Decoders, paths: Iterable[str]) -> Any:
+        nonlocal times
+        times += 1
+        for path, found in zip(some := list(paths), probe_files(self, some), strict=True):
+            yield (
+                Unreachable(f"{path}: slow down") if path == clips[3].path and silent_for else found
+            )
+
+    silent_for = True
+    monkeypatch.setattr(Decoders, "probe", silent)
+    monkeypatch.setattr("elastic.course._TRY_AGAIN_S", 0.0)
+    with pytest.raises(InputError, match=r"1 of 11 files cannot be read just now.*slow down"):
+        pin_members(course, stage)  # type: ignore[arg-type]
+    assert times >= 3, "it was tried again"
+    own = course.folder.stage(stage.name)
+    assert not own.exists() or list(own.iterdir()) == [], "nothing is left half done"
+    silent_for = False
+    members = pin_members(course, stage)  # type: ignore[arg-type]
+    assert members.num_clips() == 11
+    assert [path.name for path in own.iterdir()] == ["clips.arrow"]
 
 
 def _flip(path: Path) -> bytes:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import threading
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -120,12 +122,43 @@ def test_gone_objects_are_bad_files_and_a_silent_server_is_not(
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.mark.parametrize(("status", "is_missing"), [(404, True), (503, False)])
+def test_only_a_server_that_says_so_has_lost_a_file(status: int, is_missing: bool) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        do_HEAD = do_GET  # the name that the server looks for
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v.mp4"
+        with pytest.raises(BadVideo if is_missing else Unreachable):
+            decode_clip(url, 1, 8, 32, 32)
+        if is_missing:
+            assert stamp(url) is None
+        else:
+            with pytest.raises(OSError, match="503"):
+                stamp(url)
+        server.shutdown()
+
+
 def test_keys_in_a_url_and_schemes_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a user or key in it") as refused:
         read_table(Videos("s3://KEY:SECRET@bucket/clips.csv"))
     assert "SECRET" not in str(refused.value)
     with pytest.raises(InputError, match="foo://x/y"):
         read_table(Videos("foo://x/y.csv"))
+    for url in ("https://h/v.csv?X-Amz-Signature=SECRET", "zip://x.csv::s3://KEY:SECRET@b/z"):
+        with pytest.raises(InputError, match="a user or key in it") as refused:
+            read_table(Videos(url))
+        assert "SECRET" not in str(refused.value)
+    with pytest.raises(InputError, match="files inside of other files"):
+        read_table(Videos("zip://x.csv::s3://bucket/z"))
     (tmp_path / "clips.csv").write_text("path,text\ns3://KEY:SECRET@b/v.mp4,a clip\n")
     with pytest.raises(InputError, match="row 1: a URL with a user or key") as refused:
         read_table(Videos(str(tmp_path / "clips.csv")))

@@ -83,6 +83,14 @@ def test_a_bad_table_is_refused_with_one_message(tmp_path: Path, text: str, mess
         read_table(_table(tmp_path, text))
 
 
+def test_a_table_that_is_refused_leaves_nothing_beside_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for text in ("path,text,split\na.mp4,x,trian\n", "path,text\n/a\0b.mp4,x\n"):
+        with pytest.raises(InputError, match=r"trian|NUL character"):
+            read_table(_table(tmp_path, text), tmp_path / "run" / ".table.arrow")
+        assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_missing_table_folder_and_odd_suffix_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.csv' does not exist"):
         read_table(Videos(str(tmp_path / "none.csv")))
