@@ -23,6 +23,7 @@ from elastic.data.probe import Probe
 log = logging.getLogger(__name__)
 
 _SAVE_EVERY_S = 30.0
+_MOST_ADDED = 200_000  # files; they are objects until they are saved
 _STATS = 32  # threads that ask for sizes: on a shared disk each question is a round trip
 
 _FIELDS = np.dtype([
@@ -188,7 +189,8 @@ class _Cache:
     def add(self, path: str, now: Stamp, found: Probe | str) -> None:
         """Note what was found in a file; what was noted is saved now and then."""
         self._added[path] = now, found
-        if time.monotonic() - self._saved > self._pause_s:
+        is_due = time.monotonic() - self._saved > self._pause_s
+        if is_due or len(self._added) >= _MOST_ADDED:
             self.save()
 
     def save(self) -> None:
