@@ -87,7 +87,8 @@ def _schedulable() -> set[str]:
 def _waits_in_vain(job: str, going: set[str]) -> set[str]:
     """Ids of the job's workers that will not come up, and of its group if that finds no room."""
     # The id of a group ends with that of its job, which has one at a time.
-    groups = {k: g for k, g in _state.placement_group_table().items() if k.endswith(job)}
+    table = _state.placement_group_table()  # which keeps those that were removed
+    groups = {k: g for k, g in table.items() if k.endswith(job) and g["state"] != "REMOVED"}
     pending = {key for key, group in groups.items() if group["state"] == "PENDING"}
     places = [
         node

@@ -114,6 +114,7 @@ class Looks:
     def _groups(self) -> dict[str, Any]:
         return {
             "aa01000000": {"state": "CREATED", "bundles_to_node_id": {0: "a", 1: "b"}},
+            "bb01000000": {"state": "REMOVED", "bundles_to_node_id": {0: "a", 1: "a"}},  # before
             "aa02000000": {"state": "PENDING", "bundles_to_node_id": {}},  # of another job
         }
 

@@ -165,9 +165,14 @@ def _require_reachable(path: str) -> None:
     except IsADirectoryError:
         return
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and _has_files(os.path.dirname(path)):
+        if isinstance(error, FileNotFoundError) and not is_mount_gone(path):
             raise BadVideo("the file does not exist") from error
         raise Unreachable(f"{path}: {error.strerror}; is its folder still mounted?") from error
+
+
+def is_mount_gone(path: str) -> bool:
+    """Whether the folder of a file that is not there is gone or empty: so says a lost mount."""
+    return not is_url(path) and not _has_files(os.path.dirname(os.path.realpath(path)))
 
 
 def _has_files(folder: str) -> bool:

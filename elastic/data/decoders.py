@@ -65,6 +65,7 @@ class Decoders:
         self._times = times or Times()
         self._own = threading.local()  # each thread talks to one process
         self._processes: list[_Process] = []
+        self._closing = threading.Event()
         self._threads = ThreadPoolExecutor(num, thread_name_prefix="decoder")
 
     def decode(self, wanted: Iterable[Wanted], ahead: int) -> Iterator[Tensor | BadVideo]:
@@ -87,8 +88,9 @@ class Decoders:
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
-        for process in self._processes:
-            process.close()
+        self._closing.set()
+        for process in list(self._processes):
+            process.kill()
         self._threads.shutdown(cancel_futures=True)
 
     def _in_order(self, questions: Iterable[Wanted | str], ahead: int) -> Iterator[Answer]:
@@ -107,7 +109,7 @@ class Decoders:
 
     def _ask(self, question: Wanted | str) -> Answer:
         if not hasattr(self._own, "process"):
-            self._own.process = _Process(self._do, self._times)
+            self._own.process = _Process(self._do, self._times, self._closing)
             self._processes.append(self._own.process)
         process: _Process = self._own.process
         return process.ask(question)
@@ -122,12 +124,12 @@ def shared_decoders(num: int) -> Decoders:
 class _Process:
     """One decoder; it is started when it is asked, and again when it has ended."""
 
-    def __init__(self, do: Do, times: Times) -> None:
+    def __init__(self, do: Do, times: Times, closing: threading.Event) -> None:
         self._do = do
         self._times = times
         self._started: Any = None  # multiprocessing's process, of a type without a name
         self._connection: Connection | None = None
-        self._closing = threading.Event()
+        self._closing = closing  # then it is not started again
 
     def ask(self, question: Wanted | str) -> Answer:
         """Its answer; a process that dies is replaced, and asked again where that may help."""
@@ -163,9 +165,8 @@ class _Process:
         connection.recv_bytes_into(pixels.reshape(-1).data)
         return pixels
 
-    def close(self) -> None:
-        """End it, whatever it is doing; it is not started again."""
-        self._closing.set()
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
         if self._started is not None:
             self._started.kill()
 
@@ -175,20 +176,26 @@ class _Process:
         context.set_forkserver_preload([__name__])
         connection, far = context.Pipe()
         arguments = (far, self._do, self._times.processor, dict(os.environ))
-        self._started = context.Process(target=_serve, args=arguments, daemon=True)
-        self._started.start()
-        far.close()
-        self._connection = connection
+        process = context.Process(target=_serve, args=arguments, daemon=True)
         try:
+            process.start()
+            self._started, self._connection = process, connection
+            if self._closing.is_set():  # whoever closes may have looked just before
+                process.kill()
             if not connection.poll(_START_S):
                 raise EOFError
             connection.recv()  # it is ready
         except (EOFError, OSError):
-            self._end()
+            if self._started is process:
+                self._end()
+            connection.close()
+            code = process.exitcode if self._started is process else "none"
             raise RuntimeError(
-                f"a process that decodes videos cannot be started here (exit code "
-                f"{self._started.exitcode}); what it says stands above: mend it, and go on"
+                f"a process that decodes videos cannot be started here (exit code {code}); what it "
+                "says stands above: mend it, and go on"
             ) from None
+        finally:
+            far.close()
         return connection
 
     def _ended_by(self) -> signal.Signals:
@@ -202,7 +209,8 @@ class _Process:
             self._connection.close()
             self._connection = None
         self._started.kill()
-        self._started.join()
+        # One that waits for a disk ends when that answers; nobody waits for it here.
+        self._started.join(timeout=5.0)
 
 
 def _serve(connection: Connection, do: Do, processor_s: float, environment: dict[str, str]) -> None:

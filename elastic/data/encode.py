@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -172,6 +173,8 @@ def encode_shards(
         except InputError:
             raise
         except Exception as error:  # raised when the others have been tried
+            # What its frames hold would stay: pictures, and on a GPU what did not fit.
+            traceback.clear_frames(error.__traceback__)
             failure = failure or error
             left = left[len(done) + 1 :]
     if failure is not None:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import re
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -100,7 +101,7 @@ def open_read(path: str) -> BinaryIO:
     if not is_url(path):
         return open(path, "rb")
     try:
-        return cast(BinaryIO, _file_system(path).open(path, "rb", block_size=_BLOCK))
+        return cast(BinaryIO, _Remote(path, _file_system(path).open(path, "rb", block_size=_BLOCK)))
     except FileNotFoundError as error:
         if _is_missing(error):
             raise
@@ -109,6 +110,43 @@ def open_read(path: str) -> BinaryIO:
         raise
     except Exception as error:  # as above
         raise OSError(f"{path}: {error}") from error
+
+
+class _Remote(io.RawIOBase):
+    """A file behind a URL, whose back end raises what it likes: here they are OSErrors."""
+
+    def __init__(self, path: str, file: Any) -> None:  # Any: fsspec has no types
+        super().__init__()
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return bytes(self._file.read(size))
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self._path}: {error}") from error
+
+    def readinto(self, into: Any) -> int:
+        data = self.read(len(into))
+        into[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _is_missing(error: FileNotFoundError) -> bool:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from elastic.data.clips import ROWS, Clip, Clips, sample_id
-from elastic.data.decode import DECODE_VERSION, BadVideo, Unreachable
+from elastic.data.decode import DECODE_VERSION, BadVideo, Unreachable, is_mount_gone
 from elastic.data.decoders import Decoders
 from elastic.data.places import Stamp, stamp
 from elastic.data.probe import Probe
@@ -120,8 +120,10 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
                     cache.add(paths[row - first], now, found)
                 first += len(paths)
     finally:
-        decoders.close()
-        cache.save()
+        try:
+            decoders.close()
+        finally:
+            cache.save()
     return probed
 
 
@@ -135,6 +137,8 @@ def _take_known(
             there.append((row, path, now))
         elif now is not None:
             probed.put_unreachable(row, now)
+        elif is_mount_gone(path):
+            probed.put_unreachable(row, f"{path} is not there, nor is anything in its folder")
         else:
             probed.put(row, "the file does not exist")
     known = cache.find([path for _, path, _ in there], [now for *_, now in there])
