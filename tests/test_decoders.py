@@ -106,9 +106,11 @@ def test_decoders_that_cannot_be_started_call_no_file_bad(
 ) -> None:
     decoders = Decoders(1)
     monkeypatch.setattr("elastic.data.decoders._serve", sys.exit)  # by its name: at once, code 1
+    began = time.monotonic()
     with pytest.raises(RuntimeError, match="cannot be started here"):
         list(decoders.probe([str(folder / "0.mp4")]))
     decoders.close()
+    assert time.monotonic() - began < 60, "its end is seen, not waited for"
 
 
 def test_decoders_live_with_a_smaller_limit_of_memory(folder: Path) -> None:

@@ -178,7 +178,10 @@ class _Process:
         arguments = (far, self._do, self._times.processor, dict(os.environ))
         process = context.Process(target=_serve, args=arguments, daemon=True)
         try:
-            process.start()
+            try:
+                process.start()
+            finally:
+                far.close()  # at once: as long as it is open here, nobody sees the other end close
             self._started, self._connection = process, connection
             if self._closing.is_set():  # whoever closes may have looked just before
                 process.kill()
@@ -194,8 +197,6 @@ class _Process:
                 f"a process that decodes videos cannot be started here (exit code {code}); what it "
                 "says stands above: mend it, and go on"
             ) from None
-        finally:
-            far.close()
         return connection
 
     def _ended_by(self) -> signal.Signals:
