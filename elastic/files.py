@@ -4,7 +4,10 @@ import ctypes
 import errno
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _NOT_KNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -19,16 +22,30 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all; the folder is made if it is missing."""
+@contextmanager
+def published(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that is there, whole, once the block has ended; not at all if it raises.
+
+    The folder is made if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with aside.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     fsync_dir(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write the file whole or not at all; the folder is made if it is missing."""
+    with published(path) as file:
+        file.write(data)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoding as Ray tasks, one a shard: nodes come and go, a lost shard is simply done again."""
+"""Encoding as Ray tasks of a few shards: nodes come and go, and what was lost is done again."""
 
 import signal
 from collections.abc import Callable
@@ -82,7 +82,8 @@ def encode_on_ray(
     """
     store = open_store(job)
     again = set(damaged.shards) if damaged else set()
-    missing = sorted({*store.missing(), *again}, key=store.shard_ids().index)
+    wanted = {*store.missing(), *again}
+    missing = [shard for shard in store.shard_ids() if shard in wanted]
     decoders = decoders_of_a_task(ray.nodes(), gpus)
     task = ray.remote(_encode_whole).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     shared = ray.put(job)

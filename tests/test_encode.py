@@ -38,7 +38,6 @@ from elastic.data.encode import (
     EncodeJob,
     Scale,
     chunk_size,
-    encode_shard,
     encode_shards,
     find_scale,
     measure_scale,
@@ -159,7 +158,7 @@ def one_thread() -> Iterator[None]:
 def _sealed(job: EncodeJob) -> SealedStore:
     store = open_store(job)
     for shard in store.missing():
-        encode_shard(job, shard)
+        encode_shards(job, [shard])
     store.seal()
     return SealedStore.open(job.root, job.fingerprint)
 
@@ -218,7 +217,7 @@ def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
     planned = store.missing()
     # Shards of 3: 9, 2, 7 and 2 clips.
     assert len(planned) == 3 + 1 + 3 + 1
-    assert encode_shard(job, planned[0]) == 0
+    assert encode_shards(job, [planned[0]]) == 0
     assert open_store(job).missing() == planned[1:]
     decoded: list[str] = []
 
@@ -415,7 +414,7 @@ def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
     clips[LONG.name][4] = gone._replace(path=str(tmp_path / "gone.mp4"))
     hurt = replace(job, members=Members(clips))
     store = open_store(hurt)
-    absent = sum(encode_shard(hurt, shard) for shard in store.missing())
+    absent = sum(encode_shards(hurt, [shard]) for shard in store.missing())
     assert absent == 2
     reasons = store.quarantined()
     assert set(reasons) == {broken.sample_id, gone.sample_id}
@@ -449,7 +448,7 @@ def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) 
 def test_the_null_text_comes_with_the_first_shard_and_from_the_store(job: EncodeJob) -> None:
     store = open_store(job)
     assert not store.has_null_text()
-    encode_shard(job, store.missing()[0])
+    encode_shards(job, store.missing()[:1])
     assert store.has_null_text()
     null = LatentSource(STAGE, _sealed(job), held_out=False).null_text()
     assert torch.equal(null.embedding_LD, STAGE.text.null().embedding_LD)
@@ -461,7 +460,7 @@ def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
 ) -> None:
     store = open_store(job)
     for shard in store.missing():
-        encode_shard(job, shard)
+        encode_shards(job, [shard])
     (job.root / NULL_TEXT).unlink()
     store.seal()
     sealed = SealedStore.open(job.root, job.fingerprint)
@@ -776,10 +775,10 @@ def test_a_machine_with_another_text_encoder_encodes_nothing(
     store = open_store(job)
     change_weights(tmp_path / "clip")
     with pytest.raises(InputError, match=r"'tiny': text: .* \(clip differ\)"):
-        encode_shard(job, store.missing()[0])
+        encode_shards(job, store.missing()[:1])
     shutil.rmtree(tmp_path / "t5")
     with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
-        encode_shard(job, store.missing()[0])
+        encode_shards(job, store.missing()[:1])
     with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
         plan_job(stage, weights, scale, members, tmp_path / "latents")
     assert not store.has_null_text()

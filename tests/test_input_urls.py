@@ -16,7 +16,7 @@ from odd_videos import FRAMES, HEIGHT, KINDS, RATE, WIDTH
 from s3_server import BUCKET, s3_server
 
 from elastic.data.decode import BadVideo, Unreachable, decode_clip
-from elastic.data.decoders import Decoders, Wanted
+from elastic.data.decoders import Decoders, Wanted, answer
 from elastic.data.places import is_there, stamp
 from elastic.data.probes import probe_all
 from elastic.data.table import read_table
@@ -145,6 +145,22 @@ def test_only_a_server_that_says_so_has_lost_a_file(status: int, is_missing: boo
             with pytest.raises(OSError, match="503"):
                 stamp(url)
         server.shutdown()
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_error_amid_the_reading_is_the_networks_and_not_the_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import s3fs
+
+    def lost(self: s3fs.S3File, start: int, end: int) -> bytes:
+        raise RuntimeError("the server has gone away")  # as back ends do, of a type of their own
+
+    url = f"s3://{BUCKET}/clips/h264.mp4"
+    monkeypatch.setattr(s3fs.S3File, "_fetch_range", lost)
+    for use in (answer(url), answer(Wanted(url, FRAMES, RATE, HEIGHT, WIDTH))):
+        assert isinstance(use, Unreachable)
+        assert "gone away" in str(use)
 
 
 def test_keys_in_a_url_and_schemes_that_nobody_knows_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from elastic.data import probe as probe_module
 from elastic.data.clips import Clip, sample_id
 from elastic.data.decode import BadVideo, Unreachable, decode_clip, to_unit
 from elastic.data.moving_shapes import render, tone_mp4, turn_mp4
-from elastic.data.probe import Probe, can_fill, probe
+from elastic.data.probe import Probe, probe
 from elastic.data.probes import Probed, probe_all
 from elastic.data.table import read_table
 from elastic.errors import InputError
@@ -244,7 +244,10 @@ def test_a_file_that_cannot_be_reached_is_not_called_bad(
     for attempt in (probe, lambda path: decode_clip(path, 1, 8, 32, 32)):
         with pytest.raises(Unreachable, match="still mounted"):
             attempt(clip.path)  # an empty folder: the files are not deleted, the mount is gone
+    lost = probe_all([clip], cache, workers=1)
+    assert lost.unreachable == [0], "nor is it taken for one that was deleted"
     (mount / "b.mp4").touch()
+    assert probe_all([clip], cache, workers=1).unreachable == []
     with pytest.raises(BadVideo, match="does not exist"):
         decode_clip(clip.path, 1, 8, 32, 32)
 
@@ -326,6 +329,11 @@ def test_probing_is_cached_until_a_file_changes(
     cache.write_bytes(cache.read_bytes()[:-20])
     assert same(probe_all(clips, cache, workers=3), second)
     assert len(probed) == len(names) - 1
+
+
+def can_fill(known: Probe, frames: int, rate: Fraction | float) -> bool:
+    """The rule of `Probed.can_fill`, in exact numbers."""
+    return (frames - 1) / Fraction(rate) < known.duration_s
 
 
 def good(probed: Probed) -> list[int]:

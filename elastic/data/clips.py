@@ -3,8 +3,6 @@
 import bisect
 import hashlib
 import itertools
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -12,6 +10,8 @@ from typing import NamedTuple, overload
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from elastic.files import published
 
 SCHEMA = pa.schema(
     {"sample_id": pa.int64(), "path": pa.string(), "text": pa.string(), "held_out": pa.bool_()}
@@ -111,26 +111,12 @@ def ids_of(clips: Sequence[Clip]) -> NDArray[np.int64]:
 
 def write_parts(path: Path, parts: Iterable[tuple[str, Iterator[pa.RecordBatch]]]) -> None:
     """Publish clips by the name of their part, as an Arrow file that `read_parts` maps."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            with pa.ipc.new_file(file, SCHEMA.append(pa.field("part", pa.string()))) as writer:
-                for name, batches in parts:
-                    for batch in batches:
-                        names = pa.array([name]).take(pa.array(np.zeros(len(batch), np.int8)))
-                        writer.write_batch(batch.append_column("part", names))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    schema = SCHEMA.append(pa.field("part", pa.string()))
+    with published(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for name, batches in parts:
+            for batch in batches:
+                names = pa.array([name]).take(pa.array(np.zeros(len(batch), np.int8)))
+                writer.write_batch(batch.append_column("part", names))
 
 
 def read_parts(path: Path) -> dict[str, Clips]:

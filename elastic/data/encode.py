@@ -142,11 +142,6 @@ def open_store(job: EncodeJob) -> LatentStore:
     return LatentStore.create(job.root, schema)
 
 
-def encode_shard(job: EncodeJob, shard: ShardId, again: bool = False, decoders: int = 1) -> int:
-    """`encode_shards` of one."""
-    return encode_shards(job, [shard], again, decoders)
-
-
 def encode_shards(
     job: EncodeJob, shards: Sequence[ShardId], again: bool = False, decoders: int = 1
 ) -> int:

@@ -28,11 +28,6 @@ class Probe(NamedTuple):
     duration_s: float
 
 
-def can_fill(probe: Probe, frames: int, rate: Fraction | float) -> bool:
-    """Whether the clip is on screen long enough for `frames` pictures at `rate` a second."""
-    return (frames - 1) / Fraction(rate) < probe.duration_s
-
-
 def probe(path: str) -> Probe:
     """Decode the first frame and count the packets of the rest; BadVideo if it cannot be used."""
     deadline = time.thread_time() + DEADLINE_S

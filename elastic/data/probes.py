@@ -1,7 +1,6 @@
 """Probes every clip of a table, once."""
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from elastic.data.decode import DECODE_VERSION, BadVideo, Unreachable, is_mount_
 from elastic.data.decoders import Decoders
 from elastic.data.places import Stamp, stamp
 from elastic.data.probe import Probe
+from elastic.files import published
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,10 @@ class Probed:
         return pixels
 
     def can_fill(self, frames: int, rate: Fraction | float) -> NDArray[np.bool_]:
-        """`probe.can_fill` of each row."""
+        """Whether a clip is on screen long enough for so many pictures at so many a second.
+
+        It is if (frames - 1) / rate, exactly, is less than its duration.
+        """
         needed = (frames - 1) / Fraction(rate)
         near = float(needed)  # and whatever is longer than `needed` is at least the next one
         longer: NDArray[np.bool_] = self._fields["duration_s"] > near
@@ -202,17 +205,14 @@ class _Cache:
         if not self._added:
             return
         began = time.monotonic()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        with open(aside, "wb") as file, pyarrow.parquet.ParquetWriter(file, _SCHEMA) as writer:
+        with (
+            published(self._path) as file,
+            pyarrow.parquet.ParquetWriter(file, _SCHEMA) as writer,
+        ):
             for batch in _load(self._path):
                 kept = [p not in self._added for p in batch.column("path").to_pylist()]
                 writer.write_batch(batch.filter(pa.array(kept, pa.bool_())))
             writer.write_table(pa.Table.from_pylist(list(self._rows()), schema=_SCHEMA))
-            writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self._path)
         self._added.clear()
         self._saved = time.monotonic()
         # All of it is written each time: with many rows, not oftener than a tenth of the time.
