@@ -57,7 +57,7 @@ _LAST_SAVE_S = 30.0  # what a save in flight may take once its rank has failed
 class Latents(NamedTuple):
     """Which store a stage reads: refused if it is another one, or was sealed with other content."""
 
-    root: Path
+    root: str
     fingerprint: str
     digest: str
 

@@ -18,6 +18,7 @@ from elastic.flags import (
     finite,
     gib,
     keep_flags,
+    latents_flag,
     training_flags,
 )
 from elastic.folders import RunFolder
@@ -93,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name != "plan":
             cluster_flags(one)
+            latents_flag(one)
             if name == "train":
                 training_flags(one)
                 keep_flags(one)
@@ -218,6 +220,7 @@ def _faults(flags: argparse.Namespace) -> "Faults | None":
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Encode what is missing."""
+    check_place(settings.latents, "latents")
     plan = read_plan_file(flags)
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import encode_plan
@@ -230,6 +233,7 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Find what is damaged, and encode that again."""
+    check_place(settings.latents, "latents")
     plan = read_plan_file(flags)
     folder = RunFolder.of(settings.storage_path, plan)
     check_inputs(plan, folder)
@@ -251,6 +255,7 @@ def verify_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Do whatever is missing."""
     check_place(settings.checkpoints)
+    check_place(settings.latents, "latents")
     plan = read_plan_file(flags)
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan

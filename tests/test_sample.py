@@ -19,13 +19,13 @@ from torch import Tensor
 
 from elastic import sample
 from elastic.cli import main
-from elastic.course import LATENTS, sample_request
+from elastic.course import sample_request
 from elastic.data.decode import to_unit
 from elastic.data.encode import FIELDS, Scale
 from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
-from elastic.folders import RunFolder
+from elastic.folders import LATENT_PINS, RunFolder
 from elastic.record import write_record
 from elastic.sample import SampleRequest, make_samples, read_image
 from elastic.weights import FINISHED, WEIGHTS, load_weights
@@ -193,7 +193,7 @@ def _finished_run(stage: DiffusionStage, root: Path) -> RunFolder:
     write_atomic(folder.stage(stage.name) / FINISHED, b'{"samples": 40}')
     scale = {"mean": SCALE.mean, "std": SCALE.std}
     pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
-    write_atomic(folder.stage(stage.name) / LATENTS, pinned)
+    write_atomic(folder.stage(stage.name) / LATENT_PINS, pinned)
     return folder
 
 

@@ -22,10 +22,11 @@ from elastic.data.assign import Members
 from elastic.data.clips import Clip, ids_of
 from elastic.data.decode import DECODE_VERSION, BadVideo, to_unit
 from elastic.data.decoders import Wanted, shared_decoders
+from elastic.data.places import join, name_of
 from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
+from elastic.data.store_folder import folder_at
 from elastic.data.verify import FIELDS
 from elastic.errors import InputError
-from elastic.files import write_atomic
 from elastic.weights import file_digest, load_weights
 from models.codec import Codec, CodecModule
 from models.text import TextEncoder
@@ -75,18 +76,18 @@ class EncodeJob:
     weights_digest: str
     scale: Scale
     members: Members
-    root: Path  # of the store
+    root: str  # of the store: a path or URL
     text: TextEncoder  # the stage's, to be used in any folder
     text_fields: dict[str, str | int | float]
 
     @property
     def fingerprint(self) -> str:
         """The name of the store: changes whenever a stored number could change."""
-        return self.root.name
+        return name_of(self.root)
 
 
 def plan_job(
-    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: Path
+    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: str
 ) -> EncodeJob:
     """Name the store of a stage by everything that decides its content."""
     digest = file_digest(weights)
@@ -110,8 +111,9 @@ def plan_job(
     }
     if stage.given is not None:
         fields["given"] = {"frames": "first, last", "still": stage.codec.nearest_frames(0)}
-    root = latents / fingerprint(fields)
-    write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
+    root = join(latents, fingerprint(fields))
+    described = np.frombuffer(json.dumps(fields, indent=1).encode(), np.uint8)
+    folder_at(root).publish(FIELDS, [described])
     text = stage.text.located()
     return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
@@ -233,9 +235,9 @@ def _require_held(
     for sample, clip in zip(samples, clips, strict=True):
         if isinstance(sample, Absent) and store.has_held(shard, sample.sample_id):
             raise InputError(
-                f"shard {shard[1]} of {shard[0]!r} in {str(store.root)!r} cannot be encoded again: "
-                f"{clip.path!r}, which it held: {sample.reason}. Nothing was "
-                "changed; restore the file and give the same command again"
+                f"shard {shard[1]} of {shard[0]!r} in {store.folder.where!r} cannot be encoded "
+                f"again: {clip.path!r}, which it held: {sample.reason}. Nothing was changed; "
+                "restore the file and give the same command again"
             )
 
 
