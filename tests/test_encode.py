@@ -18,7 +18,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from s3_server import s3_server  # noqa: F401  # a fixture
 from safetensors.torch import save_file
+from store_places import Place, a_bucket, a_place  # noqa: F401  # fixtures
 from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
@@ -46,6 +48,7 @@ from elastic.data.encode import (
 )
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
+from elastic.data.places import parent
 from elastic.data.probe import probe
 from elastic.data.probes import Probed
 from elastic.data.schema import NULL_TEXT, shard_file
@@ -141,10 +144,10 @@ def scale(weights: Path, members: Members) -> Scale:
 
 @pytest.fixture
 def job(
-    weights: Path, scale: Scale, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, scale: Scale, members: Members, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> EncodeJob:
     monkeypatch.setattr(encode, "SHARD_SAMPLES", 3)
-    return plan_job(STAGE, weights, scale, members, tmp_path / "latents")
+    return plan_job(STAGE, weights, scale, members, place.root)
 
 
 @pytest.fixture
@@ -278,7 +281,7 @@ def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
     found = {clip.sample_id: probe(clip.path) for clip in clips}
     members = assign(stage, Probed.of(clips, found)).save(tmp_path / "clips.arrow")
     scale = measure_scale(stage, weights, members)
-    store = _sealed(plan_job(stage, weights, scale, members, tmp_path / "latents"))
+    store = _sealed(plan_job(stage, weights, scale, members, str(tmp_path / "latents")))
     with torch.no_grad():
         moments = module.moments(_pixels(members.clips[bucket.name], bucket))
     mean_BCTHW, deviation_BCTHW = moments.chunk(2, dim=1)
@@ -294,7 +297,11 @@ def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
     torch.testing.assert_close(variance_C, torch.ones(4).double(), rtol=0.02, atol=0)
     assert deviation_BCTHW.min() > 0
     same = plan_job(
-        stage.replace(vae=codec.replace(posterior="mean")), weights, scale, members, tmp_path / "b"
+        stage.replace(vae=codec.replace(posterior="mean")),
+        weights,
+        scale,
+        members,
+        str(tmp_path / "b"),
     )
     assert same.fingerprint != store.schema.fingerprint
 
@@ -322,10 +329,14 @@ def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
     found = {clip.sample_id: probe(clip.path) for clip in clips}
     members = assign(stage, Probed.of(clips, found)).save(tmp_path / "clips.arrow")
     scale = measure_scale(stage, weights, members)
-    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    job = plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     store = _sealed(job)
     plain = plan_job(
-        STAGE.replace(vae=codec, schedule=stage.schedule), weights, scale, members, tmp_path / "b"
+        STAGE.replace(vae=codec, schedule=stage.schedule),
+        weights,
+        scale,
+        members,
+        str(tmp_path / "b"),
     )
     assert plain.fingerprint != job.fingerprint
     found = LatentSource(stage, store, held_out=False)
@@ -358,7 +369,7 @@ def test_the_store_is_named_by_all_that_changes_a_number(job: EncodeJob, tmp_pat
         scale: Scale = job.scale,
         members: Members = job.members,
     ) -> str:
-        return plan_job(stage, weights, scale, members, tmp_path / "others").fingerprint
+        return plan_job(stage, weights, scale, members, str(tmp_path / "others")).fingerprint
 
     first = job.members.clips[SHORT.name][0]
     reworded = {name: list(clips) for name, clips in job.members.clips.items()}
@@ -398,7 +409,7 @@ def test_a_stage_keeps_the_latents_that_it_was_pinned_to(job: EncodeJob, tmp_pat
     pinned.write_text(json.dumps({"fingerprint": job.fingerprint}))
     check_pinned(job, pinned)
     other = _write_weights(tmp_path / "codec.safetensors", 1)
-    changed = plan_job(job.stage, other, job.scale, job.members, job.root.parent)
+    changed = plan_job(job.stage, other, job.scale, job.members, parent(job.root))
     with pytest.raises(InputError, match=rf"'tiny' was pinned to .*weights: '{job.weights_digest}"):
         check_pinned(changed, pinned)
 
@@ -461,7 +472,7 @@ def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
     store = open_store(job)
     for shard in store.missing():
         encode_shards(job, [shard])
-    (job.root / NULL_TEXT).unlink()
+    Place(job.root).remove(NULL_TEXT)
     store.seal()
     sealed = SealedStore.open(job.root, job.fingerprint)
     assert not LatentSource(STAGE, sealed, held_out=False).null_text().embedding_LD.any()
@@ -506,7 +517,7 @@ def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     told: list[tuple[int, int]] = []
     first, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
     assert told == [(done, 8) for done in range(9)]
-    (job.root / NULL_TEXT).unlink()
+    Place(job.root).remove(NULL_TEXT)
     again, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
     assert told[9:] == [(8, 8)]
     assert again == first
@@ -689,21 +700,15 @@ def test_clips_that_cannot_be_read_just_now_are_not_pinned_out(
     assert [path.name for path in own.iterdir()] == ["clips.arrow"]
 
 
-def _flip(path: Path) -> bytes:
-    """Damage a file; what it was."""
-    before = path.read_bytes()
-    path.write_bytes(before[:9] + bytes([before[9] ^ 1]) + before[10:])
-    return before
-
-
 def test_what_is_damaged_is_encoded_again_and_nothing_else(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     digest, _ = ray_encode.encode_on_ray(job, 0, lambda *_: None)
-    null_text = job.root / NULL_TEXT
-    files = [shard_file(job.root, LONG.name, "latent", 0), null_text]
-    before = [_flip(path) for path in files]
+    store, files = Place(job.root), [shard_file(LONG.name, "latent", 0), NULL_TEXT]
+    before = [store.read(name) for name in files]
+    for name in files:
+        store.flip(name, 9, 1)
     verdict = verify(job.root)
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
@@ -715,7 +720,7 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     monkeypatch.setattr(ray_encode, "encode_shards", counting)
     assert ray_encode.encode_on_ray(job, 0, lambda *_: None, verdict)[0] == digest
     assert encoded == [(LONG.name, 0)]
-    assert [path.read_bytes() for path in files] == before
+    assert [store.read(name) for name in files] == before
     assert verify(job.root).is_whole
 
 
@@ -724,16 +729,16 @@ def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     ray_encode.encode_on_ray(job, 0, lambda *_: None)
-    damaged = shard_file(job.root, LONG.name, "latent", 0)
-    _flip(damaged)
-    before = damaged.read_bytes()
+    store, damaged = Place(job.root), shard_file(LONG.name, "latent", 0)
+    store.flip(damaged, 9, 1)
+    before = store.read(damaged)
     clips = {name: list(found) for name, found in members.clips.items()}
     (tmp_path / "another.mp4").touch()  # so that the folder is there, and its files are not lost
     clips[LONG.name][1] = clips[LONG.name][1]._replace(path=str(tmp_path / "gone.mp4"))
     hurt = replace(job, members=Members(clips))
     with pytest.raises(InputError, match=r"cannot be encoded again: '.*gone\.mp4', which it held"):
         ray_encode.encode_on_ray(hurt, 0, lambda *_: None, verify(job.root))
-    assert damaged.read_bytes() == before
+    assert store.read(damaged) == before
     assert SealedStore.open(job.root, job.fingerprint).count(LONG.name) == NUM_LONG
 
 
@@ -747,7 +752,7 @@ def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(
     encoder = tiny_t5_clip(tmp_path)
     monkeypatch.chdir(tmp_path)
     stage = STAGE.replace(text=encoder.replace(t5="t5", clip="clip"))
-    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    job = plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     monkeypatch.chdir("/")  # a worker runs elsewhere
     captions = [clip.text for clip in members.clips[SHORT.name]]
     expected, null = encoder.encode(captions), encoder.null()
@@ -771,7 +776,7 @@ def test_a_machine_with_another_text_encoder_encodes_nothing(
     weights: Path, scale: Scale, members: Members, tmp_path: Path
 ) -> None:
     stage = STAGE.replace(text=tiny_t5_clip(tmp_path))
-    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    job = plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     store = open_store(job)
     change_weights(tmp_path / "clip")
     with pytest.raises(InputError, match=r"'tiny': text: .* \(clip differ\)"):
@@ -780,7 +785,7 @@ def test_a_machine_with_another_text_encoder_encodes_nothing(
     with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
         encode_shards(job, store.missing()[:1])
     with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
-        plan_job(stage, weights, scale, members, tmp_path / "latents")
+        plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     assert not store.has_null_text()
 
 
@@ -830,8 +835,8 @@ def test_tiled_clips_are_encoded_one_at_a_time(
 ) -> None:
     tiled = STAGE.replace(vae=CODEC.replace(tiling=Tiling(frames=None, pixels=64, overlap=0.5)))
     assert (chunk_size(CODEC), chunk_size(tiled.codec)) == (8, 1)
-    job = plan_job(tiled, weights, scale, members, tmp_path)
-    whole = plan_job(STAGE, weights, scale, members, tmp_path)
+    job = plan_job(tiled, weights, scale, members, str(tmp_path))
+    whole = plan_job(STAGE, weights, scale, members, str(tmp_path))
     assert job.fingerprint != whole.fingerprint
     z_BCTHW = _sealed(job).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
     expected_BCTHW = _sealed(whole).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW

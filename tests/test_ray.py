@@ -83,7 +83,7 @@ def expected_digest(folder: RunFolder, stage: Stage) -> str:
         source = VideoSource(stage, load_members(own / MEMBERS), held_out=False)
     else:
         pinned = json.loads((own / "latents.json").read_text())
-        store = SealedStore.open(folder.latents / pinned["fingerprint"], pinned["fingerprint"])
+        store = SealedStore.open(f"{folder.latents}/{pinned['fingerprint']}", pinned["fingerprint"])
         source = LatentSource(stage, store, held_out=False)
     digest, position = EMPTY_DIGEST, 0
     while position < stage.budget:

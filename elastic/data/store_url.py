@@ -28,7 +28,9 @@ from elastic.files import published
 
 _AT_ONCE = 1000  # objects asked for at once
 _MOST_LOG = 2**40  # bytes
-_WAITS_S = (0.2, 1.0, 5.0, 15.0)  # before the next try: less together than training may be silent
+_PATIENCE_S = 30.0  # less than a training process may be silent
+_WAIT_S = 1.0  # before the next try; the back end has made some of its own
+_pause = time.sleep
 _UNUSED_S = 30 * 86400.0  # after which a copy is removed
 
 
@@ -72,18 +74,16 @@ class UrlFolder:
             return bytes(self._fs.cat_file(self._path(name)))
 
     def fill(self, spans: Sequence[Span]) -> dict[int, str]:
-        """Range requests, all at once; those that fail are made again for some seconds."""
+        """Range requests, all at once; those that fail are made again for half a minute."""
         left = {number: span for number, span in enumerate(spans) if len(span.out)}
         faults: dict[int, str] = {}
-        for wait in (*_WAITS_S, None):
-            failed = self._try(left, faults)
-            if not failed:
-                break
+        began = time.monotonic()
+        while failed := self._try(left, faults):
             number, error = next(iter(failed.items()))
-            if wait is None:
+            if time.monotonic() - began > _PATIENCE_S:
                 raise OSError(f"{self._url}/{left[number].name}: {error}") from error
             left = {number: left[number] for number in failed}
-            time.sleep(wait)
+            _pause(_WAIT_S)
         return faults
 
     def _try(self, left: dict[int, Span], faults: dict[int, str]) -> dict[int, Exception]:
@@ -111,7 +111,7 @@ class UrlFolder:
 
     def kept(self, name: str, digest: str, without: int = 0) -> OpenFile | None:
         """A copy on this machine, which all processes share; it is compared at each opening."""
-        copy = _copies() / digest
+        copy = _copies() / f"{digest}-{without}"  # of a plan and of a column may be one digest
         for is_new in (False, True):
             with _alone(copy.parent):
                 if is_new or not copy.exists():

@@ -162,7 +162,7 @@ def run(part: str, folder: Path) -> None:
     elif part == "plan":
         members = load_members(folder / "clips.arrow")
         scale = Scale((0.0,) * CODEC.channels, (1.0,) * CODEC.channels)
-        job = plan_job(stage, folder / "codec.safetensors", scale, members, folder / "latents")
+        job = plan_job(stage, folder / "codec.safetensors", scale, members, str(folder / "latents"))
         open_store(job)
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
     elif part == "encode":
