@@ -20,6 +20,7 @@ from elastic.data.encode import (
 )
 from elastic.data.verify import Verdict
 from elastic.errors import InputError, StageBlocked
+from elastic.ray_nodes import decoders_of_a_task
 from stages.stage import DiffusionStage
 
 _RETRIES = 8
@@ -35,16 +36,6 @@ def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gp
     task = ray.remote(find_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     scale: Scale = result_of(task.remote(stage, weights, members, decoders))
     return scale
-
-
-def decoders_of_a_task(nodes: list[dict[str, Any]], gpus: float) -> int:
-    """One; or as many as cores come with its GPU, on any node of the cluster.
-
-    Ray is asked for one core nevertheless: what was free of all of them might never come.
-    """
-    have = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
-    shares = [resources.get("CPU", 0.0) / resources["GPU"] for resources in have]
-    return max(1, int(min(shares, default=0.0) * gpus))
 
 
 def _num_tasks(gpus: float) -> int:

@@ -35,7 +35,7 @@ from elastic.data.assign import (
 )
 from elastic.data.clips import Clip
 from elastic.data.decode import Unreachable, decode_clip, to_unit
-from elastic.data.decoders import Decoders, Wanted
+from elastic.data.decoders import Decoders, Wanted, shared_decoders
 from elastic.data.encode import (
     EncodeJob,
     Scale,
@@ -58,7 +58,8 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
-from elastic.ray_encode import MOST_SHARDS, decoders_of_a_task, in_groups
+from elastic.ray_encode import MOST_SHARDS, in_groups
+from elastic.ray_nodes import decoders_of_a_task
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
@@ -795,13 +796,15 @@ def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(
     clips = {name: list(found) for name, found in members.clips.items()}
     (tmp_path / "other.mp4").touch()  # in an empty folder it would be the mount that is gone
     clips[SHORT.name][1] = clips[SHORT.name][1]._replace(path=str(tmp_path / "gone.mp4"))
-    source = VideoSource(STAGE, Members(clips), held_out=False)
-    samples = source.fetch(SHORT, np.array([0, 1]))
+    decoders = shared_decoders(1)
+    source = VideoSource(STAGE, Members(clips), held_out=False, decoders=decoders)
+    (samples,) = source.fetch_all([(SHORT, np.array([0, 1]))])
     assert samples.weight_B.tolist() == [1, 0]
     assert samples.ids.tolist() == [clip.sample_id for clip in clips[SHORT.name][:2]]
     assert torch.equal(samples.x_BCTHW[:1], _pixels(clips[SHORT.name][:1], SHORT))
     assert torch.equal(samples.x_BCTHW[1], torch.zeros(3, 4, 32, 32))
-    assert VideoSource(STAGE, members, held_out=True).counts() == {SHORT.name: 2, LONG.name: 2}
+    held_out = VideoSource(STAGE, members, held_out=True, decoders=decoders)
+    assert held_out.counts() == {SHORT.name: 2, LONG.name: 2}
 
 
 def test_a_scale_of_no_readable_clip_is_refused(
