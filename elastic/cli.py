@@ -355,6 +355,7 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
     from elastic.summary import print_table, read_history, summarise_history
@@ -365,6 +366,9 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     history = read_history(folder.root)
     print_table(summarise_history(history))
     print("\n".join(account_lines(history.account)))
+    names = [stage.name for stage in plan.stages]
+    for line in encoding_lines(folder.root, names, history.events):
+        print(line)
     for stage in plan.stages:
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")

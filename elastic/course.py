@@ -30,7 +30,7 @@ from elastic.files import write_atomic
 from elastic.folders import LATENT_PINS, RunFolder
 from elastic.journal import read_events
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
-from elastic.ray_tracker import TrackerHandle
+from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Limits, fit_stage
 from elastic.record import difference, start_stage
 from elastic.sample import (
@@ -245,24 +245,22 @@ def encode_stage(
     job = plan_job(stage, weights, scale, members, course.folder.latents)
     check_pinned(job, pinned)
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
-
-    def progress(done: int, total: int) -> None:
-        course.tracker.progress(stage.name, f"encoding, {done} of {total} shards")
-
-    digest, quarantined = encode_on_ray(job, course.gpus, progress, damaged)
+    began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name)
+    done = encode_on_ray(job, course.gpus, teller, damaged)
     content = {
         "fingerprint": job.fingerprint,
-        "digest": digest,
+        "digest": done.digest,
         "scale": {"mean": scale.mean, "std": scale.std},
         "weights": str(weights),
         "weights_sha256": job.weights_digest,
     }
     write_atomic(pinned, json.dumps(content, indent=1).encode())
     course.tracker.event(
-        "encode_end", stage.name, None, f"sealed as {digest}",
-        clips=members.num_clips(), quarantined=len(quarantined),
+        "encode_end", stage.name, None, f"sealed as {done.digest}",
+        clips=members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
+        seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
-    return Latents(job.root, job.fingerprint, digest)
+    return Latents(job.root, job.fingerprint, done.digest)
 
 
 def pinned_latents(folder: RunFolder, init: Init) -> Latents | None:

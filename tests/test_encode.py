@@ -35,7 +35,7 @@ from elastic.data.assign import (
 )
 from elastic.data.clips import Clip
 from elastic.data.decode import Unreachable, decode_clip, to_unit
-from elastic.data.decoders import Decoders, Wanted
+from elastic.data.decoders import Decoders, Wanted, shared_decoders
 from elastic.data.encode import (
     EncodeJob,
     Scale,
@@ -58,7 +58,8 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
-from elastic.ray_encode import MOST_SHARDS, decoders_of_a_task, in_groups
+from elastic.ray_encode import MOST_SHARDS, in_groups
+from elastic.ray_nodes import decoders_of_a_task
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
@@ -510,18 +511,38 @@ class _RayHere:
         return running[:num_returns], running[num_returns:]
 
 
+class Watched:
+    """Whoever is told how far an encoding is."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, int, int]] = []
+        self.committed_shards: list[tuple[ShardId, int, int]] = []
+
+    def begin(self, *told: int) -> None:
+        self.begun.append(told)  # type: ignore[arg-type]  # three of them
+
+    def committed(self, *told: Any) -> None:
+        self.committed_shards.append(told)  # type: ignore[arg-type]  # a shard and two numbers
+
+
 def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayHere())
-    told: list[tuple[int, int]] = []
-    first, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
-    assert told == [(done, 8) for done in range(9)]
+    watch = Watched()
+    first = ray_encode.encode_on_ray(job, 0, watch)
+    num = sum(len(clips) for clips in job.members.clips.values())
+    assert watch.begun == [(num, 0, 0)]
+    shards = open_store(job).shard_ids()
+    told = [(shard, len(open_store(job).planned(shard)), 0) for shard in shards]
+    assert watch.committed_shards == told
+    assert first.clips == num
     Place(job.root).remove(NULL_TEXT)
-    again, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
-    assert told[9:] == [(8, 8)]
-    assert again == first
-    assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
+    again = ray_encode.encode_on_ray(job, 0, watch)
+    assert watch.begun[1:] == [(num, num, 0)]
+    assert watch.committed_shards == told
+    assert again == first._replace(clips=0)
+    assert SealedStore.open(job.root, job.fingerprint, again.digest).null_text is not None
 
 
 class _RayOfTwo:
@@ -602,7 +623,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
         tried.extend(shards)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
@@ -610,17 +631,17 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
             raise InputError("no such folder")
         if len(tried) == 1:
             raise OSError("disk full")
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, *more)
 
     monkeypatch.setattr(ray_encode, "encode_shards", failing)
-    told: list[tuple[int, int]] = []
+    watch = Watched()
     with pytest.raises(InputError, match="no such folder"):
-        ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+        ray_encode.encode_on_ray(job, 0, watch)
     store = open_store(job)
     assert len(store.shard_ids()) == 8
     assert len(tried) == 4  # both workers had begun another one, which is committed
     assert set(store.shard_ids()) - set(store.missing()) == set(tried[2:])
-    assert told == [(0, 8), (1, 8)]
+    assert [told[0] for told in watch.committed_shards] == tried[2:]
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -629,14 +650,14 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
         if shards == open_store(job).shard_ids()[:1]:
             raise OSError("disk full")
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, *more)
 
     monkeypatch.setattr(ray_encode, "encode_shards", failing)
     with pytest.raises(OSError, match="disk full"):
-        ray_encode.encode_on_ray(job, 0, lambda *_: None)
+        ray_encode.encode_on_ray(job, 0, Watched())
     assert len(open_store(job).missing()) == 1
 
 
@@ -704,7 +725,7 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
-    digest, _ = ray_encode.encode_on_ray(job, 0, lambda *_: None)
+    digest = ray_encode.encode_on_ray(job, 0, Watched()).digest
     store, files = Place(job.root), [shard_file(LONG.name, "latent", 0), NULL_TEXT]
     before = [store.read(name) for name in files]
     for name in files:
@@ -713,12 +734,12 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
 
-    def counting(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def counting(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
         encoded.extend(shards)
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, *more)
 
     monkeypatch.setattr(ray_encode, "encode_shards", counting)
-    assert ray_encode.encode_on_ray(job, 0, lambda *_: None, verdict)[0] == digest
+    assert ray_encode.encode_on_ray(job, 0, Watched(), verdict).digest == digest
     assert encoded == [(LONG.name, 0)]
     assert [store.read(name) for name in files] == before
     assert verify(job.root).is_whole
@@ -728,7 +749,7 @@ def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(
     job: EncodeJob, members: Members, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
-    ray_encode.encode_on_ray(job, 0, lambda *_: None)
+    ray_encode.encode_on_ray(job, 0, Watched())
     store, damaged = Place(job.root), shard_file(LONG.name, "latent", 0)
     store.flip(damaged, 9, 1)
     before = store.read(damaged)
@@ -737,7 +758,7 @@ def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(
     clips[LONG.name][1] = clips[LONG.name][1]._replace(path=str(tmp_path / "gone.mp4"))
     hurt = replace(job, members=Members(clips))
     with pytest.raises(InputError, match=r"cannot be encoded again: '.*gone\.mp4', which it held"):
-        ray_encode.encode_on_ray(hurt, 0, lambda *_: None, verify(job.root))
+        ray_encode.encode_on_ray(hurt, 0, Watched(), verify(job.root))
     assert store.read(damaged) == before
     assert SealedStore.open(job.root, job.fingerprint).count(LONG.name) == NUM_LONG
 
@@ -795,13 +816,15 @@ def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(
     clips = {name: list(found) for name, found in members.clips.items()}
     (tmp_path / "other.mp4").touch()  # in an empty folder it would be the mount that is gone
     clips[SHORT.name][1] = clips[SHORT.name][1]._replace(path=str(tmp_path / "gone.mp4"))
-    source = VideoSource(STAGE, Members(clips), held_out=False)
-    samples = source.fetch(SHORT, np.array([0, 1]))
+    decoders = shared_decoders(1)
+    source = VideoSource(STAGE, Members(clips), held_out=False, decoders=decoders)
+    (samples,) = source.fetch_all([(SHORT, np.array([0, 1]))])
     assert samples.weight_B.tolist() == [1, 0]
     assert samples.ids.tolist() == [clip.sample_id for clip in clips[SHORT.name][:2]]
     assert torch.equal(samples.x_BCTHW[:1], _pixels(clips[SHORT.name][:1], SHORT))
     assert torch.equal(samples.x_BCTHW[1], torch.zeros(3, 4, 32, 32))
-    assert VideoSource(STAGE, members, held_out=True).counts() == {SHORT.name: 2, LONG.name: 2}
+    held_out = VideoSource(STAGE, members, held_out=True, decoders=decoders)
+    assert held_out.counts() == {SHORT.name: 2, LONG.name: 2}
 
 
 def test_a_scale_of_no_readable_clip_is_refused(

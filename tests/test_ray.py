@@ -19,6 +19,7 @@ from store_places import Place, a_bucket  # noqa: F401  # a fixture
 
 from elastic.attempt import MEMBERS
 from elastic.data.assign import load_members
+from elastic.data.decoders import shared_decoders
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
 from elastic.data.sealed import SealedStore
@@ -82,7 +83,9 @@ def expected_digest(folder: RunFolder, stage: Stage) -> str:
     own = folder.stage(stage.name)
     source: Any
     if isinstance(stage, AutoencoderStage):
-        source = VideoSource(stage, load_members(own / MEMBERS), held_out=False)
+        source = VideoSource(
+            stage, load_members(own / MEMBERS), held_out=False, decoders=shared_decoders(1)
+        )
     else:
         pinned = json.loads((own / "latents.json").read_text())
         store = SealedStore.open(f"{folder.latents}/{pinned['fingerprint']}", pinned["fingerprint"])

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +145,15 @@ def open_store(job: EncodeJob) -> LatentStore:
 
 
 def encode_shards(
-    job: EncodeJob, shards: Sequence[ShardId], again: bool = False, decoders: int = 1
+    job: EncodeJob,
+    shards: Sequence[ShardId],
+    again: bool = False,
+    decoders: int = 1,
+    committed: Callable[[ShardId, int, int], None] = lambda shard, clips, absent: None,
 ) -> int:
     """Encode and commit some shards; returns how many of their clips could not be decoded.
+
+    `committed` is told each shard, its clips, and how many of them could not be decoded.
 
     While the codec works so many processes decode what comes next, and the shard before is written.
     Whoever comes first also publishes the text that stands for no text. `again` is for shards that
@@ -159,13 +165,17 @@ def encode_shards(
     store = LatentStore.open(job.root)
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
     left = list(shards) if again else store.not_there(shards)
+    for shard in sorted({*shards} - {*left}):  # whoever has committed it may not have lived to tell
+        committed(shard, len(store.planned(shard)), 0)
     num_absent, failure = 0, None
     while left:
         done: list[ShardId] = []
         try:
             for shard, samples in _written(job, codec, store, left, again, decoders):
                 done.append(shard)
-                num_absent += sum(isinstance(sample, Absent) for sample in samples)
+                absent = sum(isinstance(sample, Absent) for sample in samples)
+                committed(shard, len(samples), absent)
+                num_absent += absent
             break
         except InputError:
             raise
