@@ -17,7 +17,8 @@ import ray
 from elastic.attempt import MEMBERS, Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
-from elastic.data.encode import EncodeJob, Scale, plan_job
+from elastic.data.encode import EncodeJob, plan_job
+from elastic.data.latents import Scale
 from elastic.data.probes import probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text

@@ -10,14 +10,15 @@ from ray.exceptions import RayTaskError
 
 from elastic.data.assign import Members
 from elastic.data.encode import (
+    Encoded,
     EncodeJob,
-    Scale,
     ShardId,
     encode_null_text,
     encode_shards,
     find_scale,
     open_store,
 )
+from elastic.data.latents import Scale
 from elastic.data.verify import Verdict
 from elastic.errors import InputError, StageBlocked
 from stages.stage import DiffusionStage
@@ -117,7 +118,7 @@ def encode_on_ray(
     return store.seal(), store.quarantined()
 
 
-def _encode_whole(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+def _encode_whole(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> Encoded:
     """`encode_shards`, undisturbed: Ray cancels a task that runs by an interrupt."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

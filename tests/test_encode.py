@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_text import change_weights, tiny_t5_clip
+from torch._dynamo.testing import CompileCounterWithBackend
 from videos_fixture import level_video
 
 from elastic import ray_encode
@@ -35,15 +36,15 @@ from elastic.data.clips import Clip
 from elastic.data.decode import Unreachable, decode_clip, to_unit
 from elastic.data.decoders import Decoders, Wanted
 from elastic.data.encode import (
+    Encoded,
     EncodeJob,
-    Scale,
-    chunk_size,
     encode_shards,
     find_scale,
     measure_scale,
     open_store,
     plan_job,
 )
+from elastic.data.latents import Encoder, Scale, chunk_size
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.probe import probe
@@ -55,6 +56,7 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.kernels import compiled_encoder, compiles_encoder
 from elastic.ray_encode import MOST_SHARDS, decoders_of_a_task, in_groups
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
@@ -217,7 +219,7 @@ def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
     planned = store.missing()
     # Shards of 3: 9, 2, 7 and 2 clips.
     assert len(planned) == 3 + 1 + 3 + 1
-    assert encode_shards(job, [planned[0]]) == 0
+    assert encode_shards(job, [planned[0]]).num_absent == 0
     assert open_store(job).missing() == planned[1:]
     decoded: list[str] = []
 
@@ -414,8 +416,11 @@ def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
     clips[LONG.name][4] = gone._replace(path=str(tmp_path / "gone.mp4"))
     hurt = replace(job, members=Members(clips))
     store = open_store(hurt)
-    absent = sum(encode_shards(hurt, [shard]) for shard in store.missing())
-    assert absent == 2
+    done = [encode_shards(hurt, [shard]) for shard in store.missing()]
+    assert sum(one.num_absent for one in done) == 2
+    # 9 and 2 short clips, 7 and 2 long ones.
+    assert sum(one.num_frames for one in done) == 11 * 4 + (9 - 2) * 8
+    assert all(one.seconds > 0 for one in done)
     reasons = store.quarantined()
     assert set(reasons) == {broken.sample_id, gone.sample_id}
     assert all(reasons.values())
@@ -591,7 +596,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> Encoded:
         tried.extend(shards)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
@@ -618,7 +623,7 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> Encoded:
         if shards == open_store(job).shard_ids()[:1]:
             raise OSError("disk full")
         return encode_shards(job, shards, again, decoders)
@@ -708,7 +713,7 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
 
-    def counting(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def counting(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> Encoded:
         encoded.extend(shards)
         return encode_shards(job, shards, again, decoders)
 
@@ -836,6 +841,71 @@ def test_tiled_clips_are_encoded_one_at_a_time(
     z_BCTHW = _sealed(job).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
     expected_BCTHW = _sealed(whole).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
     torch.testing.assert_close(z_BCTHW, expected_BCTHW, rtol=2 * BF16_ROUNDING, atol=1e-4)
+
+
+def _drawn_clips(count: int, frames: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(count)
+    shape = (3, frames, 32, 32)
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw) for _ in range(count)]
+
+
+def test_only_whole_chunks_are_compiled_once_for_each_size(
+    codec: CodecModule, scale: Scale, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    compiled_encoder.cache_clear()
+    counter = CompileCounterWithBackend("aot_eager")  # what is traced; no compiler is needed
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, options, **how: compiled(f, backend=counter, **how)
+    )
+    encoder = Encoder(CODEC, codec, scale)
+    for frames in (4, 8):
+        for count in (8, 8, 3):
+            clips = _drawn_clips(count, frames)
+            found, eager = (
+                encoder.begin(clips, ends=False, compiled=compiled).wait()
+                for compiled in (True, False)
+            )
+            for one, other in zip(found, eager, strict=True):
+                torch.testing.assert_close(
+                    one.latent_CTHW, other.latent_CTHW, rtol=2 * BF16_ROUNDING, atol=1e-4
+                )
+    assert counter.frame_count == 2, "a graph for each bucket"
+    compiled_encoder.cache_clear()
+
+
+def test_an_encoder_is_compiled_where_that_is_asked_for_or_worth_it() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    large = Bucket("256px", frames=32, batch=2)
+    assert not compiles_encoder(STAGE, large, 10**6, cpu)
+    assert not compiles_encoder(STAGE, large, 10**4, gpu)
+    assert compiles_encoder(STAGE, large, 10**5, gpu)
+    assert compiles_encoder(STAGE.replace(compile=True), SHORT, 1, cpu)
+    assert not compiles_encoder(STAGE.replace(compile=False), large, 10**6, gpu)
+    other = STAGE.replace(
+        vae=HUNYUAN,
+        compile=True,
+        schedule=[Phase(until=40, buckets=(Bucket("32px", frames=5, batch=2),))],
+    )
+    assert not compiles_encoder(other, large, 10**6, gpu)
+
+
+def test_a_stage_that_asks_for_it_encodes_compiled(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    begin = Encoder.begin
+
+    def told(self: Encoder, clips: Any, ends: bool, compiled: bool = False) -> Any:
+        asked.append(compiled)
+        return begin(self, clips, ends)
+
+    monkeypatch.setattr(Encoder, "begin", told)
+    shards = open_store(job).shard_ids()
+    encode_shards(job, shards[:1])
+    encode_shards(replace(job, stage=STAGE.replace(compile=True)), shards[1:2])
+    assert asked == [False, True]
 
 
 def test_weights_of_another_shape_are_named(weights: Path, tmp_path: Path) -> None:

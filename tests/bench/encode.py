@@ -35,18 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from figure import record
 
 from elastic.data.assign import assign
-from elastic.data.decode import to_unit
 from elastic.data.decoders import Wanted, shared_decoders
-from elastic.data.encode import (
-    EncodeJob,
-    chunk_size,
-    encode_shards,
-    load_codec,
-    measure_scale,
-    open_store,
-    plan_job,
-    stored_latents,
-)
+from elastic.data.encode import EncodeJob, encode_shards, measure_scale, open_store, plan_job
+from elastic.data.latents import Encoder, chunk_size, load_codec
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.probes import probe_all
 from elastic.data.schema import shard_file
@@ -147,14 +138,14 @@ def _ways(job: EncodeJob, folder: Path) -> dict[str, Callable[[], int]]:
     size = chunk_size(CODEC)
     pictures = [x for x in shared_decoders(1).decode(wanted, ahead=size) if torch.is_tensor(x)]
     module = load_codec(CODEC, job.weights, job.weights_digest)
+    encoder = Encoder(CODEC, module, job.scale)
 
     def decode_alone() -> int:
         return sum(1 for _ in shared_decoders(1).decode(wanted, ahead=2 * size))
 
     def codec_alone() -> int:
         for first in range(0, len(pictures), size):
-            x_BCTHW = to_unit(torch.stack(pictures[first : first + size]))
-            stored_latents(CODEC, module, job.scale, x_BCTHW)
+            encoder.begin(pictures[first : first + size], ends=False).wait()
         return len(pictures)
 
     def whole() -> int:
