@@ -19,17 +19,19 @@ from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.encode import EncodeJob, plan_job
 from elastic.data.latents import Scale
+from elastic.data.places import join, parent
 from elastic.data.probes import probe_all
-from elastic.data.schema import NULL_TEXT
+from elastic.data.schema import NULL_TEXT, PLAN
 from elastic.data.sealed import read_null_text
+from elastic.data.store_folder import folder_at
 from elastic.data.table import read_table
 from elastic.data.verify import FIELDS, Verdict, verdict_lines, verify
 from elastic.errors import InputError
 from elastic.files import write_atomic
-from elastic.folders import RunFolder
+from elastic.folders import LATENT_PINS, RunFolder
 from elastic.journal import read_events
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
-from elastic.ray_tracker import TrackerHandle
+from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Limits, fit_stage
 from elastic.record import difference, start_stage
 from elastic.sample import (
@@ -48,7 +50,6 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-LATENTS = "latents.json"
 NUM_SAMPLES = 16
 _MORE_TRIES, _TRY_AGAIN_S = 2, 5.0  # for files that cannot be read just now
 NUM_RECONSTRUCTIONS = 6
@@ -111,12 +112,12 @@ def repair_plan(course: Course) -> None:
         raise InputError(
             f"no stage of {course.plan.name!r} has latents yet; encode or train it first"
         )
-    done: set[Path] = set()
+    done: set[str] = set()
     for stage in pinned:
         assert isinstance(stage, DiffusionStage), f"{stage.name} has no latents"
         pin = json.loads(pins[stage.name].read_text())
-        root = course.folder.latents / pin["fingerprint"]
-        if root in done or not (root / "plan.json").exists():  # learnt, and deleted since
+        root = join(course.folder.latents, pin["fingerprint"])
+        if root in done or folder_at(root).size(PLAN) is None:  # learnt, and deleted since
             continue
         done.add(root)
         verdict = verify(root)
@@ -131,7 +132,7 @@ def repair_plan(course: Course) -> None:
 
 def pin_of(folder: RunFolder, stage: Stage) -> Path:
     """The file that says which latents a stage uses; there once they are encoded."""
-    return folder.stage(stage.name) / LATENTS
+    return folder.stage(stage.name) / LATENT_PINS
 
 
 def train_one(course: Course, stage: Stage) -> None:
@@ -239,38 +240,36 @@ def encode_stage(
     scale = read_scale(pinned)
     if scale is None and isinstance(stage.init, Continue):
         # The parameters that go on know latents of this scale.
-        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENTS)
+        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENT_PINS)
     if scale is None:
         scale = find_scale_on_ray(stage, weights, members, course.gpus)
     job = plan_job(stage, weights, scale, members, course.folder.latents)
     check_pinned(job, pinned)
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
-
-    def progress(done: int, total: int) -> None:
-        course.tracker.progress(stage.name, f"encoding, {done} of {total} shards")
-
-    digest, quarantined = encode_on_ray(job, course.gpus, progress, damaged)
+    began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name)
+    done = encode_on_ray(job, course.gpus, teller, damaged)
     content = {
         "fingerprint": job.fingerprint,
-        "digest": digest,
+        "digest": done.digest,
         "scale": {"mean": scale.mean, "std": scale.std},
         "weights": str(weights),
         "weights_sha256": job.weights_digest,
     }
     write_atomic(pinned, json.dumps(content, indent=1).encode())
     course.tracker.event(
-        "encode_end", stage.name, None, f"sealed as {digest}",
-        clips=members.num_clips(), quarantined=len(quarantined),
+        "encode_end", stage.name, None, f"sealed as {done.digest}",
+        clips=members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
+        seconds=round(time.monotonic() - began, 3), device_frames_per_s=done.frames_per_s,
     )  # fmt: skip
-    return Latents(job.root, job.fingerprint, digest)
+    return Latents(job.root, job.fingerprint, done.digest)
 
 
 def pinned_latents(folder: RunFolder, init: Init) -> Latents | None:
     """The latents that the parent was trained on, where the policy pairs them with the stage's."""
     if not isinstance(init, Align):
         return None
-    pinned = json.loads((folder.stage(init.stage.name) / LATENTS).read_text())
-    root = folder.latents / pinned["fingerprint"]
+    pinned = json.loads((folder.stage(init.stage.name) / LATENT_PINS).read_text())
+    root = join(folder.latents, pinned["fingerprint"])
     return Latents(root, pinned["fingerprint"], pinned["digest"])
 
 
@@ -281,11 +280,12 @@ def check_pinned(job: EncodeJob, pinned: Path) -> None:
     before = json.loads(pinned.read_text())["fingerprint"]
     if before == job.fingerprint:
         return
-    new = json.loads((job.root / FIELDS).read_text())
-    fields = job.root.with_name(before) / FIELDS
-    changes = ["those are gone, so what differs is not known"]
-    if fields.exists():
-        changes = difference(json.loads(fields.read_text()), new)
+    new = json.loads(folder_at(job.root).read(FIELDS))
+    try:
+        fields = json.loads(folder_at(join(parent(job.root), before)).read(FIELDS))
+        changes = difference(fields, new)
+    except FileNotFoundError:
+        changes = ["those are gone, so what differs is not known"]
     raise InputError(
         f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
         f"{'; '.join(changes)}. Put back what was there, or give the stage another "
@@ -341,22 +341,26 @@ def sample_request(
 ) -> SampleRequest:
     """A request for samples of a finished stage; InputError if it is not finished."""
     own = folder.stage(stage.name)
-    scale = read_scale(own / LATENTS)
+    scale = read_scale(own / LATENT_PINS)
     if finished(own) is None or scale is None:
         raise InputError(
             f"stage {stage.name!r} of {str(folder.root)!r} is not finished, so there is nothing "
             "to sample from; go on with python -m elastic train FILE"
         )
-    store = folder.latents / json.loads((own / LATENTS).read_text())["fingerprint"]
+    pinned = json.loads((own / LATENT_PINS).read_text())
+    store = folder_at(join(folder.latents, pinned["fingerprint"]))
     # Latents may be deleted once they are learnt, and older ones came without the null text.
-    if (store / NULL_TEXT).exists():
+    if store.size(NULL_TEXT) is not None:
         null = read_null_text(store)
     else:
         try:
             null = stage.text.null()
         except ValueError as error:
             raise text_error(stage, error) from None
-    fields = store / FIELDS
+    try:
+        text_fields = json.loads(store.read(FIELDS))["text"]
+    except FileNotFoundError:
+        text_fields = None
     return SampleRequest(
         stage=stage.replace(text=stage.text.located()),
         weights=own / WEIGHTS,
@@ -365,5 +369,5 @@ def sample_request(
         null=null,
         captions=captions,
         folder=target,
-        text_fields=json.loads(fields.read_text())["text"] if fields.exists() else None,
+        text_fields=text_fields,
     )

@@ -19,6 +19,13 @@ def cluster_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def latents_flag(parser: argparse.ArgumentParser) -> None:
+    """What verbs that write latents take."""
+    parser.add_argument(
+        "--latents", metavar="URL", help="folder or s3:// URL (default: in the run folder)"
+    )
+
+
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """What training alone takes: when it moves, what is a hang, where checkpoints are written."""
     parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")

@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,11 @@ from elastic.data.latents import (
     load_codec,
     posterior,
 )
+from elastic.data.places import join, name_of
 from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
+from elastic.data.store_folder import folder_at
 from elastic.data.verify import FIELDS
 from elastic.errors import InputError
-from elastic.files import write_atomic
 from elastic.kernels import compiles_encoder
 from elastic.weights import file_digest
 from models.codec import Codec, CodecModule
@@ -58,14 +59,14 @@ class EncodeJob:
     weights_digest: str
     scale: Scale
     members: Members
-    root: Path  # of the store
+    root: str  # of the store: a path or URL
     text: TextEncoder  # the stage's, to be used in any folder
     text_fields: dict[str, str | int | float]
 
     @property
     def fingerprint(self) -> str:
         """The name of the store: changes whenever a stored number could change."""
-        return self.root.name
+        return name_of(self.root)
 
     def bucket(self, shard: ShardId) -> Bucket:
         """The bucket whose clips a shard holds, of either split."""
@@ -73,8 +74,8 @@ class EncodeJob:
         return next(bucket for bucket in self.stage.buckets if bucket.name == name)
 
 
-class Encoded(NamedTuple):
-    """What one process has encoded."""
+class Tally(NamedTuple):
+    """What one process, and so one device, has encoded."""
 
     num_absent: int
     """Clips that could not be decoded."""
@@ -82,14 +83,9 @@ class Encoded(NamedTuple):
     """Frames that went into the codec."""
     seconds: float
 
-    @property
-    def frames_per_s(self) -> float:
-        """Of one process, and so of one device."""
-        return self.num_frames / self.seconds
-
 
 def plan_job(
-    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: Path
+    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: str
 ) -> EncodeJob:
     """Name the store of a stage by everything that decides its content."""
     digest = file_digest(weights)
@@ -113,8 +109,9 @@ def plan_job(
     }
     if stage.given is not None:
         fields["given"] = {"frames": "first, last", "still": stage.codec.nearest_frames(0)}
-    root = latents / fingerprint(fields)
-    write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
+    root = join(latents, fingerprint(fields))
+    described = np.frombuffer(json.dumps(fields, indent=1).encode(), np.uint8)
+    folder_at(root).publish(FIELDS, [described])
     text = stage.text.located()
     return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
@@ -146,10 +143,15 @@ def open_store(job: EncodeJob) -> LatentStore:
 
 
 def encode_shards(
-    job: EncodeJob, shards: Sequence[ShardId], again: bool = False, decoders: int = 1
-) -> Encoded:
-    """Encode and commit some shards; returns how many of their clips, and how fast.
+    job: EncodeJob,
+    shards: Sequence[ShardId],
+    again: bool = False,
+    decoders: int = 1,
+    committed: Callable[[ShardId, int, int], None] = lambda shard, clips, absent: None,
+) -> Tally:
+    """Encode and commit some shards; returns what that was, and how long it took.
 
+    `committed` is told each shard, its clips, and how many of them could not be decoded.
     While the codec works so many processes decode what comes next, and the shard before is written.
     Whoever comes first also publishes the text that stands for no text. `again` is for shards that
     were committed before and are damaged: InputError, and nothing is changed, where a clip that
@@ -161,6 +163,8 @@ def encode_shards(
     store = LatentStore.open(job.root)
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
     left = list(shards) if again else store.not_there(shards)
+    for shard in sorted({*shards} - {*left}):  # whoever has committed it may not have lived to tell
+        committed(shard, len(store.planned(shard)), 0)
     num_absent, num_frames, failure = 0, 0, None
     while left:
         done: list[ShardId] = []
@@ -168,6 +172,7 @@ def encode_shards(
             for shard, samples in _written(job, codec, store, left, again, decoders):
                 done.append(shard)
                 absent = sum(isinstance(sample, Absent) for sample in samples)
+                committed(shard, len(samples), absent)
                 num_absent += absent
                 num_frames += (len(samples) - absent) * job.bucket(shard).frames
             break
@@ -180,7 +185,7 @@ def encode_shards(
             left = left[len(done) + 1 :]
     if failure is not None:
         raise failure
-    return Encoded(num_absent, num_frames, time.perf_counter() - began)
+    return Tally(num_absent, num_frames, time.perf_counter() - began)
 
 
 def _written(
@@ -235,9 +240,9 @@ def _require_held(
     for sample, clip in zip(samples, clips, strict=True):
         if isinstance(sample, Absent) and store.has_held(shard, sample.sample_id):
             raise InputError(
-                f"shard {shard[1]} of {shard[0]!r} in {str(store.root)!r} cannot be encoded again: "
-                f"{clip.path!r}, which it held: {sample.reason}. Nothing was "
-                "changed; restore the file and give the same command again"
+                f"shard {shard[1]} of {shard[0]!r} in {store.folder.where!r} cannot be encoded "
+                f"again: {clip.path!r}, which it held: {sample.reason}. Nothing was changed; "
+                "restore the file and give the same command again"
             )
 
 

@@ -4,9 +4,6 @@
 
 import json
 import math
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, Self, TypeVar
@@ -19,18 +16,19 @@ from torch import Tensor
 
 from elastic.data.schema import (
     NULL_TEXT,
+    SEAL,
     TEXT_BLOCK,
     StoreSchema,
     array_digest,
-    file_digest,
     load_schema,
+    sealed_file,
     shard_file,
 )
 from elastic.data.shards import CHECKSUM_BYTES, Bytes, canonical_digest, chunk_name, crc32c
+from elastic.data.store_folder import OpenFile, Span, StoreFolder, folder_at
 from elastic.errors import InputError
 from models.text import TextEmbedding
 
-_OPEN_FILES = 192
 _SCAN = 2**20  # ids looked at at once
 _MANY = 16  # one in so many of all: then all are read at once
 _Item = TypeVar("_Item", bound=np.generic)
@@ -67,36 +65,33 @@ class _Column(Generic[_Item]):
     Not mapped: pages of a mapping stay in the process until nearly all of the file does.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: "np.dtype[_Item]") -> None:
-        self._path, self._shape, self._dtype = path, shape, dtype
-        self._file = _File(path)
-        self._stride = dtype.itemsize * math.prod(shape[1:])
+    def __init__(
+        self, file: OpenFile, where: str, shape: tuple[int, ...], dtype: "np.dtype[_Item]"
+    ) -> None:
+        self._file, self._where, self._dtype = file, where, dtype
+        self._count, self._each = shape[0], shape[1:]
+        self._items = math.prod(self._each)
 
     def __len__(self) -> int:
-        return self._shape[0]
+        return self._count
 
     def between(self, first: int, end: int) -> NDArray[_Item]:
         """The values of slots in a row."""
-        out = np.empty((end - first, *self._shape[1:]), self._dtype)
-        if out.nbytes:
-            self._read(out, first)
-        return out
+        found = self._file.array(self._dtype, (end - first) * self._items, first * self._items)
+        if len(found) != (end - first) * self._items:
+            raise DamagedStore(
+                f"{self._where} has been cut off since it was opened; encode the stage again"
+            )
+        return found.reshape(end - first, *self._each)
 
     def at(self, slots: NDArray[np.int64]) -> NDArray[_Item]:
         """The values of some slots; of many, by way of all."""
         if _MANY * len(slots) > len(self):
-            count = math.prod(self._shape)
-            return np.fromfile(self._path, self._dtype, count).reshape(self._shape)[slots]
-        out = np.empty((len(slots), *self._shape[1:]), self._dtype)
+            return self.between(0, len(self))[slots]
+        out = np.empty((len(slots), *self._each), self._dtype)
         for number, slot in enumerate(slots.tolist()):
-            self._read(out[number : number + 1], slot)
+            out[number] = self.between(slot, slot + 1)[0]
         return out
-
-    def _read(self, out: NDArray[_Item], slot: int) -> None:
-        if os.preadv(self._file.descriptor, [out.data], slot * self._stride) != out.nbytes:
-            raise DamagedStore(
-                f"{self._path} has been cut off since it was opened; encode the stage again"
-            )
 
 
 class _Rows:
@@ -158,15 +153,15 @@ class _Rows:
 class _Array:
     """An array of a bucket: where its shards lie, and which samples' bytes have been checked."""
 
-    def __init__(self, root: Path, bucket: str, name: str, column: int, count: int) -> None:
+    def __init__(self, bucket: str, name: str, column: int, count: int) -> None:
         self.name, self.column = name, column
-        path = str(shard_file(root, bucket, name, 0))
+        path = shard_file(bucket, name, 0)
         self._start, _, self._end = path.rpartition("/c.0")
         # A bit for each sample; pages of it that are not written to take no memory.
         self._checked = np.zeros(-(-count // 8), np.uint8)
 
     def file(self, shard: int) -> str:
-        """Where a shard of it lies."""
+        """The name of a shard of it."""
         return f"{self._start}/c.{shard}{self._end}"
 
     def forget(self) -> None:
@@ -182,6 +177,15 @@ class _Array:
         self._checked[slot >> 3] |= 1 << (slot & 7)
 
 
+class _Wanted(NamedTuple):
+    """A sample's part in an array, and where it is read from and to."""
+
+    bucket: str
+    array: _Array
+    place: _Place
+    span: Span
+
+
 class SealedStore:
     """A finished store. Indices count the samples that are present, in the order of the plan.
 
@@ -192,7 +196,7 @@ class SealedStore:
 
     def __init__(
         self,
-        root: Path,
+        folder: StoreFolder,
         schema: StoreSchema,
         digest: str,
         rows: dict[str, _Rows],
@@ -202,13 +206,12 @@ class SealedStore:
         self.schema = schema
         self.null_text = null_text
         """What dropped text is replaced by, fp32; None in stores that were sealed without it."""
-        self._root = root
+        self._folder = folder
         self._rows = rows
-        self._files = _Files()
         self._shapes = {bucket.name: bucket.shape for bucket in schema.buckets}
         self._arrays = {
             bucket.name: {
-                name: _Array(root, bucket.name, name, column, len(bucket.sample_ids))
+                name: _Array(bucket.name, name, column, len(bucket.sample_ids))
                 for column, name in enumerate(schema.arrays(bucket.name))
             }
             for bucket in schema.buckets
@@ -217,31 +220,34 @@ class SealedStore:
     @classmethod
     def open(cls, root: str | Path, fingerprint: str, digest: str | None = None) -> Self:
         """Open the sealed store; InputError if it is another one than was asked for."""
-        root = Path(root)
-        if not (root / "zarr.json").exists():
+        folder = folder_at(root)
+        try:
+            attributes = json.loads(folder.read(SEAL))["attributes"]
+        except FileNotFoundError:
             raise InputError(
-                f"latents at {str(root)!r} are not sealed: zarr.json is missing; encode the stage"
-            )
-        found = json.loads((root / "zarr.json").read_text())["attributes"]
+                f"latents at {folder.where!r} are not sealed: {SEAL} is missing; encode the stage"
+            ) from None
         for word, asked in (("fingerprint", fingerprint), ("digest", digest)):
-            if asked is not None and found[word] != asked:
+            if asked is not None and attributes[word] != asked:
                 raise InputError(
-                    f"latents at {str(root)!r} have the {word} {found[word]}, the stage needs "
-                    f"{asked}: another codec, other weights or other data made them; encode again"
+                    f"latents at {folder.where!r} have the {word} {attributes[word]}, the stage "
+                    f"needs {asked}: another codec, other weights or other data made them; encode "
+                    "again"
                 )
-        sealed = json.loads((root / f"manifest-{found['digest']}.json").read_text())
-        if canonical_digest(sealed) != found["digest"]:
+        sealed_as = sealed_file(attributes["digest"])
+        sealed = json.loads(folder.read(sealed_as))
+        if canonical_digest(sealed) != attributes["digest"]:
             raise DamagedStore(
-                f"{root}/manifest-{found['digest']}.json is not what its name says; "
-                f"delete zarr.json there and encode again"
+                f"{folder.where}/{sealed_as} is not what its name says; delete {SEAL} there and "
+                "encode again"
             )
-        schema = load_schema(root)
+        schema = load_schema(folder)
         rows = {
-            bucket.name: _load_rows(root, schema, bucket.name, sealed["arrays"][bucket.name])
+            bucket.name: _load_rows(folder, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
         }
-        null_text = read_null_text(root, sealed["null_text"]) if "null_text" in sealed else None
-        return cls(root, schema, found["digest"], rows, null_text)
+        null_text = read_null_text(folder, sealed["null_text"]) if "null_text" in sealed else None
+        return cls(folder, schema, attributes["digest"], rows, null_text)
 
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
@@ -256,7 +262,7 @@ class SealedStore:
 
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""
-        self._fill_latent(bucket, self._place(bucket, index), out)
+        self._fill([self._latent(bucket, self._place(bucket, index), out)])
 
     def read_batch(
         self, bucket: str, indices: Sequence[int] | NDArray[np.int64], out: Tensor | None = None
@@ -270,14 +276,16 @@ class SealedStore:
         pooled_BP = torch.empty((len(indices), self.schema.pooled_width), dtype=torch.bfloat16)
         given = self.schema.bucket(bucket).given
         given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
-        texts = []
+        texts, wanted = [], []
         for number, index in enumerate(indices):
             place = self._place(bucket, int(index))
-            self._fill_latent(bucket, place, out[number])
-            self._fill(bucket, "pooled", place, _bytes_of(pooled_BP[number]))
-            texts.append(self._text(bucket, place))
+            text_LD, text = self._text(bucket, place)
+            texts.append(text_LD)
+            wanted += [self._latent(bucket, place, out[number]), text]
+            wanted.append(self._part(bucket, "pooled", place, pooled_BP[number]))
             if given_BCTHW is not None:
-                self._fill(bucket, "given", place, _bytes_of(given_BCTHW[number]))
+                wanted.append(self._part(bucket, "given", place, given_BCTHW[number]))
+        self._fill(wanted)
         ids = rows.ids(np.asarray(indices, np.int64))
         return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
 
@@ -293,133 +301,105 @@ class SealedStore:
             raise IndexError(f"bucket {bucket!r} has {len(rows)} samples, not {index}")
         return rows.place(index)
 
-    def _fill_latent(self, bucket: str, place: _Place, out: Tensor) -> None:
+    def _latent(self, bucket: str, place: _Place, out: Tensor) -> _Wanted:
         shape = self._shapes[bucket]
         if out.dtype != torch.bfloat16 or tuple(out.shape) != shape or not out.is_contiguous():
             raise ValueError(
                 f"bucket {bucket!r} fills a contiguous bfloat16 tensor {shape}, "
                 f"got {out.dtype} {tuple(out.shape)}"
             )
-        self._fill(bucket, "latent", place, _bytes_of(out))
+        return self._part(bucket, "latent", place, out)
 
-    def _text(self, bucket: str, place: _Place) -> Tensor:
+    def _text(self, bucket: str, place: _Place) -> tuple[Tensor, _Wanted]:
+        """The text of a sample, and what is to be read into it."""
         blocks, length = self._rows[bucket].text(place)
         width = self.schema.text_width
         text_LD = torch.empty((-(-length // TEXT_BLOCK) * TEXT_BLOCK, width), dtype=torch.bfloat16)
         start = blocks * 2 * TEXT_BLOCK * width
-        self._fill(bucket, "text", place, _bytes_of(text_LD), start)
-        return text_LD[:length]
+        return text_LD[:length], self._part(bucket, "text", place, text_LD, start)
 
-    def _fill(
-        self, bucket: str, name: str, place: _Place, out: Bytes, start: int | None = None
-    ) -> None:
-        """Read the bytes of a sample; the first time, compare their CRC with the sealed one.
-
-        All samples of an array but text take the same space; of text the start is given.
-        """
-        array = self._arrays[bucket][name]
-        try:
-            file = self._files.get(array.file(place.shard))
-        except FileNotFoundError:
-            raise self._damaged(bucket, name, place, "is gone with its shard") from None
+    def _part(
+        self, bucket: str, name: str, place: _Place, tensor: Tensor, start: int | None = None
+    ) -> _Wanted:
+        """All samples of an array but text take the same space; of text the start is given."""
+        array, out = self._arrays[bucket][name], _bytes_of(tensor)
         at = place.samples * out.nbytes if start is None else start
-        got = 0
-        while got < out.nbytes:
-            step = os.preadv(file.descriptor, [out[got:].data], at + got)
-            if step == 0:
-                raise self._damaged(bucket, name, place, f"is cut off after {got} bytes")
-            got += step
-        if array.is_checked(place.slot):
-            return
-        found, sealed = crc32c(out), self._rows[bucket].crc(place, array.column)
-        if found != sealed:
-            what = f"has CRC {found:08x}, sealed was {sealed:08x}"
-            raise self._damaged(bucket, name, place, what)
-        array.check(place.slot)
+        return _Wanted(bucket, array, place, Span(array.file(place.shard), at, out))
 
-    def _damaged(self, bucket: str, array: str, place: _Place, what: str) -> DamagedStore:
-        path = self._arrays[bucket][array].file(place.shard)
-        number = self._rows[bucket].id(place)
+    def _fill(self, wanted: Sequence[_Wanted]) -> None:
+        """Read the bytes of samples; the first time, compare their CRCs with the sealed ones."""
+        faults = self._folder.fill([part.span for part in wanted])
+        if faults:
+            number, what = next(iter(faults.items()))
+            raise self._damaged(wanted[number], what)
+        for part in wanted:
+            bucket, array, place, span = part
+            if array.is_checked(place.slot):
+                continue
+            found, sealed = crc32c(span.out), self._rows[bucket].crc(place, array.column)
+            if found != sealed:
+                raise self._damaged(part, f"has CRC {found:08x}, sealed was {sealed:08x}")
+            array.check(place.slot)
+
+    def _damaged(self, part: _Wanted, what: str) -> DamagedStore:
+        number = self._rows[part.bucket].id(part.place)
         return DamagedStore(
-            f"{path}: {array} of sample {number} (bucket {bucket!r}) {what}; delete that file and "
-            "encode the stage again: only this shard is redone"
+            f"{self._folder.where}/{part.span.name}: {part.array.name} of sample {number} (bucket "
+            f"{part.bucket!r}) {what}; delete that file and encode the stage again: only this "
+            "shard is redone"
         )
 
 
-def read_null_text(root: Path, digest: str | None = None) -> TextEmbedding:
+def read_null_text(folder: StoreFolder, digest: str | None = None) -> TextEmbedding:
     """The text that stands for no text of a store; DamagedStore if it is another than `digest`."""
-    path = root / NULL_TEXT
-    data = path.read_bytes() if path.exists() else b""
+    try:
+        data = folder.read(NULL_TEXT)
+    except FileNotFoundError:
+        data = b""
     if not data or (digest and array_digest(np.frombuffer(data, np.uint8)) != digest):
         raise DamagedStore(
-            f"{path} is not what was sealed; delete it and zarr.json there and encode again"
+            f"{folder.where}/{NULL_TEXT} is not what was sealed; delete it and {SEAL} there and "
+            "encode again"
         )
     tensors = load(data)
     return TextEmbedding(tensors["text"].float(), tensors["pooled"].float())
 
 
-class _File:
-    """A descriptor that closes when its last reader lets go of it, in whatever thread."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-class _Files:
-    """The shard files that were used last, kept open."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, _File] = OrderedDict()
-
-    def get(self, path: str) -> _File:
-        with self._lock:
-            file = self._open.get(path) or _File(path)
-            self._open[path] = file
-            self._open.move_to_end(path)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-            return file
-
-
-def _load_rows(root: Path, schema: StoreSchema, bucket: str, sealed: dict[str, str]) -> _Rows:
+def _load_rows(
+    folder: StoreFolder, schema: StoreSchema, bucket: str, sealed: dict[str, str]
+) -> _Rows:
     count = len(schema.bucket(bucket).sample_ids)
-    ids = _column(root, bucket, "sample_id", (count,), np.dtype("<i8"), sealed)
-    lengths = _column(root, bucket, "text_length", (count,), np.dtype("<i4"), sealed)
+    ids = _column(folder, bucket, "sample_id", (count,), np.dtype("<i8"), sealed)
+    lengths = _column(folder, bucket, "text_length", (count,), np.dtype("<i4"), sealed)
     columns = (count, len(schema.arrays(bucket)))
-    crcs = _column(root, bucket, "crc32c", columns, np.dtype("<u4"), sealed)
-    return _Rows(ids, lengths, crcs, _absent(root, bucket, count), schema.samples_per_shard)
+    crcs = _column(folder, bucket, "crc32c", columns, np.dtype("<u4"), sealed)
+    return _Rows(ids, lengths, crcs, _absent(ids), schema.samples_per_shard)
 
 
-def _absent(root: Path, bucket: str, count: int) -> NDArray[np.int64]:
+def _absent(ids: _Column[np.int64]) -> NDArray[np.int64]:
     """The slots without a sample."""
-    path = root / bucket / "sample_id" / chunk_name(0, 1)
     found = [np.empty(0, np.int64)]
-    for first in range(0, count, _SCAN):
-        ids = np.fromfile(path, "<i8", count=min(_SCAN, count - first), offset=8 * first)
-        found.append(first + np.flatnonzero(ids < 0))
+    for first in range(0, len(ids), _SCAN):
+        here = ids.between(first, min(first + _SCAN, len(ids)))
+        found.append(first + np.flatnonzero(here < 0))
     return np.concatenate(found)
 
 
 def _column(
-    root: Path,
+    folder: StoreFolder,
     bucket: str,
     name: str,
     shape: tuple[int, ...],
     dtype: "np.dtype[_Item]",
     sealed: dict[str, str],
 ) -> _Column[_Item]:
-    path = root / bucket / name / chunk_name(0, len(shape))
-    if file_digest(path, without=CHECKSUM_BYTES) != sealed[name]:
+    path = f"{bucket}/{name}/{chunk_name(0, len(shape))}"
+    file = folder.kept(path, sealed[name], without=CHECKSUM_BYTES)
+    if file is None:
         raise DamagedStore(
-            f"{path} is not what was sealed; delete zarr.json in {root} and encode again"
+            f"{folder.where}/{path} is not what was sealed; delete {SEAL} there and encode again"
         )
-    return _Column(path, shape, dtype)
+    return _Column(file, f"{folder.where}/{path}", shape, dtype)
 
 
 def _bytes_of(tensor: Tensor) -> Bytes:

@@ -1,15 +1,12 @@
-"""The bytes of zarr v3 on a local disk: shards, their index, metadata, and how a file is published.
+"""The bytes of zarr v3: shards, their index, and metadata.
 
 Format: the Zarr v3 core specification and its `sharding_indexed` codec.
 """
 
 import hashlib
 import json
-import os
 import struct
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -81,32 +78,15 @@ def chunk_name(first: int, num_axes: int) -> str:
     return ".".join(["c", str(first), *["0"] * (num_axes - 1)])
 
 
-def publish(path: Path, pieces: Sequence[Bytes]) -> None:
-    """Write a file aside, flush it to the disk, and rename it: it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(aside, "wb") as file:
-        for piece in pieces:
-            file.write(piece.data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself has to survive a power cut
-    finally:
-        os.close(folder)
-
-
-def publish_json(path: Path, content: object) -> None:
-    """Publish a JSON file."""
-    publish(path, [np.frombuffer(canonical(content), np.uint8)])
-
-
 def canonical(content: object) -> bytes:
     """JSON that is the same for equal content: sorted keys, no spaces, ASCII."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii")
+
+
+def json_bytes(content: object) -> list[Bytes]:
+    """A JSON file's one piece."""
+    return [np.frombuffer(canonical(content), np.uint8)]
 
 
 def canonical_digest(content: object) -> str:
