@@ -267,7 +267,7 @@ def killed(folder: Path, kills: int) -> dict[str, Any]:
                 hurt.lose_half(draw)
             hurt.start()
             continue
-        what = hurt.kill_one(draw)
+        what = hurt.kill_one(draw, done)
         if what:
             done[what] += 1
             print(f"killed {what}: {sum(done.values())} of {kills}", file=sys.stderr, flush=True)
@@ -317,8 +317,11 @@ class Encoding:
                 raise TimeoutError(self.storage.with_suffix(".log").read_text()[-2000:])
             self.start()
 
-    def kill_one(self, draw: random.Random) -> str:
-        """SIGKILL one of its processes; what it was, or nothing if there is none to kill yet."""
+    def kill_one(self, draw: random.Random, done: Counter[str]) -> str:
+        """SIGKILL one of its processes; what it was, or nothing if there is none to kill yet.
+
+        A kind that was not killed yet comes before the others.
+        """
         kinds: dict[str, list[psutil.Process]] = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -331,7 +334,8 @@ class Encoding:
         if "a worker" not in kinds:
             return ""
         kinds["the driver"] = [psutil.Process(self.process.pid)]
-        kind = draw.choices(sorted(kinds), [WEIGHTS[name] for name in sorted(kinds)])[0]
+        names = sorted(kinds.keys() - done.keys()) or sorted(kinds)
+        kind = draw.choices(names, [WEIGHTS[name] for name in names])[0]
         draw.choice(kinds[kind]).send_signal(signal.SIGKILL)
         if kind == "the driver":
             self.process.wait()
