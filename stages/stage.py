@@ -68,7 +68,7 @@ class _Stage(Record):
     """Whether the blocks of a DiT are compiled; None compiles them on a GPU, unless `exact`.
 
     And the encoder of a DC-AE that makes its latents: with None on a GPU where there are so many
-    clips that it pays, with True always. Its latents then round differently in the last bit of bf16.
+    clips that it pays, with True always. Some latents then differ in the last bit of bf16.
     """
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
