@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ray
@@ -67,6 +67,7 @@ class Course:
     limits: Limits
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
+    packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
 
@@ -244,6 +245,7 @@ def encode_stage(
     if scale is None:
         scale = find_scale_on_ray(stage, weights, members, course.gpus)
     job = plan_job(stage, weights, scale, members, course.folder.latents)
+    job = replace(job, packed=course.packs)
     check_pinned(job, pinned)
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
     began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name)

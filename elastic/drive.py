@@ -155,6 +155,7 @@ def _supervise(
         Limits(settings.min_stay, settings.leave_before, settings.hang_after),
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
+        settings.pack_latents,
     )
     hosts = Hosts()
     tracker.event("run_start", reason=f"process {os.getpid()}")

@@ -24,7 +24,7 @@ _Item = TypeVar("_Item", bound=np.generic)
 
 
 class Span(NamedTuple):
-    """Bytes of a file from `start` on, as many as `out` takes."""
+    """Bytes of a file from `start` on, as many as `out` takes; a negative one is from the end."""
 
     name: str
     start: int
@@ -44,6 +44,10 @@ class OpenFile:
 
     def fill(self, out: Bytes, start: int) -> int:
         """Read into `out`; how many bytes there were."""
+        if start < 0:
+            start += os.fstat(self._descriptor).st_size
+            if start < 0:
+                return 0
         got = 0
         while got < len(out):
             step = os.preadv(self._descriptor, [out[got:].data], start + got)
@@ -74,6 +78,11 @@ class StoreFolder(Protocol):
     @property
     def where(self) -> str:
         """The path or URL."""
+        ...
+
+    @property
+    def reads_at_once(self) -> int:
+        """How many reads the place answers faster together than one after the other."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -139,6 +148,11 @@ class LocalFolder:
     def where(self) -> str:
         """The path."""
         return str(self._root)
+
+    @property
+    def reads_at_once(self) -> int:
+        """A few: the folder may be on a network."""
+        return 4
 
     def size(self, name: str) -> int | None:
         """By its entry."""

@@ -48,6 +48,11 @@ class UrlFolder:
         """The URL."""
         return self._url
 
+    @property
+    def reads_at_once(self) -> int:
+        """Many: each waits for an answer most of the time."""
+        return 16
+
     def size(self, name: str) -> int | None:
         """By asking for its head."""
         with as_os_errors(self._url):
@@ -90,7 +95,10 @@ class UrlFolder:
         """Fill what can be filled; what may be worth another try."""
         failed = {}
         names, starts, outs = zip(*left.values(), strict=True) if left else ((), (), ())
-        ends = [start + len(out) for start, out in zip(starts, outs, strict=True)]
+        ends = [
+            start + len(out) if start >= 0 else None
+            for start, out in zip(starts, outs, strict=True)
+        ]
         found = self._fs.cat_ranges(
             [self._path(name) for name in names], list(starts), ends, on_error="return"
         )
