@@ -5,10 +5,13 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from cluster.token import own_token
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ ENVIRONMENT = {
 }
 _PREFIX = "restage-ray-"
 _LOOPBACK = "127.0.0.1"
+_ANSWER_S = 10.0
 _STORE_BYTES = 150_000_000  # tensors never pass through Ray
 
 
@@ -44,15 +48,46 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def join(address: str) -> None:
+    """Make this process a driver of the cluster whose head is at HOST:PORT.
+
+    AuthenticationError, at once, if its token is missing or wrong: Ray alone would try for long
+    and then say something else.
+    """
+    import ray
+    from ray._private import services
+    from ray._private.authentication import authentication_token_setup
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made by Cython
+
+    # As ray.init does: a token in the user's home is used where nothing else is said.
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_S).values()
+    is_here = {node.node_manager_address for node in nodes} == {_LOOPBACK}
+    resolve = services.resolve_ip_for_localhost
+    if is_here:
+        # Ray replaces 127.0.0.1 by the address of a network card, where nothing listens here.
+        services.resolve_ip_for_localhost = lambda host: host
+    try:
+        ray.init(
+            address=address,
+            _node_ip_address=_LOOPBACK if is_here else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
 class LocalCluster:
     """A head with its own CPUs, and further nodes on the same machine, all on 127.0.0.1.
 
     The kernel ends each process when the thread that started it ends; so start and grow the
     cluster from a thread that lives as long as the cluster, and SIGKILL of the driver leaves
     nothing behind. Ray's own `ray start` is not used because it moves off the loopback address.
+    Who has not its token is sent away; this process has it until `stop`.
     """
 
-    def __init__(self, cpus: int, gpus: int = 0) -> None:
+    def __init__(self, cpus: int, gpus: int = 0, takes_jobs: bool = False) -> None:
         prepare_environment()
         _sweep()
         # A short path: the sockets below it may be at most 107 bytes long.
@@ -62,6 +97,8 @@ class LocalCluster:
         # the common /tmp/ray would lead other programs of this machine to this cluster.
         os.environ["RAY_TMPDIR"] = str(self.temp_dir)
         (self.temp_dir / "ray").mkdir()
+        self._token = ExitStack()
+        self._token.enter_context(own_token(self.temp_dir))
         from ray.cluster_utils import Cluster  # after the environment is set
 
         self._nodes: list[Any] = []  # Ray's own node records
@@ -71,7 +108,9 @@ class LocalCluster:
                 "node_ip_address": _LOOPBACK,
                 "num_cpus": cpus,
                 "num_gpus": gpus,
-                "include_dashboard": False,
+                "include_dashboard": takes_jobs,  # the job API is a part of it
+                "dashboard_host": _LOOPBACK,
+                "dashboard_port": 0,
                 "temp_dir": str(self.temp_dir),
                 "object_store_memory": _STORE_BYTES,
             },
@@ -82,23 +121,14 @@ class LocalCluster:
         """What `ray.init(address=...)` takes."""
         return str(self._cluster.address)
 
+    @property
+    def jobs_address(self) -> str:
+        """Where jobs are submitted, if the cluster takes any."""
+        return f"http://{self._cluster.webui_url}"
+
     def connect(self) -> None:
         """Make this process a driver of the cluster."""
-        import ray
-        from ray._private import services
-
-        # Ray replaces 127.0.0.1 by the address of a network card, where nothing listens here.
-        resolve = services.resolve_ip_for_localhost
-        services.resolve_ip_for_localhost = lambda host: host
-        try:
-            ray.init(
-                address=self.address,
-                _node_ip_address=_LOOPBACK,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        finally:
-            services.resolve_ip_for_localhost = resolve
+        join(self.address)
 
     def add_node(self, cpus: int = 1) -> Any:  # Any: Ray's own node record
         """Start one more raylet, wait until it takes work, and return Ray's record of the node."""
@@ -137,6 +167,7 @@ class LocalCluster:
         self._cluster.shutdown()
         for process in processes_of(self.temp_dir):
             process.kill()
+        self._token.close()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 

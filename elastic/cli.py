@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from elastic.checkpoint_place import check_place
 from elastic.checkpoint_store import Keep
-from elastic.errors import InputError, StageBlocked
+from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     at_least_one,
     cluster_flags,
@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
             "\nrestage: interrupted; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
+        return INTERRUPTED
+    except RunStopped as error:
+        print(f"restage: {error}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
     except StageBlocked as error:
         print(f"restage: {error}", file=sys.stderr)
@@ -135,10 +138,14 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
+    one = _verb(verbs, "stop", stop_verb, "end the driver of a run", "stop runs/demo --save")
+    one.add_argument("run", help="run folder; anything that sees it will do")
+    one.add_argument("--save", action="store_true", help="have a checkpoint published before")
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
     one.add_argument("--json", action="store_true", help="one JSON list instead of text")
-    _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    one = _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    one.add_argument("--ray-address", help="look at this Ray cluster as well")
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
@@ -358,11 +365,15 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
+    from elastic.stop import asked, has_driver
     from elastic.summary import print_table, read_history, summarise_history
     from elastic.weights import finished
 
     folder = run_folder(flags.run)
     plan = read_plan(folder)
+    request = asked(folder.root)
+    if request is not None and has_driver(folder.root) is not False:
+        print(f"stopping, as {request.text()}")
     history = read_history(folder.root)
     print_table(summarise_history(history))
     print("\n".join(account_lines(history.account)))
@@ -373,6 +384,16 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")
     return DONE
+
+
+def stop_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Ask the driver to end, and wait for it."""
+    from elastic.record import read_plan
+    from elastic.stop import stop_run
+
+    folder = run_folder(flags.run)
+    read_plan(folder)
+    return DONE if stop_run(folder.root, flags.save, print) else FAILED
 
 
 def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -395,7 +416,7 @@ def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Look at this machine."""
     from elastic.doctor import exit_code, findings, render
 
-    found = findings(settings.storage_path)
+    found = findings(settings.storage_path, settings.ray_address)
     print(render(found))
     return exit_code(found)
 

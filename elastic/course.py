@@ -70,6 +70,8 @@ class Course:
     packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
+    # Set while a stage trains: who is to stop after a save waits for its workers then.
+    is_fitting: threading.Event = field(default_factory=threading.Event)
 
     @property
     def gpus(self) -> float:
@@ -155,7 +157,9 @@ def train_one(course: Course, stage: Stage) -> None:
         keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
+    course.is_fitting.set()
     fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
+    course.is_fitting.clear()
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 

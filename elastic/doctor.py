@@ -45,7 +45,7 @@ class PackageError(ImportError):
     """The four packages are not those of one distribution; the message names the intruder."""
 
 
-def findings(storage: str | Path = ".") -> list[Finding]:
+def findings(storage: str | Path = ".", ray_address: str | None = None) -> list[Finding]:
     """Look at everything; takes some seconds, writes 64 MiB below `storage` and removes it."""
     folder = _existing_folder(Path(storage))
     path = Path(storage).absolute()
@@ -63,6 +63,7 @@ def findings(storage: str | Path = ".") -> list[Finding]:
         _h264(),
         _aim(),
         _loopback(),
+        *([_cluster(ray_address)] if ray_address else []),
     ]
 
 
@@ -344,3 +345,15 @@ def _loopback() -> Finding:
         advice = "Ray and gloo need the loopback interface: ip link set lo up; look at the firewall"
         return Finding("error", "loopback", str(error), advice)
     return Finding("ok", "loopback", f"a connection to {address[0]}:{address[1]} works")
+
+
+def _cluster(address: str) -> Finding:
+    from cluster.token import advice, asks_for_token  # not before `check_packages`
+
+    asks = asks_for_token(address)
+    if asks is None:
+        there = "start a cluster there, or give another --ray-address"
+        return Finding("error", "Ray cluster", f"no head answers at {address}", there)
+    if not asks:
+        return Finding("warn", "Ray cluster", "asks nobody for a token", advice(address))
+    return Finding("ok", "Ray cluster", f"{address} asks for a token")

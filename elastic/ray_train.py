@@ -33,6 +33,7 @@ from elastic.ray_policy import (
     errors_of,
 )
 from elastic.ray_worker import Work, train_worker
+from elastic.stop import is_to_save
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,11 @@ def fit_stage(
         use_gpu=use_gpu,
         elastic_resize_monitor_interval_s=_LOOK_EVERY_S,
     )
+    capacity = CapacityPolicy(
+        scaling, limits.min_stay, limits.leave_before, tell, lambda: is_to_save(run)
+    )
     policies = {
-        "scaling_policy": CapacityPolicy(scaling, limits.min_stay, limits.leave_before, tell),
+        "scaling_policy": capacity,
         "failure_policy": CrashPolicy(run, stage.name, tell),
     }
     failure: BaseException | None = None
