@@ -38,6 +38,7 @@ ENVIRONMENT = {
 }
 _PREFIX = "restage-ray-"
 _LOOPBACK = "127.0.0.1"
+_STAY_LOCAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # named for where Ray stays at home by default
 _ANSWER_S = 10.0
 _STORE_BYTES = 150_000_000  # tensors never pass through Ray
 
@@ -55,10 +56,12 @@ def join(address: str) -> None:
     and then say something else.
     """
     import ray
-    from ray._private import services
+    from ray._private import auto_init_hook, services
     from ray._private.authentication import authentication_token_setup
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made by Cython
 
+    # A thread that is still at work when the driver has left would join whatever cluster it finds.
+    auto_init_hook.enable_auto_connect = False
     # As ray.init does: a token in the user's home is used where nothing else is said.
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_S).values()
@@ -97,11 +100,16 @@ class LocalCluster:
         # the common /tmp/ray would lead other programs of this machine to this cluster.
         os.environ["RAY_TMPDIR"] = str(self.temp_dir)
         (self.temp_dir / "ray").mkdir()
-        self._token = ExitStack()
-        self._token.enter_context(own_token(self.temp_dir))
+        self._while_up = ExitStack()
+        self._while_up.enter_context(own_token(self.temp_dir))
+        # Its agents and the drivers of jobs would look for the head at a network card's address.
+        os.environ[_STAY_LOCAL] = "0"
+        self._while_up.callback(os.environ.pop, _STAY_LOCAL, None)
         from ray.cluster_utils import Cluster  # after the environment is set
 
         self._nodes: list[Any] = []  # Ray's own node records
+        self._takes_jobs = takes_jobs
+        self._num_added = 0
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
@@ -111,6 +119,7 @@ class LocalCluster:
                 "include_dashboard": takes_jobs,  # the job API is a part of it
                 "dashboard_host": _LOOPBACK,
                 "dashboard_port": 0,
+                "dashboard_agent_listen_port": 0,  # its fixed one may be another cluster's
                 "temp_dir": str(self.temp_dir),
                 "object_store_memory": _STORE_BYTES,
             },
@@ -138,9 +147,19 @@ class LocalCluster:
             num_gpus=0,
             object_store_memory=_STORE_BYTES,
             wait=True,
+            **self._own_folder(),
         )
         self._nodes.append(node)
         return node
+
+    def _own_folder(self) -> dict[str, str]:
+        """Each node unpacks what a job carries; in one folder it would take it from under another,
+        and from under the job.
+        """
+        if not self._takes_jobs:
+            return {}
+        self._num_added += 1
+        return {"temp_dir": str(self.temp_dir / f"node-{self._num_added}")}
 
     def drain(self, node: Any, notice_s: float) -> None:
         """Announce that a node will be gone in `notice_s` seconds, as a spot market does.
@@ -167,7 +186,7 @@ class LocalCluster:
         self._cluster.shutdown()
         for process in processes_of(self.temp_dir):
             process.kill()
-        self._token.close()
+        self._while_up.close()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 

@@ -3,8 +3,11 @@
 Without it whoever reaches a port of a cluster runs what he likes on it.
 """
 
+import http
 import os
 import secrets
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,3 +77,13 @@ def advice(address: str) -> str:
         f"the Ray cluster at {address} takes work from whoever reaches it: start it with "
         f"{MODE}=token and a token (ray get-auth-token --generate), or let nobody else reach it"
     )
+
+
+def takes_jobs_from_anyone(url: str) -> bool:
+    """Whether the job API at a URL answers who has no token; OSError if nothing is there."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=_ANSWER_S) as answer:
+            return bool(answer.status == http.HTTPStatus.OK)
+    except urllib.error.HTTPError as error:
+        with error:  # it holds the connection
+            return False

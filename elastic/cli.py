@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic import job_verbs
 from elastic.checkpoint_place import check_place
 from elastic.checkpoint_store import Keep
 from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
+    aim_flag,
     at_least_one,
     cluster_flags,
     fault_flags,
@@ -22,6 +24,7 @@ from elastic.flags import (
     training_flags,
 )
 from elastic.folders import RunFolder
+from elastic.job_verbs import stop_flags, stop_verb, submit_flags
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
@@ -87,7 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
         ("encode", encode_verb, "encode latents that are missing", "encode my_plan.py"),
         ("repair", repair_verb, "encode latents that are damaged again", "repair my_plan.py"),
         ("train", train_verb, "do whatever is missing of a plan", "train my_plan.py --cpus 2"),
-    )
+        ("submit", submit_verb, "train a plan as a job of a Ray cluster",
+         "submit my_plan.py --address http://head:8265 --storage /mounted/runs"),
+    )  # fmt: skip
     for name, verb, text, example in file_verbs:
         one = _verb(verbs, name, verb, text, example)
         one.add_argument("file", help="stage file")
@@ -96,9 +101,10 @@ def make_parser() -> argparse.ArgumentParser:
             "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
         )
         if name != "plan":
-            cluster_flags(one)
+            submit_flags(one) if name == "submit" else cluster_flags(one)
+            aim_flag(one)
             latents_flag(one)
-            if name == "train":
+            if name in ("train", "submit"):
                 training_flags(one)
                 keep_flags(one)
             continue
@@ -139,8 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
     one = _verb(verbs, "stop", stop_verb, "end the driver of a run", "stop runs/demo --save")
-    one.add_argument("run", help="run folder; anything that sees it will do")
-    one.add_argument("--save", action="store_true", help="have a checkpoint published before")
+    stop_flags(one)
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
     one.add_argument("--json", action="store_true", help="one JSON list instead of text")
@@ -275,6 +280,11 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
+def submit_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Have a cluster do whatever is missing."""
+    return job_verbs.submit_verb(flags, read_plan_file(flags), settings)
+
+
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
     from elastic.data.places import is_there
@@ -384,16 +394,6 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")
     return DONE
-
-
-def stop_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Ask the driver to end, and wait for it."""
-    from elastic.record import read_plan
-    from elastic.stop import stop_run
-
-    folder = run_folder(flags.run)
-    read_plan(folder)
-    return DONE if stop_run(folder.root, flags.save, print) else FAILED
 
 
 def report_verb(flags: argparse.Namespace, settings: Settings) -> int:

@@ -32,7 +32,7 @@ from elastic.folders import LATENT_PINS, RunFolder
 from elastic.journal import read_events
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import EncodeTeller, TrackerHandle
-from elastic.ray_train import Limits, fit_stage
+from elastic.ray_train import Claim, Limits, fit_stage
 from elastic.record import difference, start_stage
 from elastic.sample import (
     SampleRequest,
@@ -70,8 +70,8 @@ class Course:
     packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
-    # Set while a stage trains: who is to stop after a save waits for its workers then.
-    is_fitting: threading.Event = field(default_factory=threading.Event)
+    # Held while a stage trains: who is to stop after a save waits for its workers then.
+    claim: Claim = field(default_factory=Claim)
 
     @property
     def gpus(self) -> float:
@@ -157,9 +157,7 @@ def train_one(course: Course, stage: Stage) -> None:
         keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
-    course.is_fitting.set()
-    fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
-    course.is_fitting.clear()
+    fit_stage(job, root, tracker, course.limits, course.use_gpu, course.claim)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 

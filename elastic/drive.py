@@ -169,7 +169,7 @@ def _supervise(course: Course, use_aim: bool, work: Work, watch: Watch | None) -
             if watch is not None:
                 watch(course, latest)
             is_saved = bool(latest.get("is_saved"))
-            stop.look(latest.get("stage"), course.is_fitting.is_set(), is_saved)
+            stop.look(latest.get("stage"), course.claim.is_held, is_saved)
             thread.join(_LOOK_EVERY_S)
         reason = f"failed: {failure[0]}" if failure else "finished"
     except RunStopped as asked:
@@ -181,5 +181,6 @@ def _supervise(course: Course, use_aim: bool, work: Work, watch: Watch | None) -
         problem = tracker.close()
         if problem and use_aim:
             log.warning("Aim shows nothing of this run: %s", problem)
+        course.claim.give_back()
     if failure:
         raise failure[0]

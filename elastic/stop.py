@@ -158,16 +158,18 @@ def stop_run(root: Path, saves: bool, say: Callable[[str], None]) -> bool:
     if has_driver(root) is False:
         say(f"no driver has run {str(root)!r}: there is nothing to stop")
         return False
+    num_before = len(read_events(root))  # the group may have saved before the driver has answered
     request = ask(root, saves)
     say(f"asked the driver of {str(root)!r} to stop {'after a save' if saves else 'now'}")
     answered_by = time.monotonic() + _ANSWER_S
     for events in _news(root):
-        mine = [n for n, e in enumerate(events) if e.get("what") == request.id]
-        after = events[mine[0] :] if mine else []
-        ends = [event for event in after if event["kind"] == "run_end"]
+        mine = [n for n, event in enumerate(events) if event.get("what") == request.id]
+        ends = (
+            [event for event in events[min(mine) :] if event["kind"] == "run_end"] if mine else []
+        )
         # With its last line written it still ends its processes; then the run can go on.
         if ends and has_driver(root) is False:
-            say(_outcome(after, ends[0]))
+            say(_outcome(events[num_before:], ends[0]))
             return True
         if mine and has_driver(root) is False:
             say("the driver has ended without a word; what is published stays")
@@ -192,7 +194,7 @@ def _news(root: Path) -> Iterator[list[Event]]:
 
 
 def _outcome(after: list[Event], end: Event) -> str:
-    published = [event for event in after if event["kind"] == "publish"]
+    published = [event for event in after if event["kind"] == "publish" and event["stage"]]
     if not published:
         return f"the driver has ended: {end['reason']}"
     last = published[-1]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from cluster.local import processes_of
+
 HOME = Path(__file__).parent.parent
 _CLUSTER = """
 import json, os, sys
@@ -46,6 +48,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     plain = {name: value for name, value in os.environ.items() if name not in _OF_OTHERS}
     # A home of its own, for Ray would find a token there.
     plain |= {"HOME": str(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(HOME)}
+    # A job's command is run by the head's shell.
+    plain["PATH"] = f"{Path(sys.executable).parent}:{plain.get('PATH', '')}"
     process = subprocess.Popen(
         [sys.executable, "-c", _CLUSTER],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=plain,
@@ -60,6 +64,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
         process.stdin.close()
         process.wait(60)
         process.stdout.close()
+
+
+def family_of(temp_dir: Path) -> list[psutil.Process]:
+    """All processes of a cluster; the agents have put their names where their marks were."""
+    marked = processes_of(temp_dir)
+    found = {process.pid: process for process in marked}
+    for process in marked:
+        found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
 
 
 def listening(processes: list[psutil.Process]) -> list[str]:

@@ -17,6 +17,7 @@ from stages.plan import load_plan
 
 PLAN = Path(__file__).with_name("tiny_plan.py")
 VERBS = ("plan", "encode", "train", "sample", "export", "status", "report", "doctor", "demo")
+VERBS += ("submit", "stop")
 
 
 @pytest.fixture(scope="module")

@@ -1,62 +1,18 @@
-"""Who has not its token can do nothing with a cluster of ours, and nobody far can even ask."""
+"""A token for each cluster that is started here, and a word about clusters that ask for none."""
 
 import logging
 import os
-import stat
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import pytest
-from ray_beside import Beside, cluster, is_loopback, listening  # noqa: F401  # a fixture
 
 from cluster import token
-from cluster.local import processes_of
-from cluster.token import asks_for_token, own_token
+from cluster.token import own_token
 from elastic import doctor, drive
 from elastic.settings import Settings
-
-
-def status_of(url: str, headers: dict[str, str]) -> int:
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
-
-
-@pytest.mark.ray
-def test_a_cluster_listens_on_loopback_alone_and_wants_its_token(cluster: Beside) -> None:  # noqa: F811
-    found = listening(processes_of(cluster.temp_dir))
-    assert len(found) >= 6, "a head, two raylets and the job API were not all seen"
-    assert [address for address in found if not is_loopback(address)] == []
-    assert asks_for_token(cluster.address) is True
-    secret = cluster.token_path.read_text()
-    url = f"{cluster.jobs}/api/jobs/"
-    assert status_of(url, {}) == 401
-    assert status_of(url, {"Authorization": f"Bearer {secret[::-1]}"}) == 403
-    assert status_of(url, {"Authorization": f"Bearer {secret}"}) == 200
-
-
-@pytest.mark.ray
-def test_the_token_of_a_cluster_is_in_its_file_alone(cluster: Beside) -> None:  # noqa: F811
-    secret = cluster.token_path.read_text()
-    assert len(secret) == 64
-    assert stat.S_IMODE(cluster.token_path.stat().st_mode) == 0o600
-    files = [path for path in cluster.temp_dir.rglob("*") if path.is_file()]
-    assert [path for path in files if secret.encode() in path.read_bytes()] == [cluster.token_path]
-    processes = processes_of(cluster.temp_dir)
-    assert len(processes) >= 5
-    for process in processes:
-        told = [*process.cmdline(), *process.environ().values()]
-        assert not [text for text in told if secret in text]
 
 
 def test_a_token_is_made_for_one_cluster_and_gone_with_it(
@@ -128,30 +84,3 @@ def test_a_head_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     found = {one.what: one for one in doctor.findings(tmp_path, "127.0.0.1:1")}["Ray cluster"]
     assert found.level == "error"
     assert "127.0.0.1:1" in found.value
-
-
-@pytest.mark.ray
-def test_a_driver_needs_the_token_and_nothing_else(cluster: Beside) -> None:  # noqa: F811
-    """Also where a job's entrypoint does: at the loopback address, which Ray would replace."""
-    code = (
-        "import sys; from elastic.drive import connect, ray\n"
-        "from elastic.settings import Settings\n"
-        "connect(Settings(ray_address=sys.argv[1]), None); print(len(ray.nodes()))"
-    )
-
-    def run(environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-c", code, cluster.address]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
-
-    of_token = (token.MODE, token.TOKEN_PATH)
-    without = {n: v for n, v in cluster.environment.items() if n not in of_token}
-    refused = run(without)
-    assert refused.stderr.splitlines()[-1].endswith(
-        "the cluster asks for its token; give RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE "
-        "with it"
-    )
-    taken = run(cluster.environment)
-    assert taken.returncode == 0, taken.stderr[-2000:]
-    assert taken.stdout.split() == ["2"]
