@@ -64,7 +64,7 @@ dit = DiffusionStage(
 plan = Plan("mine", [vae, dit])
 '''
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_NOISE = re.compile(r"INFO|WARNING services|SUCC .*---|DeprecationWarning|warnings\.warn|^\s*$")
+_NOISE = re.compile(r"INFO (?!cli)|WARNING services|SUCC .*---|DeprecationWarning|warnings\.warn|^\s*$")
 
 
 class Session:
