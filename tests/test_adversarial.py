@@ -20,7 +20,7 @@ from elastic.critic import Critic
 from elastic.data.load import Micro, Round, Samples, rounds_of
 from elastic.data.order import Indices, batch_at, updates_before
 from elastic.loop import Outcome
-from elastic.meter import NonFiniteLoss
+from elastic.meter import OF_THE_MACHINES, NonFiniteLoss
 from elastic.objective import Reconstructing
 from elastic.randomness import normals, sample_generator
 from elastic.weights import WEIGHTS
@@ -168,12 +168,11 @@ def world() -> Iterator[World]:
 
 def _values(attempt: Attempt, after: int = -1) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
     """Position, context and values of each line, without times and speeds."""
-    timed = {"samples_per_s", "tokens_per_s", "data_wait"}
     return [
         (
             line["position"],
             line["context"],
-            {k: v for k, v in line["values"].items() if k not in timed},
+            {k: v for k, v in line["values"].items() if k not in OF_THE_MACHINES},
         )
         for line in attempt.lines
         if line["position"] > after
