@@ -4,6 +4,7 @@ Torch tries its attention backends in an order that depends on its version, so t
 here. On Hopper cuDNN's kernel comes first (tests/bench/mfu.py measures both).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -49,6 +50,16 @@ def compiles(stage: Stage, device: torch.device) -> bool:
     if stage.compile is None:
         return device.type == "cuda" and not stage.exact
     return stage.compile
+
+
+def text_room(longest: int, video_tokens: int, most: int) -> int:
+    """Text tokens that compiled blocks compute for texts of up to `longest`, of at most `most`.
+
+    One of few lengths, since each is compiled for: steps of a 25th of the video's tokens, or of 16,
+    so that little of what is computed is padding.
+    """
+    step = max(16, 1 << int(math.log2(max(1.0, video_tokens / 25))))
+    return max(longest, min(most, -(-longest // step) * step))
 
 
 def compile_blocks(model: nn.Module) -> None:
