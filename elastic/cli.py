@@ -89,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("file", help="stage file")
         one.add_argument("--videos", metavar="DIR", help="use the clips of this folder instead")
         one.add_argument(
-            "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
+            "--captions",
+            metavar="FILE",
+            help="table of them: CSV or Parquet with path,text (default: NAME.txt beside each)",
         )
         if name != "plan":
             cluster_flags(one)
@@ -166,11 +168,12 @@ def read_plan_file(flags: argparse.Namespace) -> Plan:
     for name in ("videos", "captions"):
         if getattr(flags, name) == "":
             raise InputError(f"--{name} '': empty; give a path, or leave --{name} out")
-    if (flags.videos is None) != (flags.captions is None):
-        given, other = ("videos", "captions") if flags.videos else ("captions", "videos")
-        raise InputError(f"--{given} was given without --{other}; give both or neither")
+    if flags.captions is not None and flags.videos is None:
+        raise InputError("--captions was given without --videos; give both or neither")
     if flags.videos is None:
         return plan
+    if flags.captions is None:
+        return with_videos(plan, Videos(f"{flags.videos.rstrip('/')}/"))
     return with_videos(plan, Videos(flags.captions, folder=flags.videos))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from elastic.data.places import is_url
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
@@ -87,9 +88,17 @@ def _described(stage: Stage) -> dict[str, Any]:
     if isinstance(stage, AutoencoderStage) and isinstance(stage.perceptual, Lpips):
         path = Path(fields["perceptual"].pop("weights"))
         fields["perceptual"]["weights_sha256"] = file_digest(path) if path.is_file() else None
-    places = {name: path and os.path.abspath(path) for name, path in fields["data"].items()
-              if name in ("table", "folder")}  # fmt: skip
-    return {**fields, "data": {**fields["data"], **places}}
+    return {**fields, "data": _placed(fields["data"])}
+
+
+def _placed(videos: dict[str, Any]) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
+    """Videos whose table and folder are named from the root."""
+    places = {
+        name: path if path is None or is_url(path) else os.path.abspath(path)
+        for name, path in videos.items()
+        if name in ("table", "folder")
+    }
+    return {**videos, **places}
 
 
 def difference(before: Any, after: Any, where: str = "") -> list[str]:  # Any: JSON

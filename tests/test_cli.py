@@ -103,10 +103,23 @@ def test_captions_without_the_column_name_the_columns_that_are_there(
     assert not storage.exists()
 
 
-def test_videos_without_captions_are_refused(
+def test_captions_without_videos_are_refused(
     storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "--captions" in refusal(capsys, "train", PLAN, "--videos", ".", "--storage", storage)
+    message = refusal(capsys, "train", PLAN, "--captions", "c.csv", "--storage", storage)
+    assert "--videos" in message
+
+
+def test_videos_without_captions_are_a_folder_with_captions_beside(
+    videos: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clip that has none has the null text: the latents are as many and no smaller."""
+    named = ("--videos", str(videos.parent), "--captions", str(videos))
+    for flags in (named, named[:2]):
+        assert main(["plan", str(PLAN), *flags, "--storage", str(storage)]) == 0
+        assert "latents at most" in capsys.readouterr().out
+    message = refusal(capsys, "train", PLAN, "--videos", tmp_path, "--storage", storage)
+    assert "holds no clip" in message
 
 
 def test_a_storage_that_cannot_be_written_is_named(
@@ -217,6 +230,18 @@ def test_a_plan_is_the_same_whether_its_table_is_named_from_here_or_from_the_roo
     check_unchanged(folder, with_videos(plan, Videos(os.path.relpath(videos))))
     with pytest.raises(InputError, match=r"data.table: .* -> .*other\.csv"):
         check_unchanged(folder, with_videos(plan, Videos("other.csv")))
+
+
+def test_a_plan_on_a_table_behind_a_url_is_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    plan = with_videos(load_plan(PLAN), Videos("s3://bucket/clips.csv", folder="s3://bucket/in/"))
+    write_record(folder, plan)
+    for stage in plan.stages:
+        start_stage(folder, stage)
+    monkeypatch.chdir(tmp_path)
+    check_unchanged(folder, plan)
 
 
 def test_a_storage_url_is_refused_rather_than_taken_for_a_folder(

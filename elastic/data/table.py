@@ -1,4 +1,4 @@
-"""Reads the table of clips: which file, which caption, train or held out."""
+"""Reads the table of clips, or a folder: which file, which caption, train or held out."""
 
 import difflib
 import os
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
+from elastic.data.folder import read_folder
 from elastic.errors import InputError
 from stages.videos import Videos
 
@@ -25,29 +26,53 @@ def read_table(videos: Videos, spill: Path | None = None) -> Clips:
 
     They are kept in memory, or in the file `spill`, which is then mapped and may be deleted.
     """
-    name = videos.table
-    for what, place in (("table", name), ("video folder", videos.folder or "")):
-        if places.is_url(place):
-            places.check_url(place, what)
-    folder = videos.folder or places.parent(name) or "."
-    if not places.is_url(folder):
-        folder = os.path.abspath(folder)
-    # Behind a URL there are no folders, only names that begin alike.
-    if not places.is_url(folder) and not os.path.isdir(folder):
-        raise InputError(
-            f"video folder {folder!r} does not exist; relative paths of the table "
-            f"{name!r} are taken from it: correct the folder"
-        )
-    rows = _all_clips(videos, folder)
+    rows = _rows(videos)
     if spill is None:
         clips = Clips(pa.Table.from_batches(rows, schema=SCHEMA))
     else:
         write_parts(spill, [("table", rows)])
         clips = read_parts(spill).get("table", Clips(SCHEMA.empty_table()))
+    name = videos.table
     if not len(clips):
         raise InputError(f"table {name!r} has no rows; it needs at least one row of path and text")
     _require_distinct(name, clips.ids())
     return clips
+
+
+def _rows(videos: Videos) -> Iterator[pa.RecordBatch]:
+    """The rows of the table, or those that stand for the files of the folder."""
+    name = videos.table
+    for what, place in (("table", name), ("video folder", videos.folder or "")):
+        if places.is_url(place):
+            places.check_url(place, what)
+    try:
+        is_folder = places.is_folder(name)
+    except OSError as error:
+        raise InputError(f"table {name!r} cannot be reached: {error}") from error
+    if not is_folder:
+        return _all_clips(videos, _video_folder(videos))
+    if videos.folder is not None:
+        raise InputError(
+            f"folder {videos.folder!r} is for the paths of a table, and {name!r} is a folder "
+            "itself: leave one of them out"
+        )
+    return read_folder(
+        name if places.is_url(name) else os.path.abspath(name), videos.held_out_every
+    )
+
+
+def _video_folder(videos: Videos) -> str:
+    """Where the relative paths of a table are taken from."""
+    folder = videos.folder or places.parent(videos.table) or "."
+    if places.is_url(folder):  # there are no folders, only names that begin alike
+        return folder
+    folder = os.path.abspath(folder)
+    if not os.path.isdir(folder):
+        raise InputError(
+            f"video folder {folder!r} does not exist; relative paths of the table "
+            f"{videos.table!r} are taken from it: correct the folder"
+        )
+    return folder
 
 
 def _all_clips(videos: Videos, folder: str) -> Iterator[pa.RecordBatch]:
