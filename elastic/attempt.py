@@ -26,7 +26,7 @@ from elastic.checkpoint_place import open_storage, settle
 from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_read import answered, host
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
-from elastic.data.assign import load_members
+from elastic.data.assign import Members, load_members
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.errors import InputError, StageBlocked, last_line
@@ -210,6 +210,7 @@ def _join(order: Order, listening: int | None) -> None:
 
 def make_objective(job: WorkerJob, device: torch.device) -> Objective:
     """What the stage minimises, on its clips or its latents."""
+    members: Members | None = None
     if isinstance(job.stage, AutoencoderStage):
         members = load_members(job.folder / MEMBERS)
         return Reconstructing(
@@ -220,8 +221,10 @@ def make_objective(job: WorkerJob, device: torch.device) -> Objective:
         )
     assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
     store = SealedStore.open(*job.latents)
-    source = LatentSource(job.stage, store, held_out=False)
-    held_out = LatentSource(job.stage, store, held_out=True)
+    if len(job.stage.data.sources) > 1:
+        members = load_members(job.folder / MEMBERS)
+    source = LatentSource(job.stage, store, held_out=False, members=members)
+    held_out = LatentSource(job.stage, store, held_out=True, members=members)
     return FlowMatching(job.stage, source, held_out, source.null_text(), store.schema.text_tokens)
 
 

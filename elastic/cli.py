@@ -273,7 +273,7 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
-    for videos in dict.fromkeys(stage.data for stage in plan.stages):
+    for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
         clips = read_table(videos)
         # One that is there will do: files that are missing are quarantined one by one.
         if not any(is_there(clip.path) for clip in clips):

@@ -17,11 +17,12 @@ import ray
 from elastic.attempt import MEMBERS, Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
+from elastic.data.clips import Clips
 from elastic.data.encode import EncodeJob, Scale, plan_job
 from elastic.data.probes import probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
-from elastic.data.table import read_table
+from elastic.data.table import read_tables
 from elastic.data.verify import FIELDS, Verdict, verdict_lines, verify
 from elastic.errors import InputError
 from elastic.files import write_atomic
@@ -186,7 +187,8 @@ def pin_members(course: Course, stage: Stage) -> Members:
 
 
 def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> Members:
-    clips = read_table(stage.data, spilled)
+    tables = read_tables(stage.data, spilled)
+    clips = Clips.joined(tables)
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
     for _ in range(_MORE_TRIES):
         if probed.unreachable:
@@ -209,7 +211,7 @@ def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> 
             f"{reasons.total()} of {len(clips)} clips cannot be used",
             count=reasons.total(), reasons=dict(reasons),
         )  # fmt: skip
-    assigned = assign(stage, probed)
+    assigned = assign(stage, probed, [len(table) for table in tables])
     for line in assigned.lines(stage, probed):
         print(f"{stage.name}  {line}", flush=True)
     return assigned.save(path)
@@ -315,7 +317,8 @@ def show_samples(course: Course, stage: Stage) -> None:
     """Make the videos that show what a finished stage can do."""
     began = time.monotonic()
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
-    clips = list(members.clips[held_out_name(longest_bucket(stage))][:MOST_LOOKED_AT])
+    name = held_out_name(longest_bucket(stage))
+    clips = members.some(name, stage.data.shares, MOST_LOOKED_AT)
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
     if isinstance(stage, AutoencoderStage):
         task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)

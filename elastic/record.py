@@ -91,14 +91,17 @@ def _described(stage: Stage) -> dict[str, Any]:
     return {**fields, "data": _placed(fields["data"])}
 
 
-def _placed(videos: dict[str, Any]) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
-    """Videos whose table and folder are named from the root."""
+def _placed(data: dict[str, Any]) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
+    """Videos, or a mix of them, whose tables and folders are named from the root."""
+    if "parts" in data:
+        parts = [{**part, "videos": _placed(part["videos"])} for part in data["parts"]]
+        return {**data, "parts": parts}
     places = {
         name: path if path is None or is_url(path) else os.path.abspath(path)
-        for name, path in videos.items()
+        for name, path in data.items()
         if name in ("table", "folder")
     }
-    return {**videos, **places}
+    return {**data, **places}
 
 
 def difference(before: Any, after: Any, where: str = "") -> list[str]:  # Any: JSON

@@ -21,7 +21,7 @@ from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
 from stages.schedule import Bucket, Phase, Windows, check_schedule
-from stages.videos import Videos
+from stages.videos import Data, Mix, Videos
 
 # A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
 AnyCodec = Annotated[
@@ -38,7 +38,7 @@ RUNTIME_FIELDS = frozenset(
 
 class _Stage(Record):
     name: SafeName
-    data: Videos
+    data: Data
     init: Fresh | Continue | KeepTrunk | Align | FromFile = Fresh()
     schedule: tuple[Phase, ...]
     optimizer: AdamW | Muon
@@ -72,6 +72,17 @@ class _Stage(Record):
     Through every resize and restart, with one kind of processor and one version of torch. The
     micro-batch of a bucket is then a part of the result.
     """
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _check_data(cls, data: object) -> object:
+        """One message instead of one for each branch of the union."""
+        if isinstance(data, Videos | Mix | dict):  # a dict: read back from JSON
+            return data
+        raise ValueError(
+            f"{data!r} is no source of clips; give Videos('clips.parquet'), Videos('folder/'), or "
+            "Mix((Videos(...), 0.7), (Videos(...), 0.3))"
+        )
 
     @property
     def budget(self) -> int:

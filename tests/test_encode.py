@@ -46,6 +46,7 @@ from elastic.data.encode import (
 )
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
+from elastic.data.order import batch_at, layout_of
 from elastic.data.probe import probe
 from elastic.data.probes import Probed
 from elastic.data.schema import NULL_TEXT, shard_file
@@ -60,7 +61,7 @@ from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
 from models.fresh import fresh_parameters, named_generator
-from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Mix, Phase, Videos
 
 SHORT, LONG = Bucket("32px", frames=4, batch=2), Bucket("32px", frames=8, batch=2)
 CODEC = DCAE(
@@ -425,6 +426,54 @@ def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
     assert source.counts() == {SHORT.name: 9, LONG.name: NUM_LONG - 2}
     ids = source.sample_ids(LONG, np.arange(NUM_LONG - 2))
     assert not {broken.sample_id, gone.sample_id} & set(ids.tolist())
+
+
+def test_sources_of_a_mix_are_told_apart_where_some_of_their_clips_are_absent(
+    job: EncodeJob, members: Members, tmp_path: Path
+) -> None:
+    clips = {name: list(found) for name, found in members.clips.items()}
+    (tmp_path / "other.mp4").touch()  # in an empty folder it would be the mount that is gone
+    for lost in (0, 1, 4):
+        clips[LONG.name][lost] = clips[LONG.name][lost]._replace(path=str(tmp_path / "gone.mp4"))
+    names = {SHORT.name: [4, 5], LONG.name: [3, 4], held_out_name(SHORT): [2, 0]}
+    mixed = Members(clips, sources={**names, held_out_name(LONG): [0, 2]})
+    stage = STAGE.replace(data=Mix((Videos("a.csv"), 1), (Videos("b.csv"), 3)))
+    hurt = replace(job, members=mixed)
+    store = open_store(hurt)
+    encode_shards(hurt, store.missing())
+    store.seal()
+    sealed = SealedStore.open(job.root, job.fingerprint)
+    source = LatentSource(stage, sealed, held_out=False, members=mixed)
+    assert source.layouts() == {SHORT.name: layout_of([4, 5]), LONG.name: layout_of([1, 3])}
+    held_out = LatentSource(stage, sealed, held_out=True, members=mixed)
+    assert held_out.layouts() == {SHORT.name: layout_of([2, 0]), LONG.name: layout_of([0, 2])}
+    own = {clip.sample_id: number for number, clip in enumerate(clips[LONG.name])}
+    for position in range(0, stage.budget, 2):
+        plan = batch_at(stage, position, source.layouts())
+        assert (plan.indices < sum(size for _, size in source.layouts()[plan.bucket.name])).all()
+    found = [own[number] for number in source.sample_ids(LONG, np.arange(4)).tolist()]
+    assert found == [2, 3, 5, 6], "one of the first source, three of the second"
+    lost = replace(mixed, sources={**names, LONG.name: [2, 5], held_out_name(LONG): [0, 2]})
+    with pytest.raises(InputError, match=r"bucket '32px-8f' has no latents of 'a\.csv'"):
+        LatentSource(stage, sealed, held_out=False, members=lost)
+
+
+def test_the_scale_of_a_mix_does_not_hang_on_its_weights(
+    weights: Path, members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that stages with the same clips and other weights have the same latents."""
+    monkeypatch.setattr(encode, "STATISTICS_CLIPS", 4)
+    mixed = Members(members.clips, sources={LONG.name: [3, 4]})
+    scales = [
+        measure_scale(
+            STAGE.replace(data=Mix((Videos("a.csv"), weight), (Videos("b.csv"), 1.0))),
+            weights,
+            mixed,
+        )
+        for weight in (1.0, 9.0)
+    ]
+    of_each = [members.clips[LONG.name][number] for number in (0, 1, 3, 4)]
+    assert scales == [measure_scale(STAGE, weights, Members({LONG.name: of_each}))] * 2
 
 
 def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) -> None:

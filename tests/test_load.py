@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tiny import CLIP, STAGE, STILL, DrawnLatents
 
 from elastic.data.load import Samples, Source, Stream, deal, held_out_rounds, rounds_of
-from elastic.data.order import Indices, batch_at
+from elastic.data.order import batch_at
+from elastic.data.permutation import Indices
 from elastic.world import World
 from stages import Bucket
 
@@ -96,8 +97,9 @@ def test_held_out_samples_are_each_measured_once_and_no_more_than_asked(size: in
     source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
     for most, expected in ((64, 23), (7, 7)):
         weights: Counter[int] = Counter()
+        stage = STAGE.replace(held_out=most)
         for rank in range(size):
-            for micro in held_out_rounds(source, bucket, most, _world(rank, size)):
+            for micro in held_out_rounds(source, stage, bucket, _world(rank, size)):
                 pairs = zip(micro.samples.ids, micro.samples.weight_B.tolist(), strict=True)
                 weights.update({int(number): 1 for number, weight in pairs if weight})
         assert weights == Counter(range(100, 100 + expected))

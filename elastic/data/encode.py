@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,13 +366,15 @@ def measure_scale(
 ) -> Scale:
     """Mean and deviation of each channel over the first clips of the stage's longest bucket.
 
-    Of what a DiT is trained on: the variance of the posterior counts where that is sampled.
+    Of what a DiT is trained on: the variance of the posterior counts where that is sampled. Of a
+    mix as many of each source, so that stages which differ in its weights have the same latents.
     """
     bucket = max(stage.buckets, key=lambda b: b.frames)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
     sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
-    clips = members.clips[bucket.name][:STATISTICS_CLIPS]
+    alike = [Fraction(1)] * len(stage.data.sources)
+    clips = members.some(bucket.name, alike, STATISTICS_CLIPS)
     for _, decoded in decode_ahead(stage.codec, [Part(bucket, clips)], stage.rate, decoders):
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic.data.order import BatchPlan, Indices, batch_at
+from elastic.data.order import BatchPlan, Layout, batch_at, first_of
+from elastic.data.permutation import Indices
 from elastic.world import World
 from models.text import TextBatch
 from stages.schedule import Bucket
@@ -49,6 +50,10 @@ class Source(Protocol):
 
     def counts(self) -> dict[str, int]:
         """Samples of each bucket, by its name."""
+        ...
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where the samples of each source of the stage lie in each bucket, by its name."""
         ...
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
@@ -142,9 +147,9 @@ class Stream:
 
     def _read_ahead(self, position: int) -> None:
         try:
-            counts = self._source.counts()
+            layouts = self._source.layouts()
             while position < self._stage.budget and not self._closing.is_set():
-                step = self._read(batch_at(self._stage, position, counts))
+                step = self._read(batch_at(self._stage, position, layouts))
                 self._put(step)
                 position += step.plan.bucket.batch
         except BaseException as error:
@@ -165,9 +170,8 @@ class Stream:
                 continue
 
 
-def held_out_rounds(source: Source, bucket: Bucket, most: int, world: World) -> Iterator[Micro]:
-    """This rank's micro-batches of a fixed set of held-out samples."""
-    count = min(source.counts()[bucket.name], most)
-    indices = np.arange(count)
+def held_out_rounds(source: Source, stage: Stage, bucket: Bucket, world: World) -> Iterator[Micro]:
+    """This rank's micro-batches of a fixed set of held-out samples, from each source its share."""
+    indices = first_of(stage.data.shares, source.layouts()[bucket.name], stage.held_out)
     plan = BatchPlan(0, bucket, indices, np.zeros_like(indices))
     return rounds_of(plan, source, world.rank, world.size)

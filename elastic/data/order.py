@@ -1,99 +1,46 @@
 """Which samples make up the batch at a position: a pure function of (seed, stage, position).
 
-The permutation is a keyed Feistel network over a grid of about sqrt(n) x sqrt(n) with cycle
-walking: O(1) in time and memory for any n, a bijection for any n, and after six half-rounds its
-serial pairs pass a chi-square test (four would do; two fail).
+O(1) in time and memory for any number of samples; the permutations are in `permutation.py`, and
+how a mix of sources is interleaved in `mix.py`.
 """
 
 import hashlib
-import math
+import itertools
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.fresh import named_seed
+from elastic.data.mix import Dealt, deal_sources, quotas
+from elastic.data.permutation import Indices, Permutation, WindowedPermutation
 from stages.init import Continue
-from stages.schedule import Bucket, Slot, Windows, samples_before, slot_at
+from stages.schedule import Bucket, Slot, samples_before, slot_at
 from stages.stage import Stage
 
-_HALF_ROUNDS = 6
-Indices = NDArray[np.int64]
+
+class Extent(NamedTuple):
+    """Samples of one source that lie side by side in a bucket: the first index, and how many."""
+
+    first: int
+    size: int
 
 
-def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # Finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): full avalanche in three rounds.
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+Layout = tuple[Extent, ...]
+"""Where the samples of each source of the stage lie in a bucket, in the order of the sources."""
 
 
-class Permutation:
-    """A keyed bijection of [0, size)."""
-
-    def __init__(self, size: int, *key: str | int) -> None:
-        assert size > 0, f"cannot permute {size} elements"
-        self.size = size
-        self._rows = math.isqrt(size - 1) + 1
-        self._columns = -(-size // self._rows)
-        self._keys = [np.uint64(named_seed(*key, r)) for r in range(_HALF_ROUNDS)]
-
-    def __call__(self, index: Indices) -> Indices:
-        """Where each of the given indices goes."""
-        out = self._round_trip(np.asarray(index, dtype=np.uint64))
-        # The grid holds fewer than sqrt(n) cells too many: walk those on until they land inside.
-        while (outside := out >= self.size).any():
-            out[outside] = self._round_trip(out[outside])
-        return out.astype(np.int64)
-
-    def _round_trip(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
-        left, right = np.divmod(x, columns)
-        with np.errstate(over="ignore"):
-            for turn, key in enumerate(self._keys):
-                if turn % 2:
-                    right = (right + _mix64(left + key) % columns) % columns
-                else:
-                    left = (left + _mix64(right + key) % rows) % rows
-        return np.asarray(left * columns + right)
+def layout_of(sizes: Sequence[int]) -> Layout:
+    """Sources of these sizes, one after the other."""
+    firsts = itertools.accumulate(sizes, initial=0)
+    return tuple(Extent(first, size) for first, size in zip(firsts, sizes, strict=False))
 
 
-class WindowedPermutation:
-    """A keyed bijection of [0, size) that keeps neighbours near one another.
-
-    Runs of places side by side are permuted, and then the places of `mixed` runs at a time. The
-    last run may reach beyond the size: places there are walked on until they land inside, which
-    sends less than a run of samples somewhere else.
-    """
-
-    def __init__(self, size: int, windows: Windows, *key: str | int) -> None:
-        assert size > 0, f"cannot permute {size} elements"
-        self.size = size
-        self._run = min(windows.run, size)
-        self._num_runs = -(-size // self._run)
-        self._mixed = windows.mixed
-        self._runs = Permutation(self._num_runs, *key, "runs")
-        self._key = key
-
-    def __call__(self, index: Indices) -> Indices:
-        """Where each of the given indices goes."""
-        out = self._place(np.asarray(index, dtype=np.int64))
-        while (outside := out >= self.size).any():
-            out[outside] = self._place(out[outside])
-        return out
-
-    def _place(self, x: Indices) -> Indices:
-        window_size = self._mixed * self._run
-        windows, within = np.divmod(x, window_size)
-        out = np.empty_like(x)
-        for window in np.unique(windows):
-            here = windows == window
-            first = int(window) * self._mixed
-            num_runs = min(self._mixed, self._num_runs - first)
-            mix = Permutation(num_runs * self._run, *self._key, "window", int(window))
-            runs, offsets = np.divmod(mix(within[here]), self._run)
-            out[here] = self._runs(first + runs) * self._run + offsets
-        return out
+def first_of(shares: Sequence[Fraction], layout: Layout, most: int) -> Indices:
+    """The indices of up to so many samples, the first of each source, by the sources' shares."""
+    counts = quotas(shares, [size for _, size in layout], most)
+    parts = [first + np.arange(count) for (first, _), count in zip(layout, counts, strict=True)]
+    return np.concatenate(parts)
 
 
 class BatchPlan(NamedTuple):
@@ -102,7 +49,7 @@ class BatchPlan(NamedTuple):
     position: int
     bucket: Bucket
     indices: Indices
-    epochs: Indices  # how often each sample was used before in this stage
+    epochs: Indices  # of each sample's source: how often it was used before in this stage
 
 
 def bucket_at(stage: Stage, position: int) -> tuple[Slot, Bucket]:
@@ -121,25 +68,52 @@ def bucket_at(stage: Stage, position: int) -> tuple[Slot, Bucket]:
     raise ValueError(f"stage {stage.name!r}: position {position} is inside a batch, not its start")
 
 
-def batch_at(stage: Stage, position: int, counts: dict[str, int]) -> BatchPlan:
-    """The batch at `position`, given how many samples each bucket (by name) holds.
+def batch_at(stage: Stage, position: int, layouts: Mapping[str, int | Layout]) -> BatchPlan:
+    """The batch at `position`, given where the samples of each bucket (by name) lie.
 
     A bucket is read as one endless stream, epoch after epoch, each in its own order; so batches
-    are always full, and each sample comes once an epoch.
+    are always full, and each sample comes once an epoch. Of a mix, each source is such a stream,
+    and that of the bucket is dealt from them by their shares. A number stands for one source.
     """
     slot, bucket = bucket_at(stage, position)
-    size = counts[bucket.name]
-    first = samples_before(stage.schedule, slot, bucket)
-    stream = np.arange(first, first + bucket.batch)
-    epochs, within = np.divmod(stream, size)
-    indices = np.empty_like(within)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        key = ("order", stage.seed, stage.name, bucket.name, int(epoch))
-        windows = stage.order
-        order = WindowedPermutation(size, windows, *key) if windows else Permutation(size, *key)
-        indices[here] = order(within[here])
+    found = layouts[bucket.name]
+    layout = (Extent(0, found),) if isinstance(found, int) else found
+    assert len(layout) == len(stage.data.shares), f"{bucket.name} has {len(layout)} sources"
+    dealt = _dealt(stage, bucket, samples_before(stage.schedule, slot, bucket))
+    indices, epochs = np.empty_like(dealt.rank), np.empty_like(dealt.rank)
+    for number, (first, size) in enumerate(layout):
+        here = dealt.source == number
+        key = _order_key(stage, bucket, layout, number)
+        epochs[here], within = np.divmod(dealt.rank[here], size)
+        indices[here] = first + _shuffled(stage, size, epochs[here], within, *key)
     return BatchPlan(position, bucket, indices, epochs)
+
+
+def _order_key(stage: Stage, bucket: Bucket, layout: Layout, source: int) -> tuple[str | int, ...]:
+    key = ("order", stage.seed, stage.name, bucket.name)
+    return (*key, f"source {source}") if len(layout) > 1 else key
+
+
+def _dealt(stage: Stage, bucket: Bucket, first: int) -> Dealt:
+    """The sources of a batch that begins at a place of the bucket's stream."""
+    shares = stage.data.shares
+    if len(shares) > 1:
+        return deal_sources(shares, first, bucket.batch, stage.seed, stage.name, bucket.name)
+    stream = np.arange(first, first + bucket.batch)
+    return Dealt(np.zeros_like(stream), stream)
+
+
+def _shuffled(
+    stage: Stage, size: int, epochs: Indices, within: Indices, *key: str | int
+) -> Indices:
+    """Where samples lie that come at some places of their epochs."""
+    out = np.empty_like(within)
+    for epoch in np.unique(epochs):
+        here, windows = epochs == epoch, stage.order
+        own = (*key, int(epoch))
+        order = WindowedPermutation(size, windows, *own) if windows else Permutation(size, *own)
+        out[here] = order(within[here])
+    return out
 
 
 def updates_before(stage: Stage, position: int) -> int:

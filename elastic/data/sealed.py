@@ -125,6 +125,10 @@ class _Rows:
         """The ids of present samples."""
         return self._sample_id.at(self._slots(indices)).astype(np.int64, copy=False)
 
+    def present_before(self, slot: int) -> int:
+        """How many of the samples that are planned before a slot are present."""
+        return slot - self._absent_before(slot)
+
     def place(self, index: int) -> _Place:
         """Where a present sample lies."""
         if len(self._absent_M):
@@ -246,6 +250,10 @@ class SealedStore:
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
         return len(self._rows[bucket])
+
+    def present_before(self, bucket: str, slot: int) -> int:
+        """How many of the samples that are planned before a slot of the bucket are present."""
+        return self._rows[bucket].present_before(slot)
 
     def sample_ids(
         self, bucket: str, indices: NDArray[np.int64] | None = None

@@ -1,5 +1,6 @@
 """The two sources of samples: video files for autoencoders, latent stores for DiTs."""
 
+import itertools
 import logging
 
 import torch
@@ -8,7 +9,8 @@ from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clip, Clips
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.load import Samples
-from elastic.data.order import Indices
+from elastic.data.order import Layout, layout_of
+from elastic.data.permutation import Indices
 from elastic.data.sealed import SealedStore
 from elastic.errors import InputError
 from models.text import TextEmbedding, WordHash, pad
@@ -24,9 +26,15 @@ class VideoSource:
     def __init__(self, stage: Stage, members: Members, held_out: bool) -> None:
         self._rate = stage.rate
         self._clips: dict[str, Clips] = {}
+        self._layouts: dict[str, Layout] = {}
         for bucket in stage.buckets:
             name = held_out_name(bucket) if held_out else bucket.name
             self._clips[bucket.name] = Clips.of(members.clips[name])
+            self._layouts[bucket.name] = members.layout(name)
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where the clips of each source lie in each bucket, by its name."""
+        return self._layouts
 
     def counts(self) -> dict[str, int]:
         """Clips of each bucket, by its name."""
@@ -59,12 +67,49 @@ class VideoSource:
 
 
 class LatentSource:
-    """Reads latents and text from a sealed store; no video is opened."""
+    """Reads latents and text from a sealed store; no video is opened.
 
-    def __init__(self, stage: DiffusionStage, store: SealedStore, held_out: bool) -> None:
+    Where the stage has a mix, its members say which of them are of which source.
+    """
+
+    def __init__(
+        self,
+        stage: DiffusionStage,
+        store: SealedStore,
+        held_out: bool,
+        members: Members | None = None,
+    ) -> None:
         self._store = store
         self._stage = stage
         self._names = {b.name: held_out_name(b) if held_out else b.name for b in stage.buckets}
+        self._layouts = {
+            name: self._layout(stored, members) for name, stored in self._names.items()
+        }
+        if not held_out:
+            self._require_each()
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where the samples of each source lie in each bucket, by its name."""
+        return self._layouts
+
+    def _layout(self, stored: str, members: Members | None) -> Layout:
+        """Where they lie now that those are left out which could not be encoded."""
+        if members is None:
+            return layout_of([self._store.count(stored)])
+        planned = members.layout(stored)
+        edges = [self._store.present_before(stored, first) for first, _ in planned]
+        edges.append(self._store.count(stored))
+        return layout_of([end - first for first, end in itertools.pairwise(edges)])
+
+    def _require_each(self) -> None:
+        for name, layout in self._layouts.items():
+            for number, (_, size) in enumerate(layout):
+                if not size:
+                    raise InputError(
+                        f"stage {self._stage.name!r}: bucket {name!r} has no latents of "
+                        f"{self._stage.data.sources[number].table!r}: none of its clips could be "
+                        "encoded; the reasons are in the log of the encoding"
+                    )
 
     def null_text(self) -> TextEmbedding:
         """What dropped text is replaced by."""

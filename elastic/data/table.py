@@ -15,7 +15,7 @@ from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
 from elastic.data.folder import read_folder
 from elastic.errors import InputError
-from stages.videos import Videos
+from stages.videos import Mix, Videos
 
 SPLITS = ("train", "held-out")
 _COLUMNS = ("path", "text", "split")
@@ -26,17 +26,41 @@ def read_table(videos: Videos, spill: Path | None = None) -> Clips:
 
     They are kept in memory, or in the file `spill`, which is then mapped and may be deleted.
     """
-    rows = _rows(videos)
-    if spill is None:
-        clips = Clips(pa.Table.from_batches(rows, schema=SCHEMA))
-    else:
-        write_parts(spill, [("table", rows)])
-        clips = read_parts(spill).get("table", Clips(SCHEMA.empty_table()))
-    name = videos.table
-    if not len(clips):
-        raise InputError(f"table {name!r} has no rows; it needs at least one row of path and text")
-    _require_distinct(name, clips.ids())
+    (clips,) = read_tables(videos, spill)
     return clips
+
+
+def read_tables(data: Videos | Mix, spill: Path | None = None) -> list[Clips]:
+    """The rows of each source, as `read_table` reads them; of a mix, no two have the same id."""
+    rows = {str(number): _source(videos, number) for number, videos in enumerate(data.sources)}
+    if spill is None:
+        batches = {name: pa.Table.from_batches(some, schema=SCHEMA) for name, some in rows.items()}
+        parts = {name: Clips(table) for name, table in batches.items()}
+    else:
+        write_parts(spill, rows.items())
+        parts = read_parts(spill)
+    found = [parts.get(name, Clips(SCHEMA.empty_table())) for name in rows]
+    for videos, clips in zip(data.sources, found, strict=True):
+        if not len(clips):
+            raise InputError(
+                f"table {videos.table!r} has no rows; it needs at least one row of path and text"
+            )
+        _require_distinct(videos.table, clips.ids())
+    return found
+
+
+def _source(videos: Videos, number: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a source of a mix: names may be alike in several of them, ids may not.
+
+    The first source keeps its ids, so that its clips are those that they are without the mix.
+    """
+    for batch in _rows(videos):
+        if number == 0:
+            yield batch
+            continue
+        ids = [sample_id(f"{number}\0{own}") for own in batch.column("sample_id").to_pylist()]
+        columns = [pa.array(ids, pa.int64()), *batch.columns[1:]]
+        yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _rows(videos: Videos) -> Iterator[pa.RecordBatch]:
