@@ -26,7 +26,8 @@ from elastic.checkpoint_place import open_storage, settle
 from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_read import answered, host
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
-from elastic.data.assign import Members, load_members
+from elastic.data.assign import load_members
+from elastic.data.growth import load_growths
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.errors import InputError, StageBlocked, last_line
@@ -68,9 +69,9 @@ class WorkerJob:
 
     stage: Stage
     folder: Path  # of the stage
-    latents: Latents | None = None  # of a diffusion stage
+    latents: tuple[Latents, ...] = ()  # of a diffusion stage: of its beginning, and what came later
     parent: Path | None = None  # folder of the stage that the init policy starts from
-    parent_latents: Latents | None = None  # of that stage, where latents are paired
+    parent_latents: tuple[Latents, ...] = ()  # of that stage, where latents are paired
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where the checkpoints of all plans lie, if not in the runs
 
@@ -210,22 +211,23 @@ def _join(order: Order, listening: int | None) -> None:
 
 def make_objective(job: WorkerJob, device: torch.device) -> Objective:
     """What the stage minimises, on its clips or its latents."""
-    members: Members | None = None
+    growths = load_growths(job.folder)
     if isinstance(job.stage, AutoencoderStage):
         members = load_members(job.folder / MEMBERS)
         return Reconstructing(
             job.stage,
-            VideoSource(job.stage, members, held_out=False),
+            VideoSource(job.stage, members, held_out=False, growths=growths),
             VideoSource(job.stage, members, held_out=True),
             device,
         )
-    assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
-    store = SealedStore.open(*job.latents)
-    if len(job.stage.data.sources) > 1:
-        members = load_members(job.folder / MEMBERS)
-    source = LatentSource(job.stage, store, held_out=False, members=members)
-    held_out = LatentSource(job.stage, store, held_out=True, members=members)
-    return FlowMatching(job.stage, source, held_out, source.null_text(), store.schema.text_tokens)
+    assert job.latents, f"stage {job.stage.name} was started without its latents"
+    stores = [SealedStore.open(*latents) for latents in job.latents]
+    pinned = (
+        load_members(job.folder / MEMBERS) if growths or len(job.stage.data.sources) > 1 else None
+    )
+    source = LatentSource(job.stage, stores, held_out=False, members=pinned, growths=growths)
+    held_out = LatentSource(job.stage, stores, held_out=True, members=pinned)
+    return FlowMatching(job.stage, source, held_out, source.null_text(), source.text_tokens)
 
 
 def make_origin(job: WorkerJob) -> Origin:
@@ -237,10 +239,14 @@ def _pairs(job: WorkerJob) -> Pairs:
     parent = parent_of(job.stage.init)
     assert isinstance(parent, DiffusionStage), f"{job.stage.name}: no parent with latents"
     assert isinstance(job.stage, DiffusionStage), type(job.stage)
-    assert job.latents is not None, "the stage's own latents"
-    assert job.parent_latents is not None, "the parent's latents"
+    assert job.latents, "the stage's own latents"
+    assert job.parent_latents, "the parent's latents"
+    old, new = (
+        [SealedStore.open(*latents) for latents in some]
+        for some in (job.parent_latents, job.latents)
+    )
     return Pairs(
         parent,
-        LatentSource(parent, SealedStore.open(*job.parent_latents), held_out=False),
-        LatentSource(job.stage, SealedStore.open(*job.latents), held_out=False),
+        LatentSource(parent, old, held_out=False),
+        LatentSource(job.stage, new, held_out=False),
     )

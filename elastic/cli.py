@@ -89,9 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("file", help="stage file")
         one.add_argument("--videos", metavar="DIR", help="use the clips of this folder instead")
         one.add_argument(
-            "--captions",
-            metavar="FILE",
-            help="table of them: CSV or Parquet with path,text (default: NAME.txt beside each)",
+            "--captions", metavar="FILE", help="their table (default: NAME.txt beside)"
         )
         if name != "plan":
             cluster_flags(one)
@@ -236,8 +234,8 @@ def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan_file(flags)
     folder = RunFolder.of(settings.storage_path, plan)
     check_inputs(plan, folder)
-    from elastic.course import repair_plan
     from elastic.drive import run_course
+    from elastic.repair import repair_plan
 
     run_course(plan, settings, repair_plan)
     print(f"latents: {folder.latents}")
@@ -258,9 +256,10 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan
     from elastic.drive import run_course
+    from elastic.grow import grow_and_train
     from elastic.report import print_table, summarise, write_report
 
-    folder = run_course(plan, settings, train_plan)
+    folder = run_course(plan, settings, grow_and_train if flags.grow else train_plan)
     print_table(summarise(folder.root))
     print(f"samples: {folder.root / 'samples'}\nreport:  {write_report(folder.root)}")
     return DONE
@@ -353,6 +352,7 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.data.growth import growth_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
     from elastic.summary import print_table, read_history, summarise_history
@@ -364,6 +364,8 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     print_table(summarise_history(history))
     print("\n".join(account_lines(history.account)))
     for stage in plan.stages:
+        for line in growth_lines(folder.stage(stage.name)):
+            print(line)
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")
     return DONE

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.clips import Clips
 from elastic.data.encode import EncodeJob, Scale, plan_job
-from elastic.data.probes import probe_all
+from elastic.data.growth import load_growths
+from elastic.data.probes import Probed, probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
 from elastic.data.table import read_tables
-from elastic.data.verify import FIELDS, Verdict, verdict_lines, verify
+from elastic.data.verify import FIELDS, Verdict
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
@@ -100,35 +102,6 @@ def encode_plan(course: Course) -> None:
             encode_stage(course, stage, pin_members(course, stage))
 
 
-def repair_plan(course: Course) -> None:
-    """Encode again what is damaged of the latents that stages are pinned to.
-
-    InputError where no stage has latents: there is nothing to repair.
-    """
-    pins = {s.name: pin_of(course.folder, s) for s in course.plan.stages}
-    pinned = [stage for stage in course.plan.stages if pins[stage.name].exists()]
-    if not pinned:
-        raise InputError(
-            f"no stage of {course.plan.name!r} has latents yet; encode or train it first"
-        )
-    done: set[Path] = set()
-    for stage in pinned:
-        assert isinstance(stage, DiffusionStage), f"{stage.name} has no latents"
-        pin = json.loads(pins[stage.name].read_text())
-        root = course.folder.latents / pin["fingerprint"]
-        if root in done or not (root / "plan.json").exists():  # learnt, and deleted since
-            continue
-        done.add(root)
-        verdict = verify(root)
-        print("\n".join(verdict_lines(root, verdict)), flush=True)
-        if verdict.is_whole:
-            continue
-        new = encode_stage(course, stage, pin_members(course, stage), verdict)
-        print(f"{root}: encoded again: {len(verdict.shards)} shards; sealed as {new.digest}")
-        if new.digest != pin["digest"]:
-            print(f"{root}: was {pin['digest']}; not the same bits: another machine?", flush=True)
-
-
 def pin_of(folder: RunFolder, stage: Stage) -> Path:
     """The file that says which latents a stage uses; there once they are encoded."""
     return folder.stage(stage.name) / LATENTS
@@ -141,7 +114,7 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
-    latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else None
+    latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else ()
     parent = parent_of(stage.init)
     if not (folder / INIT).exists():
         for line in check_origin(stage).lines():
@@ -149,7 +122,7 @@ def train_one(course: Course, stage: Stage) -> None:
     job = WorkerJob(
         with_absolute_weights(stage), folder, latents,
         parent=course.folder.stage(parent.name) if parent else None,
-        parent_latents=pinned_latents(course.folder, stage.init),
+        parent_latents=_paired_latents(course.folder, stage.init),
         keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
@@ -188,7 +161,15 @@ def pin_members(course: Course, stage: Stage) -> Members:
 
 def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> Members:
     tables = read_tables(stage.data, spilled)
-    clips = Clips.joined(tables)
+    probed = probe_clips(course, stage, Clips.joined(tables))
+    assigned = assign(stage, probed, [len(table) for table in tables])
+    for line in assigned.lines(stage, probed):
+        print(f"{stage.name}  {line}", flush=True)
+    return assigned.save(path)
+
+
+def probe_clips(course: Course, stage: Stage, clips: Clips) -> Probed:
+    """What is known of each clip; InputError where some cannot be read just now."""
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
     for _ in range(_MORE_TRIES):
         if probed.unreachable:
@@ -211,10 +192,7 @@ def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> 
             f"{reasons.total()} of {len(clips)} clips cannot be used",
             count=reasons.total(), reasons=dict(reasons),
         )  # fmt: skip
-    assigned = assign(stage, probed, [len(table) for table in tables])
-    for line in assigned.lines(stage, probed):
-        print(f"{stage.name}  {line}", flush=True)
-    return assigned.save(path)
+    return probed
 
 
 def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
@@ -229,11 +207,15 @@ def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
 
 
 def encode_stage(
-    course: Course, stage: DiffusionStage, members: Members, damaged: Verdict | None = None
-) -> Latents:
-    """Encode what is missing or damaged of the stage's latents, and pin the store that it uses.
+    course: Course,
+    stage: DiffusionStage,
+    members: Members,
+    damaged: Mapping[Path, Verdict] | None = None,
+) -> tuple[Latents, ...]:
+    """Encode what is missing or damaged of the stage's latents, and pin the stores that it uses.
 
-    InputError if the stage was pinned to other latents than it would get now.
+    There is one of what it began with, and one of each growth. InputError if the stage was pinned
+    to other latents than it would get now.
     """
     weights = codec_weights(course.folder, stage)
     pinned = pin_of(course.folder, stage)
@@ -243,45 +225,68 @@ def encode_stage(
         scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENTS)
     if scale is None:
         scale = find_scale_on_ray(stage, weights, members, course.gpus)
-    job = plan_job(stage, weights, scale, members, course.folder.latents)
-    check_pinned(job, pinned)
-    course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
-
-    def progress(done: int, total: int) -> None:
-        course.tracker.progress(stage.name, f"encoding, {done} of {total} shards")
-
-    digest, quarantined = encode_on_ray(job, course.gpus, progress, damaged)
+    growths = load_growths(course.folder.stage(stage.name))
+    found: list[Latents] = []
+    for part in (members, *(growth.members for growth in growths)):
+        job = plan_job(stage, weights, scale, part, course.folder.latents)
+        check_pinned(job, pinned, len(found))
+        found.append(_encode_store(course, job, (damaged or {}).get(job.root)))
+    first, *later = ({"fingerprint": name, "digest": digest} for _, name, digest in found)
     content = {
-        "fingerprint": job.fingerprint,
-        "digest": digest,
+        **first,
         "scale": {"mean": scale.mean, "std": scale.std},
         "weights": str(weights),
         "weights_sha256": job.weights_digest,
+        **({"later": later} if later else {}),
     }
     write_atomic(pinned, json.dumps(content, indent=1).encode())
+    return tuple(found)
+
+
+def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> Latents:
+    name = job.stage.name
+    course.tracker.event("encode_start", name, None, f"to {job.fingerprint}")
+
+    def progress(done: int, total: int) -> None:
+        course.tracker.progress(name, f"encoding, {done} of {total} shards")
+
+    digest, quarantined = encode_on_ray(job, course.gpus, progress, damaged)
     course.tracker.event(
-        "encode_end", stage.name, None, f"sealed as {digest}",
-        clips=members.num_clips(), quarantined=len(quarantined),
+        "encode_end", name, None, f"sealed as {digest}",
+        clips=job.members.num_clips(), quarantined=len(quarantined),
     )  # fmt: skip
     return Latents(job.root, job.fingerprint, digest)
 
 
-def pinned_latents(folder: RunFolder, init: Init) -> Latents | None:
-    """The latents that the parent was trained on, where the policy pairs them with the stage's."""
-    if not isinstance(init, Align):
-        return None
-    pinned = json.loads((folder.stage(init.stage.name) / LATENTS).read_text())
-    root = folder.latents / pinned["fingerprint"]
-    return Latents(root, pinned["fingerprint"], pinned["digest"])
+def pinned_latents(folder: RunFolder, stage: str) -> tuple[Latents, ...]:
+    """The latents that a stage is pinned to; none before they are encoded."""
+    path = folder.stage(stage) / LATENTS
+    if not path.exists():
+        return ()
+    pinned = json.loads(path.read_text())
+    return tuple(
+        Latents(folder.latents / one["fingerprint"], one["fingerprint"], one["digest"])
+        for one in (pinned, *pinned.get("later", []))
+    )
 
 
-def check_pinned(job: EncodeJob, pinned: Path) -> None:
-    """InputError, with what differs, if the stage was pinned to other latents than the job's."""
+def _paired_latents(folder: RunFolder, init: Init) -> tuple[Latents, ...]:
+    """Those that the parent was trained on, where the policy pairs them with the stage's."""
+    return pinned_latents(folder, init.stage.name) if isinstance(init, Align) else ()
+
+
+def check_pinned(job: EncodeJob, pinned: Path, number: int = 0) -> None:
+    """InputError, with what differs, if the stage was pinned to other latents than the job's.
+
+    The first store is of what the stage began with; `number` counts those after it.
+    """
     if not pinned.exists():
         return
-    before = json.loads(pinned.read_text())["fingerprint"]
-    if before == job.fingerprint:
+    known = json.loads(pinned.read_text())
+    stores = (known, *known.get("later", []))
+    if number >= len(stores) or stores[number]["fingerprint"] == job.fingerprint:
         return
+    before = stores[number]["fingerprint"]
     new = json.loads((job.root / FIELDS).read_text())
     fields = job.root.with_name(before) / FIELDS
     changes = ["those are gone, so what differs is not known"]

@@ -23,7 +23,8 @@ from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
 from elastic import ray_encode
-from elastic.course import check_pinned, pin_members
+from elastic.checkpoint_place import Register
+from elastic.course import check_pinned, encode_stage, pin_members, pinned_latents
 from elastic.data import encode
 from elastic.data.assign import (
     Members,
@@ -44,9 +45,10 @@ from elastic.data.encode import (
     open_store,
     plan_job,
 )
+from elastic.data.growth import load_growths
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
-from elastic.data.order import batch_at, layout_of
+from elastic.data.order import Later, batch_at, layout_of
 from elastic.data.probe import probe
 from elastic.data.probes import Probed
 from elastic.data.schema import NULL_TEXT, shard_file
@@ -56,12 +58,14 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.grow import grow_stage
 from elastic.ray_encode import MOST_SHARDS, decoders_of_a_task, in_groups
+from elastic.repair import repair_plan
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
 from models.fresh import fresh_parameters, named_generator
-from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Mix, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Mix, Phase, Plan, Videos
 
 SHORT, LONG = Bucket("32px", frames=4, batch=2), Bucket("32px", frames=8, batch=2)
 CODEC = DCAE(
@@ -450,7 +454,7 @@ def test_sources_of_a_mix_are_told_apart_where_some_of_their_clips_are_absent(
     own = {clip.sample_id: number for number, clip in enumerate(clips[LONG.name])}
     for position in range(0, stage.budget, 2):
         plan = batch_at(stage, position, source.layouts())
-        assert (plan.indices < sum(size for _, size in source.layouts()[plan.bucket.name])).all()
+        assert (plan.indices < source.counts()[plan.bucket.name]).all()
     found = [own[number] for number in source.sample_ids(LONG, np.arange(4)).tolist()]
     assert found == [2, 3, 5, 6], "one of the first source, three of the second"
     lost = replace(mixed, sources={**names, LONG.name: [2, 5], held_out_name(LONG): [0, 2]})
@@ -474,6 +478,159 @@ def test_the_scale_of_a_mix_does_not_hang_on_its_weights(
     ]
     of_each = [members.clips[LONG.name][number] for number in (0, 1, 3, 4)]
     assert scales == [measure_scale(STAGE, weights, Members({LONG.name: of_each}))] * 2
+
+
+Encode = tuple[Any, DiffusionStage, list[list[ShardId]]]
+
+
+@pytest.fixture
+def course(
+    clips: list[Clip], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Encode:
+    """A course whose stage has a table of nine of the films, and what each encoding encodes."""
+    encoded: list[list[ShardId]] = []
+
+    def encode_here(job: EncodeJob, gpus: float, progress: object, damaged: Any) -> Any:
+        store = open_store(job)
+        again = sorted(damaged.shards) if damaged else []
+        encoded.append([*store.missing(), *again])
+        encode_shards(job, store.missing())
+        encode_shards(job, again, again=True)
+        return store.seal(), store.quarantined()
+
+    monkeypatch.setattr("elastic.course.encode_on_ray", encode_here)
+    monkeypatch.setattr(
+        "elastic.course.find_scale_on_ray",
+        lambda stage, path, members, _: measure_scale(stage, path, members),
+    )
+    monkeypatch.setattr(encode, "SHARD_SAMPLES", 3)
+    tracker = SimpleNamespace(event=lambda *_, **__: None, progress=lambda *_: None)
+    stage = STAGE.replace(
+        data=_table_of(tmp_path, clips[:-4]), vae=CODEC.replace(weights=str(weights))
+    )
+    folder = RunFolder(tmp_path / "run")
+    plan = Plan("tiny", [stage])
+    return SimpleNamespace(folder=folder, tracker=tracker, gpus=0.0, plan=plan), stage, encoded
+
+
+def _table_of(folder: Path, clips: Iterable[Clip]) -> Videos:
+    rows = [f"{c.path},{c.text},{'held-out' if c.held_out else 'train'}" for c in clips]
+    (folder / "t.csv").write_text("\n".join(["path,text,split", *rows]))
+    return Videos(str(folder / "t.csv"))
+
+
+def _open(latents: Iterable[tuple[Path, str, str]]) -> list[SealedStore]:
+    return [SealedStore.open(*one) for one in latents]
+
+
+def test_a_growth_is_encoded_alone_and_read_after_what_was_there(
+    course: Encode, clips: list[Clip], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver, stage, encoded = course
+    members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
+    (first,) = encode_stage(driver, stage, members)
+    before = {path: path.read_bytes() for path in first.root.rglob("*") if path.is_file()}
+    pin = json.loads((own / "latents.json").read_text())
+    assert "later" not in pin
+
+    _table_of(tmp_path, clips)  # four more: two that are long, two that are short
+    Register(own).add(8)
+    grow_stage(driver, stage)
+    (growth,) = load_growths(own)
+    encoded.clear()
+    stores = encode_stage(driver, stage, members)
+    assert stores[0] == first
+    assert encoded == [[], [(SHORT.name, 0), (SHORT.name, 1), (LONG.name, 0)]]
+    assert before == {path: path.read_bytes() for path in before}, "nothing is encoded again"
+    pinned = json.loads((own / "latents.json").read_text())
+    assert {**pinned, "later": None} == {**pin, "later": None}
+    assert pinned["later"] == [{"fingerprint": stores[1].fingerprint, "digest": stores[1].digest}]
+    assert pinned_latents(driver.folder, stage.name) == stores
+    encoded.clear()
+    assert encode_stage(driver, stage, members) == stores
+    assert encoded == [[], []], "the next start finds all of it there"
+
+    source = LatentSource(stage, _open(stores), False, members, [growth])
+    apart = [LatentSource(stage, store, held_out=False) for store in _open(stores)]
+    assert source.counts() == {SHORT.name: 5 + 4, LONG.name: 5 + 2}
+    # Positions 0 to 8 are two batches of 2 of each bucket: both sources go on to the end of 5.
+    assert source.layouts() == {
+        SHORT.name: layout_of([5], [Later([4], [5])]),
+        LONG.name: layout_of([5], [Later([2], [5])]),
+    }
+    mixed = source.fetch(SHORT, np.array([7, 1, 5, 0]))
+    old, new = apart[0].fetch(SHORT, np.array([1, 0])), apart[1].fetch(SHORT, np.array([2, 0]))
+    assert mixed.ids.tolist() == [new.ids[0], old.ids[0], new.ids[1], old.ids[1]]
+    assert mixed.ids.tolist() == source.sample_ids(SHORT, np.array([7, 1, 5, 0])).tolist()
+    each = (new, 0), (old, 0), (new, 1), (old, 1)
+    assert torch.equal(mixed.x_BCTHW, torch.stack([one.x_BCTHW[k] for one, k in each]))
+    for row, (one, k) in enumerate(each):
+        assert mixed.text is not None
+        assert one.text is not None
+        length = int(one.text.mask_BL[k].sum())  # type: ignore[index]
+        assert int(mixed.text.mask_BL[row].sum()) == length  # type: ignore[index]
+        found = mixed.text.text_BLD[row, :length]
+        assert torch.equal(found, one.text.text_BLD[k, :length])
+    held_out = LatentSource(stage, _open(stores), True, members)
+    assert held_out.counts() == LatentSource(stage, _open(stores)[0], held_out=True).counts()
+
+
+def test_a_growth_that_cannot_be_decoded_any_more_leaves_the_order_whole(
+    course: Encode, clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, stage, _ = course
+    members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
+    encode_stage(driver, stage, members)
+    moved = clips[-1]._replace(path=str(tmp_path / "short.mp4"))
+    shutil.copy(clips[-1].path, moved.path)
+    _table_of(tmp_path, [*clips[:-1], moved])
+    grow_stage(driver, stage)
+    Path(moved.path).unlink()
+    stores = _open(encode_stage(driver, stage, members))
+    source = LatentSource(stage, stores, False, members, load_growths(own))
+    assert source.layouts()[SHORT.name] == layout_of([5], [Later([3], [0])])
+    for position in range(0, stage.budget, 2):
+        plan = batch_at(stage, position, source.layouts())
+        source.sample_ids(plan.bucket, plan.indices)
+
+
+def test_what_is_damaged_of_a_growth_is_repaired(
+    course: Encode, clips: list[Clip], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver, stage, encoded = course
+    with pytest.raises(InputError, match="no stage of 'tiny' has latents yet"):
+        repair_plan(driver)
+    members = pin_members(driver, stage)
+    encode_stage(driver, stage, members)
+    _table_of(tmp_path, clips)
+    grow_stage(driver, stage)
+    stores = encode_stage(driver, stage, members)
+    path = shard_file(stores[1].root, LONG.name, "latent", 0)
+    before = _flip(path)
+    encoded.clear()
+    repair_plan(driver)
+    assert encoded == [[], [(LONG.name, 0)]]
+    assert path.read_bytes() == before
+    assert f"{stores[1].root}: encoded again: 1 shards" in capsys.readouterr().out
+    assert verify(stores[1].root).is_whole
+    encoded.clear()
+    repair_plan(driver)
+    assert encoded == []
+
+
+def test_a_growth_keeps_the_latents_that_it_was_pinned_to(
+    course: Encode, clips: list[Clip], tmp_path: Path
+) -> None:
+    driver, stage, _ = course
+    members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
+    _table_of(tmp_path, clips)
+    grow_stage(driver, stage)
+    encode_stage(driver, stage, members)
+    pin = json.loads((own / "latents.json").read_text())
+    pin["later"][0]["fingerprint"] = "another"
+    (own / "latents.json").write_text(json.dumps(pin))
+    with pytest.raises(InputError, match="pinned to the latents another, and would now get"):
+        encode_stage(driver, stage, members)
 
 
 def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) -> None:

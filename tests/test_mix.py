@@ -67,10 +67,10 @@ def _walk(stage: DiffusionStage, layouts: dict[str, Layout]) -> dict[str, list[S
     while position < stage.budget:
         plan = batch_at(stage, position, layouts)
         layout = layouts[plan.bucket.name]
-        firsts = [first for first, _ in layout]
+        firsts = [extent.first for (extent,) in layout]
         sources = np.searchsorted(firsts, plan.indices, side="right") - 1
         for source, index, epoch in zip(sources, plan.indices, plan.epochs, strict=True):
-            assert 0 <= index - firsts[source] < layout[source].size
+            assert 0 <= index - firsts[source] < layout[source][0].size
             seen[plan.bucket.name].append(Seen(int(source), int(index), int(epoch)))
         position += plan.bucket.batch
     return seen
@@ -97,7 +97,7 @@ def _slow(stage: DiffusionStage, bucket: Bucket, layout: Layout, count: int) -> 
         turns += [here[place] for place in sorted(range(BLOCK), key=draws.__getitem__)]
     seen = []
     for source in turns[:count]:
-        first, size = layout[source]
+        first, size, _ = layout[source][0]
         epoch, within = divmod(used[source], size)
         used[source] += 1
         key_parts = ("order", stage.seed, stage.name, bucket.name, f"source {source}", epoch)
@@ -137,7 +137,7 @@ def test_the_order_is_that_of_a_slow_and_obvious_way(
 def test_each_sample_comes_once_an_epoch_of_its_source_through_phases_and_buckets() -> None:
     for name, seen in _walk(MIXED, LAYOUTS).items():
         assert {one.source for one in seen} == {0, 1, 2}
-        for number, (first, size) in enumerate(LAYOUTS[name]):
+        for number, ((first, size, _),) in enumerate(LAYOUTS[name]):
             own = [one for one in seen if one.source == number]
             assert [one.epoch for one in own] == [turn // size for turn in range(len(own))]
             for start in range(0, len(own) - size + 1, size):
@@ -368,13 +368,13 @@ def test_members_know_how_many_of_them_are_of_which_source(tmp_path: Path) -> No
     for again in (members, load_members(tmp_path / "clips.arrow")):
         for name, clips in again.clips.items():
             each = [sum(source in clip.path for clip in clips) for source in ("films", "stock")]
-            assert [size for _, size in again.layout(name)] == each
+            assert again.sizes(name) == each
             assert sum(each) == len(clips)
     assert len(members.clips[STILL]) > len(members.clips[CLIP])
     source = VideoSource(stage, members, held_out=False)
-    assert source.layouts()[CLIP] == members.layout(CLIP)
+    assert source.layouts()[CLIP] == layout_of(members.sizes(CLIP))
     lines = list(assigned.lines(stage, probed))
-    assert f"films/t.csv, {members.layout(CLIP)[1].size} of" in lines[0]
+    assert f"films/t.csv, {members.sizes(CLIP)[1]} of" in lines[0]
 
 
 def _tables_of(tables: list[Clips], folder: Path) -> Mix:
@@ -394,8 +394,8 @@ def test_members_of_one_source_are_pinned_as_before(tmp_path: Path) -> None:
     probed = _probed([Clips.of(clips)], set())
     members = assign(STAGE, probed).save(tmp_path / "clips.arrow")
     assert members.sources == {}
-    assert members.layout(CLIP) == layout_of([7])
-    assert Members({CLIP: clips}).layout(CLIP) == layout_of([9])
+    assert members.sizes(CLIP) == [7]
+    assert Members({CLIP: clips}).sizes(CLIP) == [9]
 
 
 def test_a_selection_is_taken_from_each_source(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ change the order of a stage that is under way.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from elastic.data.clips import Clip, Clips, ids_of, read_notes, read_parts, write_parts
-from elastic.data.order import Layout, first_of, layout_of
+from elastic.data.order import first_of, layout_of
 from elastic.data.probes import Probed
 from elastic.errors import InputError
 from stages.schedule import Bucket
@@ -50,14 +50,14 @@ class Members:
             return load_members, (self.path,)
         return Members, (dict(self.clips), None, dict(self.sources))
 
-    def layout(self, name: str) -> Layout:
-        """Where the clips of each source lie in a part."""
-        return layout_of(self.sources.get(name, [len(self.clips[name])]))
+    def sizes(self, name: str) -> Sequence[int]:
+        """How many clips of each source a part has; a part that is not there has none."""
+        return self.sources.get(name) or [len(self.clips.get(name, ()))]
 
     def some(self, name: str, shares: Sequence[Fraction], most: int) -> list[Clip]:
         """Up to so many clips of a part, from the sources by their shares."""
         clips = self.clips[name]
-        return [clips[int(index)] for index in first_of(shares, self.layout(name), most)]
+        return [clips[int(index)] for index in first_of(shares, layout_of(self.sizes(name)), most)]
 
     def num_clips(self) -> int:
         """Different clips in all buckets."""
@@ -81,6 +81,11 @@ class Assignment:
         notes = {_SOURCES: json.dumps(sources)} if len(self.sizes) > 1 else None
         write_parts(path, [(name, self._batches(rows)) for name, rows in self.rows.items()], notes)
         return load_members(path)
+
+    def without_held_out(self) -> "Assignment":
+        """What is trained on alone."""
+        rows = {name: rows for name, rows in self.rows.items() if not name.endswith(_SUFFIX)}
+        return replace(self, rows=rows)
 
     def sources(self, name: str) -> list[int]:
         """How many clips of each source a part has."""
@@ -112,10 +117,31 @@ class Assignment:
 
 
 def assign(stage: Stage, probed: Probed, sizes: Sequence[int] | None = None) -> Assignment:
-    """Put each clip into every bucket that it can fill; InputError where a bucket stays empty.
+    """As `fitting`; InputError where a bucket stays empty.
 
-    Of a mix, `sizes` are how many of the clips are of each source; each must have one to train on
-    in every bucket, as nothing else could stand for its share.
+    Of a mix each source must have a clip to train on in every bucket, as nothing else could stand
+    for its share.
+    """
+    assigned, clips = fitting(stage, probed, sizes), probed.clips
+    for bucket in stage.buckets:
+        parts = {"train": bucket.name, "held-out": held_out_name(bucket)}
+        for part, name in parts.items():
+            if not len(assigned.rows[name]):
+                num_fitting = sum(len(assigned.rows[name]) for name in parts.values())
+                raise InputError(
+                    f"stage {stage.name!r}: bucket {bucket.name!r} has no {part} clip: of "
+                    f"{len(clips)} clips {num_fitting} are at least {bucket.frames} frames long "
+                    f"at {stage.rate:g} a second and large enough; ask for fewer frames or a "
+                    "smaller size, or add clips"
+                )
+        _require_each(stage, bucket, assigned)
+    return assigned
+
+
+def fitting(stage: Stage, probed: Probed, sizes: Sequence[int] | None = None) -> Assignment:
+    """Put each clip into every bucket that it can fill.
+
+    Of a mix, `sizes` are how many of the clips are of each source.
     """
     clips, rows = probed.clips, dict[str, NDArray[np.int64]]()
     is_held_out, good = clips.held_out(), probed.is_good
@@ -123,18 +149,7 @@ def assign(stage: Stage, probed: Probed, sizes: Sequence[int] | None = None) -> 
         fits = good & _large(bucket, probed) & probed.can_fill(bucket.frames, stage.rate)
         rows[bucket.name] = np.flatnonzero(fits & ~is_held_out)
         rows[held_out_name(bucket)] = np.flatnonzero(fits & is_held_out)
-        for name, part in ((bucket.name, "train"), (held_out_name(bucket), "held-out")):
-            if not len(rows[name]):
-                raise InputError(
-                    f"stage {stage.name!r}: bucket {bucket.name!r} has no {part} clip: of "
-                    f"{len(clips)} clips {fits.sum()} are at least {bucket.frames} frames long "
-                    f"at {stage.rate:g} a second and large enough; ask for fewer frames or a "
-                    "smaller size, or add clips"
-                )
-    assigned = Assignment(clips, rows, sizes or [len(clips)])
-    for bucket in stage.buckets:
-        _require_each(stage, bucket, assigned)
-    return assigned
+    return Assignment(clips, rows, sizes or [len(clips)])
 
 
 def _require_each(stage: Stage, bucket: Bucket, assigned: Assignment) -> None:

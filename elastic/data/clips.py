@@ -55,6 +55,10 @@ class Clips(Sequence[Clip]):
         """The clips of some parts, one part after the other."""
         return parts[0] if len(parts) == 1 else cls(pa.concat_tables(p._table for p in parts))
 
+    def picked(self, is_picked: NDArray[np.bool_]) -> "Clips":
+        """Some of the clips, in their order."""
+        return Clips(self._table.filter(pa.array(is_picked)))
+
     def __len__(self) -> int:
         return int(self._table.num_rows)
 

@@ -5,14 +5,13 @@ how a mix of sources is interleaved in `mix.py`.
 """
 
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from elastic.data.mix import Dealt, deal_sources, quotas
+from elastic.data.mix import Dealt, deal_sources, quotas, used_before
 from elastic.data.permutation import Indices, Permutation, WindowedPermutation
 from stages.init import Continue
 from stages.schedule import Bucket, Slot, samples_before, slot_at
@@ -20,27 +19,64 @@ from stages.stage import Stage
 
 
 class Extent(NamedTuple):
-    """Samples of one source that lie side by side in a bucket: the first index, and how many."""
+    """Samples of one source that lie side by side in a bucket: the first index, and how many.
+
+    They are drawn from when on `start` samples of the source have been: the end of an epoch of it.
+    """
 
     first: int
     size: int
+    start: int = 0
 
 
-Layout = tuple[Extent, ...]
-"""Where the samples of each source of the stage lie in a bucket, in the order of the sources."""
+Layout = tuple[tuple[Extent, ...], ...]
+"""Where the samples of each source of the stage lie in a bucket; those that came later come last.
+"""
 
 
-def layout_of(sizes: Sequence[int]) -> Layout:
-    """Sources of these sizes, one after the other."""
-    firsts = itertools.accumulate(sizes, initial=0)
-    return tuple(Extent(first, size) for first, size in zip(firsts, sizes, strict=False))
+class Later(NamedTuple):
+    """How many samples of each source came later to a bucket, and their `Extent.start`."""
+
+    sizes: Sequence[int]
+    starts: Sequence[int]
+
+
+def layout_of(sizes: Sequence[int], later: Sequence[Later] = ()) -> Layout:
+    """Sources of these sizes, one after the other; and all of that again for each `later`."""
+    found: list[list[Extent]] = [[] for _ in sizes]
+    first = 0
+    for some, starts in (Later(sizes, [0] * len(sizes)), *later):
+        for extents, size, start in zip(found, some, starts, strict=True):
+            extents.append(Extent(first, size, start))
+            first += size
+    return tuple(map(tuple, found))
 
 
 def first_of(shares: Sequence[Fraction], layout: Layout, most: int) -> Indices:
     """The indices of up to so many samples, the first of each source, by the sources' shares."""
-    counts = quotas(shares, [size for _, size in layout], most)
-    parts = [first + np.arange(count) for (first, _), count in zip(layout, counts, strict=True)]
+    began = [extents[0] for extents in layout]
+    counts = quotas(shares, [extent.size for extent in began], most)
+    parts = [one.first + np.arange(count) for one, count in zip(began, counts, strict=True)]
     return np.concatenate(parts)
+
+
+class Era(NamedTuple):
+    """A stretch of a source's samples that are drawn from the same ones, epoch after epoch."""
+
+    start: int
+    epoch: int  # the first in it
+    size: int
+
+
+def eras_of(extents: Sequence[Extent]) -> list[Era]:
+    """One for each extent: it ends where the next one begins."""
+    eras = [Era(0, 0, extents[0].size)]
+    for extent in extents[1:]:
+        before = eras[-1]
+        epochs, inside = divmod(extent.start - before.start, before.size)
+        assert not inside, f"{extent} does not begin at an epoch of {before}"
+        eras.append(Era(extent.start, before.epoch + epochs, before.size + extent.size))
+    return eras
 
 
 class BatchPlan(NamedTuple):
@@ -49,7 +85,7 @@ class BatchPlan(NamedTuple):
     position: int
     bucket: Bucket
     indices: Indices
-    epochs: Indices  # of each sample's source: how often it was used before in this stage
+    epochs: Indices  # of each sample's source, counted from 0
 
 
 def bucket_at(stage: Stage, position: int) -> tuple[Slot, Bucket]:
@@ -73,19 +109,19 @@ def batch_at(stage: Stage, position: int, layouts: Mapping[str, int | Layout]) -
 
     A bucket is read as one endless stream, epoch after epoch, each in its own order; so batches
     are always full, and each sample comes once an epoch. Of a mix, each source is such a stream,
-    and that of the bucket is dealt from them by their shares. A number stands for one source.
+    and that of the bucket is dealt from them by their shares. A number stands for one source that
+    had all of its samples from the beginning.
     """
     slot, bucket = bucket_at(stage, position)
     found = layouts[bucket.name]
-    layout = (Extent(0, found),) if isinstance(found, int) else found
+    layout = layout_of([found]) if isinstance(found, int) else found
     assert len(layout) == len(stage.data.shares), f"{bucket.name} has {len(layout)} sources"
     dealt = _dealt(stage, bucket, samples_before(stage.schedule, slot, bucket))
     indices, epochs = np.empty_like(dealt.rank), np.empty_like(dealt.rank)
-    for number, (first, size) in enumerate(layout):
+    for number, extents in enumerate(layout):
         here = dealt.source == number
         key = _order_key(stage, bucket, layout, number)
-        epochs[here], within = np.divmod(dealt.rank[here], size)
-        indices[here] = first + _shuffled(stage, size, epochs[here], within, *key)
+        indices[here], epochs[here] = _drawn(stage, extents, dealt.rank[here], *key)
     return BatchPlan(position, bucket, indices, epochs)
 
 
@@ -101,6 +137,35 @@ def _dealt(stage: Stage, bucket: Bucket, first: int) -> Dealt:
         return deal_sources(shares, first, bucket.batch, stage.seed, stage.name, bucket.name)
     stream = np.arange(first, first + bucket.batch)
     return Dealt(np.zeros_like(stream), stream)
+
+
+def ranks_before(stage: Stage, bucket: Bucket, place: int) -> list[int]:
+    """How many samples of each source come before a place of the bucket's stream."""
+    shares = stage.data.shares
+    if len(shares) == 1:
+        return [place]
+    return used_before(shares, place, stage.seed, stage.name, bucket.name)
+
+
+def _drawn(
+    stage: Stage, extents: Sequence[Extent], ranks: Indices, *key: str | int
+) -> tuple[Indices, Indices]:
+    """The indices and epochs of some of the samples of a source."""
+    if len(extents) == 1:
+        epochs, within = np.divmod(ranks, extents[0].size)
+        return extents[0].first + _shuffled(stage, extents[0].size, epochs, within, *key), epochs
+    eras, sizes = eras_of(extents), np.array([extent.size for extent in extents])
+    edges = np.cumsum(sizes)
+    shifts = np.array([extent.first for extent in extents]) - (edges - sizes)
+    numbers = np.searchsorted([era.start for era in eras], ranks, side="right") - 1
+    indices, epochs = np.empty_like(ranks), np.empty_like(ranks)
+    for number in np.unique(numbers):
+        here, (start, epoch, size) = numbers == number, eras[number]
+        passed, within = np.divmod(ranks[here] - start, size)
+        epochs[here] = epoch + passed
+        places = _shuffled(stage, size, epoch + passed, within, *key)
+        indices[here] = places + shifts[np.searchsorted(edges, places, side="right")]
+    return indices, epochs
 
 
 def _shuffled(

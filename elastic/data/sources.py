@@ -1,15 +1,17 @@
 """The two sources of samples: video files for autoencoders, latent stores for DiTs."""
 
-import itertools
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clip, Clips
 from elastic.data.decode import BadVideo, decode_clip, to_unit
+from elastic.data.growth import Growth
+from elastic.data.joined import JoinedStores
 from elastic.data.load import Samples
-from elastic.data.order import Layout, layout_of
+from elastic.data.order import Later, Layout, layout_of
 from elastic.data.permutation import Indices
 from elastic.data.sealed import SealedStore
 from elastic.errors import InputError
@@ -23,14 +25,20 @@ log = logging.getLogger(__name__)
 class VideoSource:
     """Decodes clips when they are asked for."""
 
-    def __init__(self, stage: Stage, members: Members, held_out: bool) -> None:
+    def __init__(
+        self, stage: Stage, members: Members, held_out: bool, growths: Sequence[Growth] = ()
+    ) -> None:
         self._rate = stage.rate
         self._clips: dict[str, Clips] = {}
         self._layouts: dict[str, Layout] = {}
         for bucket in stage.buckets:
             name = held_out_name(bucket) if held_out else bucket.name
-            self._clips[bucket.name] = Clips.of(members.clips[name])
-            self._layouts[bucket.name] = members.layout(name)
+            parts = [members, *(growth.members for growth in growths)]
+            found = [Clips.of(part.clips[name]) for part in parts if name in part.clips]
+            self._clips[bucket.name] = Clips.joined(found)
+            # What is measured on stays as it was.
+            later = [] if held_out else [growth.later(name) for growth in growths]
+            self._layouts[bucket.name] = layout_of(members.sizes(name), later)
 
     def layouts(self) -> dict[str, Layout]:
         """Where the clips of each source lie in each bucket, by its name."""
@@ -67,23 +75,26 @@ class VideoSource:
 
 
 class LatentSource:
-    """Reads latents and text from a sealed store; no video is opened.
+    """Reads latents and text from sealed stores; no video is opened.
 
-    Where the stage has a mix, its members say which of them are of which source.
+    There is a store of what the stage began with, and one of each growth. Where the stage has a
+    mix, its members say which of them are of which source.
     """
 
     def __init__(
         self,
         stage: DiffusionStage,
-        store: SealedStore,
+        stores: SealedStore | Sequence[SealedStore],
         held_out: bool,
         members: Members | None = None,
+        growths: Sequence[Growth] = (),
     ) -> None:
-        self._store = store
+        self._store = JoinedStores([stores] if isinstance(stores, SealedStore) else stores)
         self._stage = stage
         self._names = {b.name: held_out_name(b) if held_out else b.name for b in stage.buckets}
         self._layouts = {
-            name: self._layout(stored, members) for name, stored in self._names.items()
+            name: self._layout(stored, members, () if held_out else growths)
+            for name, stored in self._names.items()
         }
         if not held_out:
             self._require_each()
@@ -92,19 +103,27 @@ class LatentSource:
         """Where the samples of each source lie in each bucket, by its name."""
         return self._layouts
 
-    def _layout(self, stored: str, members: Members | None) -> Layout:
+    @property
+    def text_tokens(self) -> int:
+        """The most tokens that a text may have."""
+        return self._store.text_tokens
+
+    def _layout(self, stored: str, members: Members | None, growths: Sequence[Growth]) -> Layout:
         """Where they lie now that those are left out which could not be encoded."""
         if members is None:
             return layout_of([self._store.count(stored)])
-        planned = members.layout(stored)
-        edges = [self._store.present_before(stored, first) for first, _ in planned]
-        edges.append(self._store.count(stored))
-        return layout_of([end - first for first, end in itertools.pairwise(edges)])
+        later = [
+            Later(self._store.present(number, stored, planned), starts)
+            for number, (planned, starts) in enumerate(
+                (growth.later(stored) for growth in growths), start=1
+            )
+        ]
+        return layout_of(self._store.present(0, stored, members.sizes(stored)), later)
 
     def _require_each(self) -> None:
         for name, layout in self._layouts.items():
-            for number, (_, size) in enumerate(layout):
-                if not size:
+            for number, extents in enumerate(layout):
+                if not extents[0].size:
                     raise InputError(
                         f"stage {self._stage.name!r}: bucket {name!r} has no latents of "
                         f"{self._stage.data.sources[number].table!r}: none of its clips could be "
