@@ -267,19 +267,12 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
-    from elastic.data.places import is_there
-    from elastic.data.table import read_table
+    from elastic.data.table import check_videos
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
     for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
-        clips = read_table(videos)
-        # One that is there will do: files that are missing are quarantined one by one.
-        if not any(is_there(clip.path) for clip in clips):
-            raise InputError(
-                f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
-                f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
-            )
+        check_videos(videos)
     for stage in plan.stages:
         if finished(folder.stage(stage.name)) is not None:
             continue  # its latents may go on being encoded; what it was trained with may be gone

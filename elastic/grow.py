@@ -75,7 +75,7 @@ def _new_clips(course: Course, stage: Stage, tables: list[Clips]) -> Assignment 
         print(f"{stage.name}  new: {line}", flush=True)
     if any(len(assigned.rows[held_out_name(bucket)]) for bucket in stage.buckets):
         print(f"{stage.name}  new: what is held out is left out: the measure stays what it was")
-    return assigned.without_held_out()
+    return assigned.added_to(members)
 
 
 def _layouts(course: Course, stage: Stage) -> dict[str, Layout]:

@@ -60,7 +60,8 @@ class Mix(Record):
     """Several sources, and how much of a stage's samples comes from each, whatever their sizes.
 
     `Mix((Videos("films.parquet"), 0.7), (Videos("stock/"), 0.3))`; weights count relative to one
-    another. An epoch is that of a source: a small one with a large weight comes round oftener.
+    another. An epoch is that of a source: a small one with a large weight comes round oftener. Of
+    a bucket that a source has no clip for, the others have its share.
     """
 
     parts: tuple[Part, ...]

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from odd_videos import KINDS
 
 from elastic.data import folder as folder_module
+from elastic.data import places
 from elastic.data.clips import Clip, sample_id
 from elastic.data.folder import SUFFIXES
-from elastic.data.table import read_table
+from elastic.data.table import check_videos, read_table
 from elastic.errors import InputError
 from stages.videos import Videos
 
@@ -62,6 +63,22 @@ def test_order_and_ids_do_not_depend_on_how_the_folder_was_filled(
     ]
     assert found[0].ids().tolist() == found[1].ids().tolist()
     assert found[0].held_out().tolist() == found[1].held_out().tolist()
+
+
+def test_a_start_lists_a_folder_and_reads_no_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million clips in a bucket that would be a million requests at each start."""
+    videos = _make(tmp_path, {"a.mp4": "", "a.txt": "one"})
+
+    def refuse(path: str) -> None:
+        raise AssertionError(f"{path} was opened")
+
+    monkeypatch.setattr(places, "open_read", refuse)
+    check_videos(videos)
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(InputError, match="holds no clip"):
+        check_videos(videos)
 
 
 def test_one_in_so_many_is_held_out_as_of_a_table(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adversarial import STAGE as WITH_CRITIC
 from tiny import CLIP, STAGE, STILL
+from videos_fixture import still_video
 
 from elastic.checkpoint_place import Register
 from elastic.course import pin_members
@@ -52,6 +53,8 @@ def grown(draw: st.DrawFn) -> Grown:
     stage = stage.replace(order=draw(st.sampled_from([None, Windows(run=8, mixed=8)])))
     num = len(stage.data.sources)
     began = {name: draw(_sizes(num, 1)) for name in (CLIP, STILL)}
+    if num > 1 and draw(st.booleans()):
+        began[STILL][0] = 0  # it takes no part in the bucket
     later: dict[str, list[Later]] = {CLIP: [], STILL: []}
     before = []
     for position in sorted(draw(st.lists(st.sampled_from(POSITIONS), min_size=1, max_size=3))):
@@ -59,7 +62,9 @@ def grown(draw: st.DrawFn) -> Grown:
         before.append((position, layouts))
         starts = starts_after(stage, position, layouts)
         for name in began:
-            later[name].append(Later(draw(_sizes(num, 0)), starts[name]))
+            more = draw(_sizes(num, 0))
+            more = [new if had else 0 for new, had in zip(more, began[name], strict=True)]
+            later[name].append(Later(more, starts[name]))
     return Grown(stage, before, {n: layout_of(sizes, later[n]) for n, sizes in began.items()})
 
 
@@ -132,6 +137,8 @@ def test_new_samples_come_at_the_next_epoch_and_not_before_what_was_seen(case: G
                 seen[plan.bucket.name, source] += int(np.sum(held))
         for bucket, layout in case.after.items():
             for source, extents in enumerate(layout):
+                if not extents[0].size:
+                    continue
                 used, start = seen[bucket, source], extents[number + 1].start
                 size = sum(extent.size for extent in extents[: number + 1])
                 assert start >= used
@@ -177,11 +184,9 @@ def course(tmp_path: Path) -> Any:
     return SimpleNamespace(folder=RunFolder(tmp_path / "run"), tracker=tracker, told=told)
 
 
-def _film(path: Path) -> None:
-    from test_videos import still_video
-
+def _film(path: Path, frames: int = 24) -> None:
     path.parent.mkdir(exist_ok=True)
-    still_video(path, np.full((48, 48, 3), 90, np.uint8))
+    still_video(path, np.full((48, 48, 3), 90, np.uint8), frames, rate=24)
 
 
 def _write(folder: Path, rows: list[tuple[str, str, str]]) -> Videos:
@@ -286,6 +291,33 @@ def test_a_mix_grows_source_by_source(course: Any, tmp_path: Path) -> None:
     assert [(extent.first, extent.size) for extent in new] == [(5, 5), (10, 1)]
     for position in range(0, stage.budget, bucket.batch):
         batch_at(stage, position, source.layouts())
+
+
+def test_a_source_that_took_no_part_in_a_bucket_takes_none_later(
+    course: Any, tmp_path: Path
+) -> None:
+    """Its share of the bucket would change amid the stream."""
+    parts = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        parts.append((_write(tmp_path / name, ROWS + HELD), 1.0))
+    long = [Bucket("32px", frames=frames, batch=3) for frames in (4, 40)]  # films of 24 frames
+    stage = PIXELS.replace(data=Mix(*parts), rate=24.0, schedule=[Phase(until=60, buckets=long)])
+    for number in (0, 1):
+        _film(tmp_path / "a" / f"{number}.mp4", frames=48)
+    _film(tmp_path / "a" / "h.mp4", frames=48)
+    members = pin_members(course, stage)
+    assert members.sizes(long[1].name) == [2, 0]
+    _film(tmp_path / "b" / "n.mp4", frames=48)
+    _write(tmp_path / "b", [*ROWS, *HELD, ("n.mp4", "new", "train")])
+    grow_stage(course, stage)
+    (growth,) = load_growths(course.folder.stage(stage.name))
+    assert growth.members.sizes(long[0].name) == [0, 1]
+    assert growth.members.sizes(long[1].name) == [0, 0]
+    source = VideoSource(stage, members, held_out=False, growths=[growth])
+    for position in range(0, stage.budget, 3):
+        plan = batch_at(stage, position, source.layouts())
+        assert (plan.indices < source.counts()[plan.bucket.name]).all()
 
 
 def test_a_stage_that_has_seen_all_is_left_alone(

@@ -68,6 +68,7 @@ def _walk(stage: DiffusionStage, layouts: dict[str, Layout]) -> dict[str, list[S
         plan = batch_at(stage, position, layouts)
         layout = layouts[plan.bucket.name]
         firsts = [extent.first for (extent,) in layout]
+        # Of several that begin at one place, all but the last are empty.
         sources = np.searchsorted(firsts, plan.indices, side="right") - 1
         for source, index, epoch in zip(sources, plan.indices, plan.epochs, strict=True):
             assert 0 <= index - firsts[source] < layout[source][0].size
@@ -78,9 +79,11 @@ def _walk(stage: DiffusionStage, layouts: dict[str, Layout]) -> dict[str, list[S
 
 def _slow(stage: DiffusionStage, bucket: Bucket, layout: Layout, count: int) -> list[Seen]:
     """The first samples of a bucket's stream as one would deal them with lists and fractions."""
-    parts = stage.data.shares
+    numbers = [number for number, (extent,) in enumerate(layout) if extent.size]
+    total = sum(stage.data.shares[number] for number in numbers)
+    parts = [stage.data.shares[number] / total for number in numbers]
     turns: list[int] = []
-    used = [0] * len(parts)
+    used = [0] * len(layout)
     for block in range(-(-count // BLOCK)):
         here = []
         for place in range(block * BLOCK, (block + 1) * BLOCK):
@@ -96,7 +99,8 @@ def _slow(stage: DiffusionStage, bucket: Bucket, layout: Layout, count: int) -> 
         draws = [_splitmix(block * BLOCK + place + key) for place in range(BLOCK)]
         turns += [here[place] for place in sorted(range(BLOCK), key=draws.__getitem__)]
     seen = []
-    for source in turns[:count]:
+    for turn in turns[:count] if len(numbers) > 1 else [0] * count:
+        source = numbers[turn]
         first, size, _ = layout[source][0]
         epoch, within = divmod(used[source], size)
         used[source] += 1
@@ -119,10 +123,13 @@ def _splitmix(x: int) -> int:
 
 
 sizes = st.lists(st.integers(1, 30), min_size=6, max_size=6)
+some_empty = st.tuples(sizes, st.sets(st.integers(0, 5), max_size=3)).map(
+    lambda drawn: [0 if k in drawn[1] and k else n for k, n in enumerate(drawn[0])]
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(found=weights, sizes=sizes, batch=st.integers(1, 50), windows=st.booleans())
+@given(found=weights, sizes=some_empty, batch=st.integers(1, 50), windows=st.booleans())
 def test_the_order_is_that_of_a_slow_and_obvious_way(
     found: list[float], sizes: list[int], batch: int, windows: bool
 ) -> None:
@@ -381,12 +388,35 @@ def _tables_of(tables: list[Clips], folder: Path) -> Mix:
     return Mix((Videos(f"{folder}/films/t.csv"), 0.5), (Videos(f"{folder}/stock/t.csv"), 0.5))
 
 
-def test_a_source_without_a_clip_in_a_bucket_is_named(tmp_path: Path) -> None:
+def test_the_share_of_a_source_without_a_clip_in_a_bucket_goes_to_the_others(
+    tmp_path: Path,
+) -> None:
+    """Pictures have a share of the bucket of stills, and none of that of clips."""
     mix = _tables(tmp_path)
     tables = read_tables(mix)
+    stage = STAGE.replace(data=mix)
     probed = _probed(tables, {"stock/"})
-    with pytest.raises(InputError, match=rf"bucket '{CLIP}' has no train clip of '.*stock/t\.csv'"):
-        assign(STAGE.replace(data=mix), probed, [len(table) for table in tables])
+    assigned = assign(stage, probed, [len(table) for table in tables])
+    members = assigned.save(tmp_path / "clips.arrow")
+    assert members.sizes(CLIP)[1] == 0
+    assert members.sizes(STILL)[1] > 0
+    lines = {line.split(":")[0]: line for line in assigned.lines(stage, probed)}
+    assert "0 of" in lines[CLIP]
+    assert "t.csv, whose share the others have)" in lines[CLIP]
+    assert "whose share" not in lines[STILL]
+    layouts = VideoSource(stage, members, held_out=False).layouts()
+    seen = _walk(stage, layouts)
+    assert {one.source for one in seen[CLIP]} == {0}
+    counts = Counter(one.source for one in seen[STILL])
+    assert abs(counts[0] - counts[1]) <= BLOCK
+
+
+def test_a_source_without_a_clip_in_any_bucket_is_named(tmp_path: Path) -> None:
+    mix = _tables(tmp_path)
+    tables = read_tables(mix)
+    stage = STAGE.replace(data=mix, schedule=[STAGE.schedule[1].replace(until=308)])
+    with pytest.raises(InputError, match=r"stock/t\.csv' has no train clip for any bucket"):
+        assign(stage, _probed(tables, {"stock/"}), [len(table) for table in tables])
 
 
 def test_members_of_one_source_are_pinned_as_before(tmp_path: Path) -> None:

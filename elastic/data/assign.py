@@ -82,9 +82,13 @@ class Assignment:
         write_parts(path, [(name, self._batches(rows)) for name, rows in self.rows.items()], notes)
         return load_members(path)
 
-    def without_held_out(self) -> "Assignment":
-        """What is trained on alone."""
-        rows = {name: rows for name, rows in self.rows.items() if not name.endswith(_SUFFIX)}
+    def added_to(self, members: Members) -> "Assignment":
+        """What is trained on, of sources that a bucket has clips of already."""
+        ends, rows = np.cumsum(self.sizes), {}
+        for name, found in self.rows.items():
+            if name in members.clips and not name.endswith(_SUFFIX):
+                takes_part = np.array(members.sizes(name)) > 0
+                rows[name] = found[takes_part[np.searchsorted(ends, found, side="right")]]
         return replace(self, rows=rows)
 
     def sources(self, name: str) -> list[int]:
@@ -105,7 +109,10 @@ class Assignment:
         for bucket in stage.buckets:
             train, held_out = self.rows[bucket.name], self.rows[held_out_name(bucket)]
             each = zip(self.sources(bucket.name), stage.data.sources, strict=True)
-            parts = ", ".join(f"{count:,} of {videos.table}" for count, videos in each)
+            parts = ", ".join(
+                f"{count:,} of {videos.table}{'' if count else ', whose share the others have'}"
+                for count, videos in each
+            )
             of_each = f" ({parts})" if len(self.sizes) > 1 else ""
             long = probed.can_fill(bucket.frames, stage.rate)
             yield (
@@ -117,24 +124,21 @@ class Assignment:
 
 
 def assign(stage: Stage, probed: Probed, sizes: Sequence[int] | None = None) -> Assignment:
-    """As `fitting`; InputError where a bucket stays empty.
-
-    Of a mix each source must have a clip to train on in every bucket, as nothing else could stand
-    for its share.
-    """
+    """As `fitting`; InputError where a bucket stays empty, or a source is in none of them."""
     assigned, clips = fitting(stage, probed, sizes), probed.clips
     for bucket in stage.buckets:
         parts = {"train": bucket.name, "held-out": held_out_name(bucket)}
         for part, name in parts.items():
             if not len(assigned.rows[name]):
                 num_fitting = sum(len(assigned.rows[name]) for name in parts.values())
+                other = ", or a smaller held_out_every" if part == "held-out" else ""
                 raise InputError(
                     f"stage {stage.name!r}: bucket {bucket.name!r} has no {part} clip: of "
                     f"{len(clips)} clips {num_fitting} are at least {bucket.frames} frames long "
                     f"at {stage.rate:g} a second and large enough; ask for fewer frames or a "
-                    "smaller size, or add clips"
+                    f"smaller size, or add clips{other}"
                 )
-        _require_each(stage, bucket, assigned)
+    _require_each(stage, assigned)
     return assigned
 
 
@@ -152,14 +156,14 @@ def fitting(stage: Stage, probed: Probed, sizes: Sequence[int] | None = None) ->
     return Assignment(clips, rows, sizes or [len(clips)])
 
 
-def _require_each(stage: Stage, bucket: Bucket, assigned: Assignment) -> None:
-    for count, videos in zip(assigned.sources(bucket.name), stage.data.sources, strict=True):
+def _require_each(stage: Stage, assigned: Assignment) -> None:
+    counts = np.array([assigned.sources(bucket.name) for bucket in stage.buckets]).sum(0)
+    for count, videos in zip(counts, stage.data.sources, strict=True):
         if not count:
             raise InputError(
-                f"stage {stage.name!r}: bucket {bucket.name!r} has no train clip of "
-                f"{videos.table!r}, whose share it should have: none is long and large enough and "
-                "not held out; ask for fewer frames or a smaller size, add clips to it, or train "
-                "such a bucket in a stage without it"
+                f"stage {stage.name!r}: {videos.table!r} has no train clip for any bucket: none is "
+                "long and large enough and not held out; ask for fewer frames or a smaller size, "
+                "add clips to it, or leave it out of the mix"
             )
 
 

@@ -39,7 +39,7 @@ _MOST_BYTES = 65_536  # of a caption; longer is another kind of text
 _READERS = 32  # threads that read captions: on a shared disk or a bucket each is a round trip
 
 
-class _Found(NamedTuple):
+class Named(NamedTuple):
     """A file that is taken, by its name from the folder on, and that of its caption, if any."""
 
     name: str
@@ -51,14 +51,7 @@ def read_folder(folder: str, held_out_every: int) -> Iterator[pa.RecordBatch]:
 
     InputError where there is none, or where a person has something to put right.
     """
-    try:
-        found = _found(folder)
-    except NotADirectoryError:
-        raise InputError(f"folder {folder!r} is a file; write it without a slash") from None
-    except FileNotFoundError:
-        raise InputError(f"folder {folder!r} does not exist: correct the name") from None
-    except OSError as error:
-        raise InputError(f"folder {folder!r} cannot be read: {error}") from error
+    found = names_in(folder)
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(found), ROWS):
             some = found[first : first + ROWS]
@@ -74,10 +67,18 @@ def read_folder(folder: str, held_out_every: int) -> Iterator[pa.RecordBatch]:
             )
 
 
-def _found(folder: str) -> list[_Found]:
-    """What is taken of a folder, in order."""
+def names_in(folder: str) -> list[Named]:
+    """What is taken of a folder, in order; InputError where that is nothing."""
+    try:
+        names = list(places.files_below(folder))
+    except NotADirectoryError:
+        raise InputError(f"folder {folder!r} is a file; write it without a slash") from None
+    except FileNotFoundError:
+        raise InputError(f"folder {folder!r} does not exist: correct the name") from None
+    except OSError as error:
+        raise InputError(f"folder {folder!r} cannot be read: {error}") from error
     clips, captions, others = list[tuple[str, str]](), dict[str, str](), list[str]()
-    for name in places.files_below(folder):
+    for name in names:
         stem, dot, ending = name.rpartition(".")
         suffix = dot + ending.lower()
         if suffix in SUFFIXES:
@@ -87,16 +88,20 @@ def _found(folder: str) -> list[_Found]:
         else:
             others.append(name)
     if not clips:
-        tables = [name for name in others if name.lower().endswith((".csv", ".parquet"))]
-        hint = f"; or is {places.join(folder, min(tables))!r} the table?" if tables else ""
-        raise InputError(
-            f"folder {folder!r} holds no clip: none of its {len(captions) + len(others)} files "
-            "ends as a video or picture does (.mp4, .webm, .jpg; hidden ones are not counted): "
-            f"correct the name, or add clips{hint}"
-        )
+        raise InputError(_holds_none(folder, len(captions), others))
     for name, _ in clips:
         _require_utf8(folder, name)
-    return [_Found(name, captions.get(stem)) for name, stem in sorted(clips)]
+    return [Named(name, captions.get(stem)) for name, stem in sorted(clips)]
+
+
+def _holds_none(folder: str, num_captions: int, others: list[str]) -> str:
+    tables = [name for name in others if name.lower().endswith((".csv", ".parquet"))]
+    hint = f"; or is {places.join(folder, min(tables))!r} the table?" if tables else ""
+    return (
+        f"folder {folder!r} holds no clip: none of its {num_captions + len(others)} files "
+        "ends as a video or picture does (.mp4, .webm, .jpg; hidden ones are not counted): "
+        f"correct the name, or add clips{hint}"
+    )
 
 
 def _require_utf8(folder: str, name: str) -> None:

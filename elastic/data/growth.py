@@ -93,8 +93,9 @@ def starts_after(
     used = _used_before(stage, position)
     found = {}
     for bucket in stage.buckets:
-        ranks = ranks_before(stage, bucket, used[bucket.name])
-        each = zip(layouts[bucket.name], ranks, strict=True)
+        layout = layouts[bucket.name]
+        ranks = ranks_before(stage, bucket, layout, used[bucket.name])
+        each = zip(layout, ranks, strict=True)
         found[bucket.name] = [_next_epoch(extents, rank) for extents, rank in each]
     return found
 
@@ -112,6 +113,8 @@ def _used_before(stage: Stage, position: int) -> dict[str, int]:
 
 
 def _next_epoch(extents: Sequence[Extent], rank: int) -> int:
-    """The first end of an epoch that is not before a rank."""
+    """The first end of an epoch that is not before a rank; a source without samples has none."""
+    if not extents[0].size:
+        return 0
     era = eras_of(extents)[-1]
     return era.start + -(-max(rank - era.start, 0) // era.size) * era.size

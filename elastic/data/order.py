@@ -109,20 +109,29 @@ def batch_at(stage: Stage, position: int, layouts: Mapping[str, int | Layout]) -
 
     A bucket is read as one endless stream, epoch after epoch, each in its own order; so batches
     are always full, and each sample comes once an epoch. Of a mix, each source is such a stream,
-    and that of the bucket is dealt from them by their shares. A number stands for one source that
+    and that of the bucket is dealt from them by their shares; one that had no sample of the bucket
+    when the stage began takes no part in it. A number stands for one source that
     had all of its samples from the beginning.
     """
     slot, bucket = bucket_at(stage, position)
     found = layouts[bucket.name]
     layout = layout_of([found]) if isinstance(found, int) else found
-    assert len(layout) == len(stage.data.shares), f"{bucket.name} has {len(layout)} sources"
-    dealt = _dealt(stage, bucket, samples_before(stage.schedule, slot, bucket))
+    numbers, shares = _taking_part(stage, layout)
+    dealt = _dealt(stage, bucket, shares, samples_before(stage.schedule, slot, bucket))
     indices, epochs = np.empty_like(dealt.rank), np.empty_like(dealt.rank)
-    for number, extents in enumerate(layout):
-        here = dealt.source == number
+    for place, number in enumerate(numbers):
+        here = dealt.source == place
         key = _order_key(stage, bucket, layout, number)
-        indices[here], epochs[here] = _drawn(stage, extents, dealt.rank[here], *key)
+        indices[here], epochs[here] = _drawn(stage, layout[number], dealt.rank[here], *key)
     return BatchPlan(position, bucket, indices, epochs)
+
+
+def _taking_part(stage: Stage, layout: Layout) -> tuple[list[int], list[Fraction]]:
+    """The sources that have samples in a bucket, and their shares there: as in all, relatively."""
+    assert len(layout) == len(stage.data.shares), f"{stage.name}: {len(layout)} sources"
+    numbers = [number for number, extents in enumerate(layout) if extents[0].size]
+    shares = [stage.data.shares[number] for number in numbers]
+    return numbers, [share / sum(shares) for share in shares]
 
 
 def _order_key(stage: Stage, bucket: Bucket, layout: Layout, source: int) -> tuple[str | int, ...]:
@@ -130,21 +139,22 @@ def _order_key(stage: Stage, bucket: Bucket, layout: Layout, source: int) -> tup
     return (*key, f"source {source}") if len(layout) > 1 else key
 
 
-def _dealt(stage: Stage, bucket: Bucket, first: int) -> Dealt:
+def _dealt(stage: Stage, bucket: Bucket, shares: Sequence[Fraction], first: int) -> Dealt:
     """The sources of a batch that begins at a place of the bucket's stream."""
-    shares = stage.data.shares
     if len(shares) > 1:
         return deal_sources(shares, first, bucket.batch, stage.seed, stage.name, bucket.name)
     stream = np.arange(first, first + bucket.batch)
     return Dealt(np.zeros_like(stream), stream)
 
 
-def ranks_before(stage: Stage, bucket: Bucket, place: int) -> list[int]:
+def ranks_before(stage: Stage, bucket: Bucket, layout: Layout, place: int) -> list[int]:
     """How many samples of each source come before a place of the bucket's stream."""
-    shares = stage.data.shares
-    if len(shares) == 1:
-        return [place]
-    return used_before(shares, place, stage.seed, stage.name, bucket.name)
+    numbers, shares = _taking_part(stage, layout)
+    used = [place]
+    if len(shares) > 1:
+        used = used_before(shares, place, stage.seed, stage.name, bucket.name)
+    own = dict(zip(numbers, used, strict=True))
+    return [own.get(number, 0) for number in range(len(layout))]
 
 
 def _drawn(

@@ -97,7 +97,7 @@ class LatentSource:
             for name, stored in self._names.items()
         }
         if not held_out:
-            self._require_each()
+            self._require_each(members)
 
     def layouts(self) -> dict[str, Layout]:
         """Where the samples of each source lie in each bucket, by its name."""
@@ -120,10 +120,11 @@ class LatentSource:
         ]
         return layout_of(self._store.present(0, stored, members.sizes(stored)), later)
 
-    def _require_each(self) -> None:
+    def _require_each(self, members: Members | None) -> None:
         for name, layout in self._layouts.items():
+            planned = [1] if members is None else members.sizes(name)
             for number, extents in enumerate(layout):
-                if not extents[0].size:
+                if planned[number] and not extents[0].size:
                     raise InputError(
                         f"stage {self._stage.name!r}: bucket {name!r} has no latents of "
                         f"{self._stage.data.sources[number].table!r}: none of its clips could be "

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
-from elastic.data.folder import read_folder
+from elastic.data.folder import names_in, read_folder
 from elastic.errors import InputError
 from stages.videos import Mix, Videos
 
@@ -49,6 +49,20 @@ def read_tables(data: Videos | Mix, spill: Path | None = None) -> list[Clips]:
     return found
 
 
+def check_videos(videos: Videos) -> None:
+    """InputError for a table or folder that cannot be used, or none of whose files exists."""
+    if _is_folder(videos):
+        names_in(_folder(videos))  # their captions are not looked at: that is long in a bucket
+        return
+    clips = read_table(videos)
+    # One that is there will do: files that are missing are quarantined one by one.
+    if not any(places.is_there(clip.path) for clip in clips):
+        raise InputError(
+            f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
+            f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
+        )
+
+
 def _source(videos: Videos, number: int) -> Iterator[pa.RecordBatch]:
     """The rows of a source of a mix: names may be alike in several of them, ids may not.
 
@@ -65,24 +79,32 @@ def _source(videos: Videos, number: int) -> Iterator[pa.RecordBatch]:
 
 def _rows(videos: Videos) -> Iterator[pa.RecordBatch]:
     """The rows of the table, or those that stand for the files of the folder."""
+    if _is_folder(videos):
+        return read_folder(_folder(videos), videos.held_out_every)
+    return _all_clips(videos, _video_folder(videos))
+
+
+def _is_folder(videos: Videos) -> bool:
+    """Whether a folder stands in the place of the table."""
     name = videos.table
     for what, place in (("table", name), ("video folder", videos.folder or "")):
         if places.is_url(place):
             places.check_url(place, what)
     try:
-        is_folder = places.is_folder(name)
+        return places.is_folder(name)
     except OSError as error:
         raise InputError(f"table {name!r} cannot be reached: {error}") from error
-    if not is_folder:
-        return _all_clips(videos, _video_folder(videos))
+
+
+def _folder(videos: Videos) -> str:
+    """The folder that stands in the place of the table."""
+    name = videos.table
     if videos.folder is not None:
         raise InputError(
             f"folder {videos.folder!r} is for the paths of a table, and {name!r} is a folder "
             "itself: leave one of them out"
         )
-    return read_folder(
-        name if places.is_url(name) else os.path.abspath(name), videos.held_out_every
-    )
+    return name if places.is_url(name) else os.path.abspath(name)
 
 
 def _video_folder(videos: Videos) -> str:
