@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.data.load import Source
 from elastic.data.permutation import Indices, Permutation
-from elastic.data.sealed import DamagedStore
+from elastic.data.rows import DamagedStore
 from elastic.errors import InputError
 from elastic.world import World
 from models.align import PairSums, complete, overlap, paired_cells, solve_embedding
@@ -104,7 +104,8 @@ def _cells(stage: DiffusionStage, source: Source, bucket: Bucket, ids: Indices) 
     place = np.argsort(every)
     indices = place[np.searchsorted(every, ids, sorter=place)]
     # A store of means and deviations holds the means first.
-    z_BCTHW = source.fetch(bucket, indices).x_BCTHW[:, : stage.codec.channels]
+    (samples,) = source.fetch_all([(bucket, indices)])
+    z_BCTHW = samples.x_BCTHW[:, : stage.codec.channels]
     t, h, w = stage.model.token_grid(_grid(stage, bucket))
     cells_BNC = patches(z_BCTHW, stage.model.patch)
     return rearrange(cells_BNC, "b (t h w) c -> b t h w c", t=t, h=h, w=w)

@@ -27,6 +27,7 @@ from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_read import answered, host
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import load_members
+from elastic.data.decoders import shared_decoders
 from elastic.data.growth import load_growths
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
@@ -58,7 +59,7 @@ _LAST_SAVE_S = 30.0  # what a save in flight may take once its rank has failed
 class Latents(NamedTuple):
     """Which store a stage reads: refused if it is another one, or was sealed with other content."""
 
-    root: Path
+    root: str
     fingerprint: str
     digest: str
 
@@ -178,7 +179,7 @@ def run(order: Order, link: Link, listening: int | None) -> str:
         origin=make_origin(job),
     )
     with phases("data"):
-        objective = make_objective(job, world.device)
+        objective = make_objective(job, world.device, order.num_decoders)
     try:
         outcome = train_stage(job.stage, objective, settings)
     except BaseException:
@@ -209,15 +210,16 @@ def _join(order: Order, listening: int | None) -> None:
     )
 
 
-def make_objective(job: WorkerJob, device: torch.device) -> Objective:
+def make_objective(job: WorkerJob, device: torch.device, num_decoders: int) -> Objective:
     """What the stage minimises, on its clips or its latents."""
     growths = load_growths(job.folder)
     if isinstance(job.stage, AutoencoderStage):
-        members = load_members(job.folder / MEMBERS)
+        members, decoders = load_members(job.folder / MEMBERS), shared_decoders(num_decoders)
+        decoders.start()  # they come up while the model is built
         return Reconstructing(
             job.stage,
-            VideoSource(job.stage, members, held_out=False, growths=growths),
-            VideoSource(job.stage, members, held_out=True),
+            VideoSource(job.stage, members, held_out=False, decoders=decoders, growths=growths),
+            VideoSource(job.stage, members, held_out=True, decoders=decoders),
             device,
         )
     assert job.latents, f"stage {job.stage.name} was started without its latents"

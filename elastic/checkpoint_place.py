@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from elastic.checkpoint_store import OWNER, LocalStorage, Storage
+from elastic.data.places import check_url, is_url
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
 
@@ -130,16 +131,11 @@ def _home(stage: Path) -> str:
     return note.read_text().strip() if note.exists() else place_for(None, stage)
 
 
-def check_place(setting: str | None) -> None:
-    """InputError, ahead of any work, where the setting `checkpoints` cannot be used."""
+def check_place(setting: str | None, name: str = "checkpoints") -> None:
+    """InputError, ahead of any work, where a setting for a place cannot be used."""
     if setting is None:
         return
     if not setting:
-        raise InputError("checkpoints '': empty; give a folder or a URL such as s3://bucket/runs")
-    try:
-        open_storage(place_for(setting, Path("plan/stages/stage")))
-    except (ImportError, ValueError) as error:
-        raise InputError(
-            f"checkpoints {setting!r}: {error}; for s3:// install the extra: pip install "
-            "'restage[s3]'"
-        ) from None
+        raise InputError(f"{name} '': empty; give a folder or a URL such as s3://bucket/runs")
+    if is_url(setting):
+        check_url(setting, name)

@@ -22,6 +22,7 @@ import fsspec
 
 from elastic.checkpoint_manifest import Damaged, read_manifest
 from elastic.checkpoint_store import DAMAGED, MANIFEST, OWNER, Draft, Sink
+from elastic.data.places import as_os_errors
 
 _BLOCK = 16 * 2**20  # bytes of a part of an upload
 _MOST_PARTS = 10_000  # S3's own limit
@@ -49,13 +50,13 @@ class UrlStorage:
 
     def owner(self) -> bytes:
         """An object beside the checkpoints."""
-        with _as_os_errors(self._url), suppress(FileNotFoundError):
+        with as_os_errors(self._url), suppress(FileNotFoundError):
             return bytes(self._fs.cat_file(f"{self._root}/{OWNER}"))
         return b""
 
     def claim(self, mark: bytes) -> None:
         """By a conditional write."""
-        with _as_os_errors(self._url), suppress(FileExistsError):
+        with as_os_errors(self._url), suppress(FileExistsError):
             if not self.owner():
                 self._fs.pipe_file(f"{self._root}/{OWNER}", mark, mode="create")
 
@@ -71,14 +72,14 @@ class UrlStorage:
 
     def read(self, position: int, name: str) -> bytes:
         """A small object in full."""
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             return bytes(self._fs.cat_file(self._path(position, name)))
 
     def read_into(self, position: int, name: str, start: int, into: memoryview) -> None:
         """One range request."""
         if not len(into):
             return  # an empty range cannot be asked for
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             data = self._fs.cat_file(self._path(position, name), start=start, end=start + len(into))
         if len(data) != len(into):
             raise OSError(f"{self._url}: {name} ends at byte {start + len(data)}")
@@ -99,7 +100,7 @@ class UrlStorage:
     def create(self, draft: Draft, name: str) -> Iterator[Sink]:
         """An upload in parts, there once the block has ended."""
         path = self._path(draft.position, name)
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             file = self._fs.open(path, "wb", block_size=_BLOCK)
             try:
                 yield file
@@ -112,7 +113,7 @@ class UrlStorage:
     def publish(self, draft: Draft, manifest: bytes) -> None:
         """Put the manifest where none is; one that is there is kept under another name."""
         path = self._path(draft.position, MANIFEST)
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             if self._fs.exists(path):  # damaged, or left by an attempt that could not restore it
                 self._set_aside(draft.position, MANIFEST)
             with suppress(FileNotFoundError):
@@ -145,7 +146,7 @@ class UrlStorage:
 
     def note(self, position: int, name: str, text: str) -> None:
         """Put a word beside the manifest."""
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             self._fs.pipe_file(self._path(position, name), text.encode())
 
     def delete(self, position: int) -> None:
@@ -163,7 +164,7 @@ class UrlStorage:
                 self._remove(position, [n for n in older if int(n.split("-")[0]) <= attempt])
 
     def _remove(self, position: int, names: Collection[str]) -> None:
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             for name in names:
                 with suppress(FileNotFoundError):
                     self._fs.rm_file(self._path(position, name))
@@ -173,7 +174,7 @@ class UrlStorage:
 
     def _folders(self, below: str = "") -> dict[int, dict[str, int]]:
         """Bytes of each file of each position."""
-        with _as_os_errors(self._url):
+        with as_os_errors(self._url):
             root = f"{self._root}/{below}".rstrip("/")
             found: dict[str, Any] = self._fs.find(root, detail=True)  # Any: fsspec's records
         folders: dict[int, dict[str, int]] = {}
@@ -182,14 +183,3 @@ class UrlStorage:
             if position.isdecimal():
                 folders.setdefault(int(position), {})[name] = int(info["size"])
         return folders
-
-
-@contextmanager
-def _as_os_errors(url: str) -> Iterator[None]:
-    """A back end raises whatever its client library raises; here all of it is OSError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error

@@ -18,6 +18,7 @@ from elastic.flags import (
     finite,
     gib,
     keep_flags,
+    latents_flag,
     training_flags,
 )
 from elastic.folders import RunFolder
@@ -93,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name != "plan":
             cluster_flags(one)
+            latents_flag(one)
             if name == "train":
                 training_flags(one)
                 keep_flags(one)
@@ -219,6 +221,7 @@ def _faults(flags: argparse.Namespace) -> "Faults | None":
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Encode what is missing."""
+    check_place(settings.latents, "latents")
     plan = read_plan_file(flags)
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import encode_plan
@@ -231,6 +234,7 @@ def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Find what is damaged, and encode that again."""
+    check_place(settings.latents, "latents")
     plan = read_plan_file(flags)
     folder = RunFolder.of(settings.storage_path, plan)
     check_inputs(plan, folder)
@@ -252,6 +256,7 @@ def verify_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Do whatever is missing."""
     check_place(settings.checkpoints)
+    check_place(settings.latents, "latents")
     plan = read_plan_file(flags)
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan
@@ -346,6 +351,7 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
     from elastic.data.growth import growth_lines
+    from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
     from elastic.summary import print_table, read_history, summarise_history
@@ -356,6 +362,9 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     history = read_history(folder.root)
     print_table(summarise_history(history))
     print("\n".join(account_lines(history.account)))
+    names = [stage.name for stage in plan.stages]
+    for line in encoding_lines(folder.root, names, history.events):
+        print(line)
     for stage in plan.stages:
         for line in growth_lines(folder.stage(stage.name)):
             print(line)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ray
@@ -21,17 +21,19 @@ from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.clips import Clips
 from elastic.data.encode import EncodeJob, Scale, plan_job
 from elastic.data.growth import load_growths
+from elastic.data.places import join, parent
 from elastic.data.probes import Probed, probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
+from elastic.data.store_folder import folder_at
 from elastic.data.table import read_tables
 from elastic.data.verify import FIELDS, Verdict
 from elastic.errors import InputError
 from elastic.files import write_atomic
-from elastic.folders import RunFolder
+from elastic.folders import LATENT_PINS, RunFolder
 from elastic.journal import read_events
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
-from elastic.ray_tracker import TrackerHandle
+from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Limits, fit_stage
 from elastic.record import difference, start_stage
 from elastic.sample import (
@@ -50,7 +52,6 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-LATENTS = "latents.json"
 NUM_SAMPLES = 16
 _MORE_TRIES, _TRY_AGAIN_S = 2, 5.0  # for files that cannot be read just now
 NUM_RECONSTRUCTIONS = 6
@@ -68,6 +69,7 @@ class Course:
     limits: Limits
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
+    packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
 
@@ -104,7 +106,7 @@ def encode_plan(course: Course) -> None:
 
 def pin_of(folder: RunFolder, stage: Stage) -> Path:
     """The file that says which latents a stage uses; there once they are encoded."""
-    return folder.stage(stage.name) / LATENTS
+    return folder.stage(stage.name) / LATENT_PINS
 
 
 def train_one(course: Course, stage: Stage) -> None:
@@ -210,7 +212,7 @@ def encode_stage(
     course: Course,
     stage: DiffusionStage,
     members: Members,
-    damaged: Mapping[Path, Verdict] | None = None,
+    damaged: Mapping[str, Verdict] | None = None,
 ) -> tuple[Latents, ...]:
     """Encode what is missing or damaged of the stage's latents, and pin the stores that it uses.
 
@@ -222,13 +224,14 @@ def encode_stage(
     scale = read_scale(pinned)
     if scale is None and isinstance(stage.init, Continue):
         # The parameters that go on know latents of this scale.
-        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENTS)
+        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENT_PINS)
     if scale is None:
         scale = find_scale_on_ray(stage, weights, members, course.gpus)
     growths = load_growths(course.folder.stage(stage.name))
     found: list[Latents] = []
     for part in (members, *(growth.members for growth in growths)):
         job = plan_job(stage, weights, scale, part, course.folder.latents)
+        job = replace(job, packed=course.packs)
         check_pinned(job, pinned, len(found))
         found.append(_encode_store(course, job, (damaged or {}).get(job.root)))
     first, *later = ({"fingerprint": name, "digest": digest} for _, name, digest in found)
@@ -246,26 +249,24 @@ def encode_stage(
 def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> Latents:
     name = job.stage.name
     course.tracker.event("encode_start", name, None, f"to {job.fingerprint}")
-
-    def progress(done: int, total: int) -> None:
-        course.tracker.progress(name, f"encoding, {done} of {total} shards")
-
-    digest, quarantined = encode_on_ray(job, course.gpus, progress, damaged)
+    began, teller = time.monotonic(), EncodeTeller(course.tracker.name, name)
+    done = encode_on_ray(job, course.gpus, teller, damaged)
     course.tracker.event(
-        "encode_end", name, None, f"sealed as {digest}",
-        clips=job.members.num_clips(), quarantined=len(quarantined),
+        "encode_end", name, None, f"sealed as {done.digest}",
+        clips=job.members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
+        seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
-    return Latents(job.root, job.fingerprint, digest)
+    return Latents(job.root, job.fingerprint, done.digest)
 
 
 def pinned_latents(folder: RunFolder, stage: str) -> tuple[Latents, ...]:
     """The latents that a stage is pinned to; none before they are encoded."""
-    path = folder.stage(stage) / LATENTS
+    path = folder.stage(stage) / LATENT_PINS
     if not path.exists():
         return ()
     pinned = json.loads(path.read_text())
     return tuple(
-        Latents(folder.latents / one["fingerprint"], one["fingerprint"], one["digest"])
+        Latents(join(folder.latents, one["fingerprint"]), one["fingerprint"], one["digest"])
         for one in (pinned, *pinned.get("later", []))
     )
 
@@ -287,11 +288,12 @@ def check_pinned(job: EncodeJob, pinned: Path, number: int = 0) -> None:
     if number >= len(stores) or stores[number]["fingerprint"] == job.fingerprint:
         return
     before = stores[number]["fingerprint"]
-    new = json.loads((job.root / FIELDS).read_text())
-    fields = job.root.with_name(before) / FIELDS
-    changes = ["those are gone, so what differs is not known"]
-    if fields.exists():
-        changes = difference(json.loads(fields.read_text()), new)
+    new = json.loads(folder_at(job.root).read(FIELDS))
+    try:
+        fields = json.loads(folder_at(join(parent(job.root), before)).read(FIELDS))
+        changes = difference(fields, new)
+    except FileNotFoundError:
+        changes = ["those are gone, so what differs is not known"]
     raise InputError(
         f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
         f"{'; '.join(changes)}. Put back what was there, or give the stage another "
@@ -348,22 +350,26 @@ def sample_request(
 ) -> SampleRequest:
     """A request for samples of a finished stage; InputError if it is not finished."""
     own = folder.stage(stage.name)
-    scale = read_scale(own / LATENTS)
+    scale = read_scale(own / LATENT_PINS)
     if finished(own) is None or scale is None:
         raise InputError(
             f"stage {stage.name!r} of {str(folder.root)!r} is not finished, so there is nothing "
             "to sample from; go on with python -m elastic train FILE"
         )
-    store = folder.latents / json.loads((own / LATENTS).read_text())["fingerprint"]
+    pinned = json.loads((own / LATENT_PINS).read_text())
+    store = folder_at(join(folder.latents, pinned["fingerprint"]))
     # Latents may be deleted once they are learnt, and older ones came without the null text.
-    if (store / NULL_TEXT).exists():
+    if store.size(NULL_TEXT) is not None:
         null = read_null_text(store)
     else:
         try:
             null = stage.text.null()
         except ValueError as error:
             raise text_error(stage, error) from None
-    fields = store / FIELDS
+    try:
+        text_fields = json.loads(store.read(FIELDS))["text"]
+    except FileNotFoundError:
+        text_fields = None
     return SampleRequest(
         stage=stage.replace(text=stage.text.located()),
         weights=own / WEIGHTS,
@@ -372,5 +378,5 @@ def sample_request(
         null=null,
         captions=captions,
         folder=target,
-        text_fields=json.loads(fields.read_text())["text"] if fields.exists() else None,
+        text_fields=text_fields,
     )

@@ -22,6 +22,7 @@ from elastic.checkpoint_store import Keep
 from elastic.course import Course
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.latent_place import settle_latents
 from elastic.progress import ProgressLine
 from elastic.ray_host import Hosts
 from elastic.ray_tracker import TrackerHandle
@@ -55,6 +56,7 @@ def run_course(
     with locked(folder):
         check_unchanged(folder, plan)
         write_record(folder, plan)
+        settle_latents(folder, settings.latents)
         own = None if cluster or _attached(settings) else start_cluster(settings)
         try:
             _connect(settings, cluster or own)
@@ -153,6 +155,7 @@ def _supervise(
         Limits(settings.min_stay, settings.leave_before, settings.hang_after),
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
+        settings.pack_latents,
     )
     hosts = Hosts()
     tracker.event("run_start", reason=f"process {os.getpid()}")

@@ -1,9 +1,13 @@
 """Where things lie in a run folder (the layout is part of what other tools rely on)."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.plan import Plan
+
+LATENTS_AT = "latents-at.json"  # in the run folder, if its latents lie elsewhere: where
+LATENT_PINS = "latents.json"  # in a stage's folder: which latents it uses
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,12 @@ class RunFolder:
         return self.root / "videos" / "probes.parquet"
 
     @property
-    def latents(self) -> Path:
-        """The latent stores, by fingerprint."""
-        return self.root / "latents"
+    def latents(self) -> str:
+        """The path or URL of the latent stores, which have their fingerprints for names."""
+        note = self.root / LATENTS_AT
+        if note.exists():
+            return str(json.loads(note.read_text())["place"])
+        return str(self.root / "latents")
 
     def stage(self, name: str) -> Path:
         """Everything of one stage."""

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 # torch imports these at their first use only: 1 to 2.5 s, paid here and not in every process.
@@ -127,6 +128,8 @@ class _Host:
                     os.close(key.fd)
             self._selector.close()
             connection.close()
+            # Processes that it starts would import the host again, as what they come from.
+            sys.modules["__main__"] = ModuleType("__main__")
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(fds[1], 1)
             os.dup2(fds[2], 2)

@@ -11,9 +11,9 @@ from elastic.course import Course, encode_stage, pin_members, probe_clips, train
 from elastic.data.assign import Assignment, fitting, held_out_name
 from elastic.data.clips import Clips, ids_of
 from elastic.data.growth import load_growths, record_growth, starts_after
-from elastic.data.order import Layout
+from elastic.data.order import Layout, layout_of
 from elastic.data.sealed import SealedStore
-from elastic.data.sources import LatentSource, VideoSource
+from elastic.data.sources import LatentSource
 from elastic.data.table import read_tables
 from elastic.errors import InputError
 from elastic.weights import finished
@@ -83,7 +83,8 @@ def _layouts(course: Course, stage: Stage) -> dict[str, Layout]:
     members, folder = pin_members(course, stage), course.folder.stage(stage.name)
     growths = load_growths(folder)
     if not isinstance(stage, DiffusionStage):
-        return VideoSource(stage, members, held_out=False, growths=growths).layouts()
+        names = [bucket.name for bucket in stage.buckets]
+        return {b: layout_of(members.sizes(b), [g.later(b) for g in growths]) for b in names}
     latents = encode_stage(course, stage, members)  # what is missing, if that was cut off
     stores = [SealedStore.open(*one) for one in latents]
     source = LatentSource(stage, stores, held_out=False, members=members, growths=growths)

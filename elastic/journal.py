@@ -37,6 +37,7 @@ class Event(TypedDict):
     nodes: NotRequired[int]
     clips: NotRequired[int]
     quarantined: NotRequired[int]
+    encoded: NotRequired[int]  # clips of all buckets that this encoding has done itself
     paths: NotRequired[list[str]]
     captions: NotRequired[list[str]]
     count: NotRequired[int]

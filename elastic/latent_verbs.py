@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from elastic.data.places import check_url, is_url, join
+from elastic.data.schema import PLAN
+from elastic.data.store_folder import folder_at
 from elastic.data.verify import Verdict, verdict_lines, verify
 from elastic.errors import InputError
+from elastic.folders import RunFolder
 from elastic.settings import Settings
 
 WHOLE, NOT_WHOLE = 0, 1
@@ -15,7 +19,7 @@ WHOLE, NOT_WHOLE = 0, 1
 
 def verify_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Read all of a store, or of every store of a run, and say what is damaged."""
-    verdicts = {root: verify(root, _show) for root in stores_of(Path(flags.store))}
+    verdicts = {root: verify(root, _show) for root in stores_of(flags.store)}
     if flags.json:
         print(json.dumps([as_json(root, verdict) for root, verdict in verdicts.items()]))
     else:
@@ -32,26 +36,31 @@ def _show(done: int, total: int) -> None:
         print(f"\r{done} of {total} shards", end="\n" if done == total else "", file=sys.stderr)
 
 
-def stores_of(path: Path) -> list[Path]:
-    """The store at a path, or those of the run there; InputError where there is neither."""
-    if (path / "plan.json").exists():
-        return [path]
-    found = sorted(plan.parent for plan in (path / "latents").glob("*/plan.json"))
+def stores_of(path: str) -> list[str]:
+    """The store at a path or URL, or those of the run there; InputError where there is neither."""
+    if is_url(path):
+        check_url(path, "store")
+    if folder_at(path).size(PLAN) is not None:
+        return [path.rstrip("/")]
+    latents = join(path, "latents") if is_url(path) else RunFolder(Path(path)).latents
+    found = folder_at(latents).holding(PLAN)
     if not found:
         raise InputError(
-            f"{str(path)!r} is neither a latent store (plan.json) nor a run folder with latents; "
+            f"{path!r} is neither a latent store ({PLAN}) nor a run folder with latents; "
             "give runs/NAME, or runs/NAME/latents/FINGERPRINT"
         )
-    return found
+    return [join(latents, name) for name in found]
 
 
-def as_json(root: Path, verdict: Verdict) -> dict[str, Any]:  # Any: a JSON tree
+def as_json(root: str, verdict: Verdict) -> dict[str, Any]:  # Any: a JSON tree
     """What was found, for programs."""
     return {
-        "store": str(root),
+        "store": root,
         "whole": verdict.is_whole,
         "sealed": verdict.is_sealed,
         "shards": verdict.num_shards,
         "missing": [list(shard) for shard in verdict.missing],
-        "faults": [{"path": str(fault.path), "what": fault.what} for fault in verdict.faults],
+        "faults": [
+            {"path": f"{root}/{fault.name}", "what": fault.what} for fault in verdict.faults
+        ],
     }

@@ -30,6 +30,7 @@ class Order:
     node: int  # pid of what lives as long as this node takes part: its raylet
     use_gpu: bool = False
     num_threads: int = 1
+    num_decoders: int = 1  # processes that decode videos for it
     env: dict[str, str] = field(default_factory=dict)
 
 

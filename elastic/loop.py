@@ -128,6 +128,8 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
         run.beat("read", progress.samples)  # storage may be slow without being dead
         step = run.meter.waiting(stream.step, progress.samples)
+        # Who trains may not be silent for long, and would be while another rank still reads.
+        world.most(0)
         # All ranks have this bucket now; whoever compiles first keeps the others waiting.
         run.beat("compile" if step.plan.bucket.name in unseen else "train", progress.samples)
         unseen.discard(step.plan.bucket.name)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from elastic.encode_progress import duration
+
 _PLAIN_EVERY_S = 10.0
 
 
@@ -58,6 +60,7 @@ def describe(latest: Mapping[str, Any], budgets: Mapping[str, int]) -> str:
         parts.append(f"{latest['rate']:.1f} samples/s")
     parts.append(f"world {latest['world']}")
     if latest.get("rate"):
-        left = int((budget - position) / latest["rate"])
-        parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        parts.append(f"{duration((budget - position) / latest['rate'])} left")
+    if "ahead" in latest:
+        parts.append(str(latest["ahead"]))
     return "  ".join(parts)

@@ -1,9 +1,8 @@
 """Encoding as Ray tasks of a few shards: nodes come and go, and what was lost is done again."""
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
@@ -18,15 +17,35 @@ from elastic.data.encode import (
     find_scale,
     open_store,
 )
+from elastic.data.store import LatentStore
 from elastic.data.verify import Verdict
 from elastic.errors import InputError, StageBlocked
+from elastic.ray_nodes import decoders_of_a_task
 from stages.stage import DiffusionStage
 
 _RETRIES = 8
 MOST_SHARDS = 8  # of one task
 _TURNS = 4  # of each worker, at least, if there are shards enough
 
-Progress = Callable[[int, int], None]  # shards done, shards in all
+
+class Done(NamedTuple):
+    """A sealed store: its digest, the clips that it lacks and why, and how many were encoded."""
+
+    digest: str
+    quarantined: dict[int, str]
+    clips: int
+
+
+class Watch(Protocol):
+    """Whom to tell how far an encoding is; it travels to the workers."""
+
+    def begin(self, total: int, done: int, quarantined: int) -> None:
+        """How many clips there are, how many are there, and how many of these are left out."""
+        ...
+
+    def committed(self, shard: ShardId, clips: int, absent: int) -> None:
+        """A shard of so many clips has been committed."""
+        ...
 
 
 def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gpus: float) -> Scale:
@@ -35,16 +54,6 @@ def find_scale_on_ray(stage: DiffusionStage, weights: Path, members: Members, gp
     task = ray.remote(find_scale).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
     scale: Scale = result_of(task.remote(stage, weights, members, decoders))
     return scale
-
-
-def decoders_of_a_task(nodes: list[dict[str, Any]], gpus: float) -> int:
-    """One; or as many as cores come with its GPU, on any node of the cluster.
-
-    Ray is asked for one core nevertheless: what was free of all of them might never come.
-    """
-    have = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
-    shares = [resources.get("CPU", 0.0) / resources["GPU"] for resources in have]
-    return max(1, int(min(shares, default=0.0) * gpus))
 
 
 def _num_tasks(gpus: float) -> int:
@@ -71,9 +80,9 @@ def result_of(reference: Any) -> Any:  # Any: Ray has no types
 
 
 def encode_on_ray(
-    job: EncodeJob, gpus: float, progress: Progress, damaged: Verdict | None = None
-) -> tuple[str, dict[int, str]]:
-    """Encode what the store lacks and seal it; returns its digest and the quarantined clips.
+    job: EncodeJob, gpus: float, watch: Watch, damaged: Verdict | None = None
+) -> Done:
+    """Encode what the store lacks, and seal it.
 
     What a verdict says to be damaged is encoded again, and stays as it is until that is done.
 
@@ -94,12 +103,8 @@ def encode_on_ray(
         result_of(ray.remote(encode_null_text).options(**options).remote(shared, lost_text))
     groups = in_groups([shard for shard in missing if shard not in again], _num_tasks(gpus))
     groups += [[shard] for shard in missing if shard in again]
-    tasks = {
-        task.remote(shared, group, group[0] in again, decoders): len(group) for group in groups
-    }
-    running, total = list(tasks), len(store.shard_ids())
-    num_left = len(missing)
-    progress(total - num_left, total)
+    num_clips = begin(watch, store, missing)
+    running = [task.remote(shared, group, group[0] in again, decoders, watch) for group in groups]
     failure: Exception | None = None
     while running:
         (done,), running = ray.wait(running, num_returns=1)
@@ -110,18 +115,26 @@ def encode_on_ray(
             raise error from failure
         except Exception as error:  # raised when the other shards are committed
             failure = failure or error
-        num_left -= tasks[done]
-        progress(total - num_left, total)
     if failure is not None:
         raise failure
-    return store.seal(), store.quarantined()
+    return Done(store.seal(), store.quarantined(), num_clips)
 
 
-def _encode_whole(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+def begin(watch: Watch, store: LatentStore, missing: list[ShardId]) -> int:
+    """Tell what there is to encode; returns how many clips that are."""
+    total = sum(len(bucket.sample_ids) for bucket in store.schema.buckets)
+    left = sum(len(store.planned(shard)) for shard in missing)
+    watch.begin(total, total - left, len(store.quarantined()))
+    return left
+
+
+def _encode_whole(
+    job: EncodeJob, shards: list[ShardId], again: bool, decoders: int, watch: Watch
+) -> int:
     """`encode_shards`, undisturbed: Ray cancels a task that runs by an interrupt."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, decoders, watch.committed)
     finally:
         signal.signal(signal.SIGINT, before)
 

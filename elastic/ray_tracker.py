@@ -1,15 +1,21 @@
 """The tracker as a Ray actor on the head: workers and driver tell it, and never wait for it."""
 
+import functools
+import json
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic.clock import boot_clock
+from elastic.encode_progress import ENCODING, EncodeMeter
+from elastic.files import write_atomic
 from elastic.journal import EVENTS, Event, Journal, Metric
 from elastic.tracking import Tracker
 
@@ -20,6 +26,8 @@ _CLOSE_S = 120.0
 # What a person should see at once, in place of figures that do not move meanwhile.
 _SHOWN = ("waiting", "drain", "crash", "hang", "save_failed", "damaged_checkpoint")
 _SETTLE_S = 30.0
+_ENCODED = ("encode_end", "encode_ahead_end")
+_NOTE_EVERY_S = 5.0
 
 
 class TrackerService:
@@ -28,7 +36,11 @@ class TrackerService:
     def __init__(self, run_dir: str, plan: str, stages: dict[str, int], use_aim: bool) -> None:
         self._events = Journal(Path(run_dir) / EVENTS, durable=True)
         self._tracker = Tracker(run_dir, plan, stages, use_aim)
+        self._stages = Path(run_dir) / "stages"
         self._latest: dict[str, Any] = {}
+        self._encoding: dict[str, EncodeMeter] = {}  # by stage
+        self._ahead: set[str] = set()  # those of them whose turn has not come
+        self._noted_at = float("-inf")
         self._pids: list[int] = []
 
     def metric(self, metric: Metric) -> None:
@@ -51,6 +63,10 @@ class TrackerService:
             self.progress(
                 str(event["stage"]), f"{event['kind'].replace('_', ' ')}: {event['reason']}"
             )
+        if event["kind"] in _ENCODED:
+            self._encoding.pop(str(event["stage"]), None)
+            self._ahead.discard(str(event["stage"]))
+            (self._stages / str(event["stage"]) / ENCODING).unlink(missing_ok=True)
         self._events.append(**event, clock=boot_clock())
         self._tracker.event(event)
 
@@ -62,9 +78,42 @@ class TrackerService:
         """Show something that is no metric in the progress line."""
         self._latest = {"stage": stage, "text": text}
 
+    def encode_begin(
+        self, stage: str, total: int, done: int, quarantined: int, is_ahead: bool
+    ) -> None:
+        """Show from now on how far the encoding of a stage's latents is."""
+        self._encoding[stage] = EncodeMeter(total, done, quarantined)
+        if is_ahead:
+            self._ahead.add(stage)
+        else:
+            self._latest = {"stage": stage, "encoding": stage}
+
+    def encoded(self, stage: str, shard: tuple[str, int], clips: int, absent: int) -> None:
+        """Count a shard that has been committed."""
+        if stage in self._encoding:
+            self._encoding[stage].committed(shard, clips, absent)
+
     def latest(self) -> dict[str, Any]:
         """What the progress line shows: the newest metrics, start of a group, or text."""
-        return {**self._latest, "pids": self._pids}
+        found = {**self._latest, "pids": self._pids}
+        meter = self._encoding.get(found.pop("encoding", ""))
+        if meter is not None:
+            found["text"] = f"encoding, {meter.now().text()}"
+        elif "position" not in found and "text" not in found:
+            found.pop("stage", None)  # its encoding has ended, and nothing has been told since
+        for stage in self._ahead:
+            found["ahead"] = f"ahead: {stage}, {self._encoding[stage].now().text()}"
+        self._note()
+        return found
+
+    def _note(self) -> None:
+        """Keep for `status` how far encodings are."""
+        if time.monotonic() - self._noted_at < _NOTE_EVERY_S:
+            return
+        self._noted_at = time.monotonic()
+        for stage, meter in self._encoding.items():
+            found = json.dumps({**meter.now()._asdict(), "wall": time.time()})
+            write_atomic(self._stages / stage / ENCODING, found.encode())
 
     def settle(self) -> None:
         """Put on the disk what was told before this call."""
@@ -123,6 +172,16 @@ class TrackerHandle:
         """Send a text for the progress line."""
         self._actor.progress.remote(stage, text)
 
+    def encode_begin(
+        self, stage: str, total: int, done: int, quarantined: int, is_ahead: bool
+    ) -> None:
+        """Send how much there is to encode, and how much of it is there."""
+        self._actor.encode_begin.remote(stage, total, done, quarantined, is_ahead)
+
+    def encoded(self, stage: str, shard: tuple[str, int], clips: int, absent: int) -> None:
+        """Send that a shard has been committed."""
+        self._actor.encoded.remote(stage, shard, clips, absent)
+
     def images(self, stage: str, position: int, caption: str, path: Path) -> None:
         """Send one sample."""
         self._actor.images.remote(stage, position, caption, str(path))
@@ -149,3 +208,31 @@ class TrackerHandle:
             return f"the tracker did not answer: {error}"
         ray.kill(self._actor)
         return problem
+
+
+@dataclass(frozen=True)
+class EncodeTeller:
+    """Tells the tracker how the encoding of one stage goes on, from any process; never fails."""
+
+    tracker: str
+    stage: str
+    is_ahead: bool = False  # while another stage trains
+
+    def begin(self, total: int, done: int, quarantined: int) -> None:
+        """How many clips there are, how many are there, and how many of these are left out."""
+        self._tell(lambda to: to.encode_begin(self.stage, total, done, quarantined, self.is_ahead))
+
+    def committed(self, shard: tuple[str, int], clips: int, absent: int) -> None:
+        """A shard of so many clips has been committed."""
+        self._tell(lambda to: to.encoded(self.stage, shard, clips, absent))
+
+    def _tell(self, say: Callable[[TrackerHandle], None]) -> None:
+        try:
+            say(_handle(self.tracker))
+        except (RayError, ValueError) as error:  # no tracker: encoding goes on without it
+            log.warning("how far the encoding is could not be told: %s", error)
+
+
+@functools.lru_cache(maxsize=1)
+def _handle(name: str) -> TrackerHandle:
+    return TrackerHandle(name)

@@ -39,6 +39,7 @@ from elastic.rally import (
     Rally,
     join,
 )
+from elastic.ray_nodes import decoders_of_a_task
 from elastic.ray_tracker import TrackerHandle
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class Supervisor:
         self._stopped_at = 0.0
         self._host(_OWN_HOST_S)  # before the group counts on this worker
         self._address_here = ray.util.get_node_ip_address()
+        self._num_decoders = _decoders_here(work.use_gpu)
         self._kept = Rally(self._address_here, size, self._may_go_on) if rank == 0 else None
         mine = tuple(self._kept.address) if self._kept else None
         # A plain tuple: Ray's actor in between need not know our classes.
@@ -190,6 +192,7 @@ class Supervisor:
             node=os.getppid(),
             use_gpu=self._work.use_gpu,
             num_threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
+            num_decoders=self._num_decoders,
             env=_environment(self._address_here, gpus),
         )
         store = self._kept.store if self._kept else None
@@ -314,6 +317,16 @@ def _environment(address: str, gpus: list[Any]) -> dict[str, str]:
     cards = [name for name, own in found if address in {one.address for one in own}]
     env = {"GLOO_SOCKET_IFNAME": cards[0]} if cards else {}
     return env | ({"CUDA_VISIBLE_DEVICES": str(gpus[0])} if gpus else {})
+
+
+def _decoders_here(use_gpu: bool) -> int:
+    """As many as this worker has cores: those that Ray has counted, shared with its node's others.
+
+    A worker without a GPU is one core's, whatever its node has.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["NodeID"] == here]
+    return decoders_of_a_task(nodes, 1.0 if use_gpu else 0.0)
 
 
 def _state(pid: int) -> str:

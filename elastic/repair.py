@@ -1,8 +1,8 @@
 """Encodes again what is damaged of the latents of a plan."""
 
-from pathlib import Path
-
 from elastic.course import Course, encode_stage, pin_members, pinned_latents
+from elastic.data.schema import PLAN
+from elastic.data.store_folder import folder_at
 from elastic.data.verify import Verdict, verdict_lines, verify
 from elastic.errors import InputError
 from stages.stage import DiffusionStage, Stage
@@ -18,11 +18,11 @@ def repair_plan(course: Course) -> None:
         raise InputError(
             f"no stage of {course.plan.name!r} has latents yet; encode or train it first"
         )
-    done: set[Path] = set()
+    done: set[str] = set()
     for stage in stages:
-        damaged: dict[Path, Verdict] = {}
+        damaged: dict[str, Verdict] = {}
         for root, _, _ in pinned_latents(course.folder, stage.name):
-            if root in done or not (root / "plan.json").exists():  # learnt, and deleted since
+            if root in done or folder_at(root).size(PLAN) is None:  # learnt, and deleted since
                 continue
             done.add(root)
             verdict = verify(root)
@@ -33,7 +33,7 @@ def repair_plan(course: Course) -> None:
             _encode_again(course, stage, damaged)
 
 
-def _encode_again(course: Course, stage: Stage, damaged: dict[Path, Verdict]) -> None:
+def _encode_again(course: Course, stage: Stage, damaged: dict[str, Verdict]) -> None:
     assert isinstance(stage, DiffusionStage), f"{stage.name} has no latents"
     before = {root: digest for root, _, digest in pinned_latents(course.folder, stage.name)}
     for root, _, new in encode_stage(course, stage, pin_members(course, stage), damaged):

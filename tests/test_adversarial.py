@@ -3,7 +3,7 @@
 # B sample, C channel, T frame, H, W rows and columns of pixels.
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from worlds import run_world
 from elastic.checkpoint import published
 from elastic.checkpoint_place import Register
 from elastic.critic import Critic
-from elastic.data.load import Micro, Samples, rounds_of
+from elastic.data.load import Micro, Round, Samples, rounds_of
 from elastic.data.order import Layout, batch_at, layout_of, updates_before
 from elastic.data.permutation import Indices
 from elastic.loop import Outcome
@@ -77,7 +77,10 @@ class DrawnClips:
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return indices + self._first_id
 
-    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+    def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
+        return (self._clips(*one) for one in rounds)
+
+    def _clips(self, bucket: Bucket, indices: Indices) -> Samples:
         ids = self.sample_ids(bucket, indices)
         generators = [sample_generator(0, "drawn", "clip", "", 0, int(i)) for i in ids]
         noise_BCTHW = normals(generators, (3, bucket.frames, bucket.height, bucket.width))
@@ -299,7 +302,7 @@ def test_held_out_clips_are_measured_by_psnr_ssim_and_the_loss_without_the_criti
 
 def _micros(position: int) -> list[Micro]:
     source = DrawnClips(23, 100)
-    return list(rounds_of(batch_at(STAGE, position, source.counts()), source, 0, 1))
+    return list(rounds_of([batch_at(STAGE, position, source.counts())], source, 0, 1))
 
 
 def _codec(goal: Reconstructing) -> torch.nn.Module:

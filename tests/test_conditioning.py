@@ -83,7 +83,7 @@ def _seen(
     trained, model, found = _objective(stage, source), Watching(), {}
     plan = BatchPlan(0, bucket, np.arange(count), np.full(count, epoch))
     for rank in range(ranks):
-        for micro in rounds_of(plan, trained.source, rank, ranks):
+        for micro in rounds_of([plan], trained.source, rank, ranks):
             for number, seen, is_real in _rows(trained, model, micro):
                 if is_real:
                     found[number] = seen
@@ -397,7 +397,7 @@ def test_the_transformer_learns_from_given_frames() -> None:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         trained = _objective(stage, None)
         plan = BatchPlan(0, VIDEO.replace(micro=4), np.arange(4), np.zeros(4))
-        (micro,) = rounds_of(plan, trained.source, 0, 1)
+        (micro,) = rounds_of([plan], trained.source, 0, 1)
         trained.losses(model, micro).model_B.sum().backward()
         gradient = model.cond_in.weight.grad
         assert gradient is not None

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoders() -> Iterator[Decoders]:
-    decoders = Decoders(2, hostile, Times(processor=2.0, clock=3.0))
+    decoders = Decoders(2, hostile, Times(processor=1.0, clock=5.0))
     yield decoders
     decoders.close()
 
@@ -75,7 +75,7 @@ def test_pictures_come_in_order_and_are_those_of_one_process(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("crash", "ends its decoder by SIGSEGV"), ("busy", "more than 2 s of the processor"),
+    [("crash", "ends its decoder by SIGSEGV"), ("busy", "more than 1 s of the processor"),
      ("bomb", "takes more than 4 GB"), ("gone.mp4", "does not exist")],
 )  # fmt: skip
 def test_what_a_file_does_to_its_decoder_is_told_of_that_file_alone(
@@ -89,7 +89,7 @@ def test_what_a_file_does_to_its_decoder_is_told_of_that_file_alone(
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("still", "no answer in 3 s"), ("oom", "was ended by SIGKILL")]
+    ("name", "reason"), [("still", "no answer in 5 s"), ("oom", "was ended by SIGKILL")]
 )
 def test_what_the_machine_does_to_a_decoder_says_nothing_about_the_file(
     decoders: Decoders, folder: Path, name: str, reason: str
@@ -161,3 +161,27 @@ def test_whoever_stops_early_leaves_nothing_running(decoders: Decoders, folder: 
     while set(psutil.Process().children(recursive=True)) - before:
         assert time.monotonic() < deadline, "a decoder outlives its owner's close"
         threading.Event().wait(0.05)
+
+
+def test_decoders_end_with_a_process_that_is_killed_also_one_that_hangs(folder: Path) -> None:
+    script = (
+        "import sys; from fractions import Fraction\n"
+        "from elastic.data.decoders import Decoders; from test_decoders import hostile, wanted\n"
+        "if __name__ == '__main__':\n"
+        "    from pathlib import Path\n"
+        "    asked = [wanted(Path(sys.argv[1]) / name) for name in ('0.mp4', 'still', '0.mp4')]\n"
+        "    found = Decoders(2, hostile).decode(asked, ahead=2)\n"
+        "    next(found); print('ready', flush=True); next(found)\n"
+    )
+    paths = os.pathsep.join([str(HOME), str(HOME / "tests")])
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    ) as asking:  # fmt: skip
+        assert asking.stdout is not None
+        assert asking.stdout.readline() == "ready\n"
+        family = psutil.Process(asking.pid).children(recursive=True)
+        assert len(family) > 2
+        asking.kill()
+        _, left = psutil.wait_procs(family, timeout=30)
+        assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

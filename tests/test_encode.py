@@ -18,7 +18,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from s3_server import s3_server  # noqa: F401  # a fixture
 from safetensors.torch import save_file
+from store_places import Place, a_bucket, a_place  # noqa: F401  # fixtures
 from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
@@ -34,7 +36,7 @@ from elastic.data.assign import (
 )
 from elastic.data.clips import Clip
 from elastic.data.decode import Unreachable, decode_clip, to_unit
-from elastic.data.decoders import Decoders, Wanted
+from elastic.data.decoders import Decoders, Wanted, shared_decoders
 from elastic.data.encode import (
     EncodeJob,
     Scale,
@@ -49,6 +51,7 @@ from elastic.data.growth import load_growths
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.order import Later, batch_at, layout_of
+from elastic.data.places import parent
 from elastic.data.probe import probe
 from elastic.data.probes import Probed
 from elastic.data.schema import NULL_TEXT, shard_file
@@ -59,7 +62,8 @@ from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.grow import grow_stage
-from elastic.ray_encode import MOST_SHARDS, decoders_of_a_task, in_groups
+from elastic.ray_encode import MOST_SHARDS, Done, in_groups
+from elastic.ray_nodes import decoders_of_a_task
 from elastic.repair import repair_plan
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
@@ -146,10 +150,10 @@ def scale(weights: Path, members: Members) -> Scale:
 
 @pytest.fixture
 def job(
-    weights: Path, scale: Scale, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, scale: Scale, members: Members, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> EncodeJob:
     monkeypatch.setattr(encode, "SHARD_SAMPLES", 3)
-    return plan_job(STAGE, weights, scale, members, tmp_path / "latents")
+    return plan_job(STAGE, weights, scale, members, place.root)
 
 
 @pytest.fixture
@@ -283,7 +287,7 @@ def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
     found = {clip.sample_id: probe(clip.path) for clip in clips}
     members = assign(stage, Probed.of(clips, found)).save(tmp_path / "clips.arrow")
     scale = measure_scale(stage, weights, members)
-    store = _sealed(plan_job(stage, weights, scale, members, tmp_path / "latents"))
+    store = _sealed(plan_job(stage, weights, scale, members, str(tmp_path / "latents")))
     with torch.no_grad():
         moments = module.moments(_pixels(members.clips[bucket.name], bucket))
     mean_BCTHW, deviation_BCTHW = moments.chunk(2, dim=1)
@@ -299,7 +303,11 @@ def test_a_sampled_posterior_is_stored_as_mean_and_deviation_of_unit_variance(
     torch.testing.assert_close(variance_C, torch.ones(4).double(), rtol=0.02, atol=0)
     assert deviation_BCTHW.min() > 0
     same = plan_job(
-        stage.replace(vae=codec.replace(posterior="mean")), weights, scale, members, tmp_path / "b"
+        stage.replace(vae=codec.replace(posterior="mean")),
+        weights,
+        scale,
+        members,
+        str(tmp_path / "b"),
     )
     assert same.fingerprint != store.schema.fingerprint
 
@@ -327,10 +335,14 @@ def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
     found = {clip.sample_id: probe(clip.path) for clip in clips}
     members = assign(stage, Probed.of(clips, found)).save(tmp_path / "clips.arrow")
     scale = measure_scale(stage, weights, members)
-    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    job = plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     store = _sealed(job)
     plain = plan_job(
-        STAGE.replace(vae=codec, schedule=stage.schedule), weights, scale, members, tmp_path / "b"
+        STAGE.replace(vae=codec, schedule=stage.schedule),
+        weights,
+        scale,
+        members,
+        str(tmp_path / "b"),
     )
     assert plain.fingerprint != job.fingerprint
     found = LatentSource(stage, store, held_out=False)
@@ -363,7 +375,7 @@ def test_the_store_is_named_by_all_that_changes_a_number(job: EncodeJob, tmp_pat
         scale: Scale = job.scale,
         members: Members = job.members,
     ) -> str:
-        return plan_job(stage, weights, scale, members, tmp_path / "others").fingerprint
+        return plan_job(stage, weights, scale, members, str(tmp_path / "others")).fingerprint
 
     first = job.members.clips[SHORT.name][0]
     reworded = {name: list(clips) for name, clips in job.members.clips.items()}
@@ -403,7 +415,7 @@ def test_a_stage_keeps_the_latents_that_it_was_pinned_to(job: EncodeJob, tmp_pat
     pinned.write_text(json.dumps({"fingerprint": job.fingerprint}))
     check_pinned(job, pinned)
     other = _write_weights(tmp_path / "codec.safetensors", 1)
-    changed = plan_job(job.stage, other, job.scale, job.members, job.root.parent)
+    changed = plan_job(job.stage, other, job.scale, job.members, parent(job.root))
     with pytest.raises(InputError, match=rf"'tiny' was pinned to .*weights: '{job.weights_digest}"):
         check_pinned(changed, pinned)
 
@@ -490,13 +502,13 @@ def course(
     """A course whose stage has a table of nine of the films, and what each encoding encodes."""
     encoded: list[list[ShardId]] = []
 
-    def encode_here(job: EncodeJob, gpus: float, progress: object, damaged: Any) -> Any:
+    def encode_here(job: EncodeJob, gpus: float, watch: object, damaged: Any) -> Done:
         store = open_store(job)
         again = sorted(damaged.shards) if damaged else []
         encoded.append([*store.missing(), *again])
         encode_shards(job, store.missing())
         encode_shards(job, again, again=True)
-        return store.seal(), store.quarantined()
+        return Done(store.seal(), store.quarantined(), len(encoded[-1]))
 
     monkeypatch.setattr("elastic.course.encode_on_ray", encode_here)
     monkeypatch.setattr(
@@ -504,13 +516,14 @@ def course(
         lambda stage, path, members, _: measure_scale(stage, path, members),
     )
     monkeypatch.setattr(encode, "SHARD_SAMPLES", 3)
-    tracker = SimpleNamespace(event=lambda *_, **__: None, progress=lambda *_: None)
+    tracker = SimpleNamespace(event=lambda *_, **__: None, name="tracker")
     stage = STAGE.replace(
         data=_table_of(tmp_path, clips[:-4]), vae=CODEC.replace(weights=str(weights))
     )
     folder = RunFolder(tmp_path / "run")
     plan = Plan("tiny", [stage])
-    return SimpleNamespace(folder=folder, tracker=tracker, gpus=0.0, plan=plan), stage, encoded
+    driver = SimpleNamespace(folder=folder, tracker=tracker, gpus=0.0, plan=plan, packs=False)
+    return driver, stage, encoded
 
 
 def _table_of(folder: Path, clips: Iterable[Clip]) -> Videos:
@@ -519,7 +532,7 @@ def _table_of(folder: Path, clips: Iterable[Clip]) -> Videos:
     return Videos(str(folder / "t.csv"))
 
 
-def _open(latents: Iterable[tuple[Path, str, str]]) -> list[SealedStore]:
+def _open(latents: Iterable[tuple[str, str, str]]) -> list[SealedStore]:
     return [SealedStore.open(*one) for one in latents]
 
 
@@ -529,7 +542,8 @@ def test_a_growth_is_encoded_alone_and_read_after_what_was_there(
     driver, stage, encoded = course
     members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
     (first,) = encode_stage(driver, stage, members)
-    before = {path: path.read_bytes() for path in first.root.rglob("*") if path.is_file()}
+    place = Place(first.root)
+    before = {name: place.read(name) for name in place.names()}
     pin = json.loads((own / "latents.json").read_text())
     assert "later" not in pin
 
@@ -541,7 +555,7 @@ def test_a_growth_is_encoded_alone_and_read_after_what_was_there(
     stores = encode_stage(driver, stage, members)
     assert stores[0] == first
     assert encoded == [[], [(SHORT.name, 0), (SHORT.name, 1), (LONG.name, 0)]]
-    assert before == {path: path.read_bytes() for path in before}, "nothing is encoded again"
+    assert before == {name: place.read(name) for name in before}, "nothing is encoded again"
     pinned = json.loads((own / "latents.json").read_text())
     assert {**pinned, "later": None} == {**pin, "later": None}
     assert pinned["later"] == [{"fingerprint": stores[1].fingerprint, "digest": stores[1].digest}]
@@ -605,12 +619,13 @@ def test_what_is_damaged_of_a_growth_is_repaired(
     _table_of(tmp_path, clips)
     grow_stage(driver, stage)
     stores = encode_stage(driver, stage, members)
-    path = shard_file(stores[1].root, LONG.name, "latent", 0)
-    before = _flip(path)
+    grown, shard = Place(stores[1].root), shard_file(LONG.name, "latent", 0)
+    before = grown.read(shard)
+    grown.flip(shard, 9, 1)
     encoded.clear()
     repair_plan(driver)
     assert encoded == [[], [(LONG.name, 0)]]
-    assert path.read_bytes() == before
+    assert grown.read(shard) == before
     assert f"{stores[1].root}: encoded again: 1 shards" in capsys.readouterr().out
     assert verify(stores[1].root).is_whole
     encoded.clear()
@@ -667,7 +682,7 @@ def test_a_store_of_before_the_null_text_serves_a_stage_that_needs_no_file(
     store = open_store(job)
     for shard in store.missing():
         encode_shards(job, [shard])
-    (job.root / NULL_TEXT).unlink()
+    Place(job.root).remove(NULL_TEXT)
     store.seal()
     sealed = SealedStore.open(job.root, job.fingerprint)
     assert not LatentSource(STAGE, sealed, held_out=False).null_text().embedding_LD.any()
@@ -705,18 +720,38 @@ class _RayHere:
         return running[:num_returns], running[num_returns:]
 
 
+class Watched:
+    """Whoever is told how far an encoding is."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, int, int]] = []
+        self.committed_shards: list[tuple[ShardId, int, int]] = []
+
+    def begin(self, *told: int) -> None:
+        self.begun.append(told)  # type: ignore[arg-type]  # three of them
+
+    def committed(self, *told: Any) -> None:
+        self.committed_shards.append(told)  # type: ignore[arg-type]  # a shard and two numbers
+
+
 def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayHere())
-    told: list[tuple[int, int]] = []
-    first, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
-    assert told == [(done, 8) for done in range(9)]
-    (job.root / NULL_TEXT).unlink()
-    again, _ = ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
-    assert told[9:] == [(8, 8)]
-    assert again == first
-    assert SealedStore.open(job.root, job.fingerprint, again).null_text is not None
+    watch = Watched()
+    first = ray_encode.encode_on_ray(job, 0, watch)
+    num = sum(len(clips) for clips in job.members.clips.values())
+    assert watch.begun == [(num, 0, 0)]
+    shards = open_store(job).shard_ids()
+    told = [(shard, len(open_store(job).planned(shard)), 0) for shard in shards]
+    assert watch.committed_shards == told
+    assert first.clips == num
+    Place(job.root).remove(NULL_TEXT)
+    again = ray_encode.encode_on_ray(job, 0, watch)
+    assert watch.begun[1:] == [(num, num, 0)]
+    assert watch.committed_shards == told
+    assert again == first._replace(clips=0)
+    assert SealedStore.open(job.root, job.fingerprint, again.digest).null_text is not None
 
 
 class _RayOfTwo:
@@ -797,7 +832,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
         tried.extend(shards)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
@@ -805,17 +840,17 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
             raise InputError("no such folder")
         if len(tried) == 1:
             raise OSError("disk full")
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, *more)
 
     monkeypatch.setattr(ray_encode, "encode_shards", failing)
-    told: list[tuple[int, int]] = []
+    watch = Watched()
     with pytest.raises(InputError, match="no such folder"):
-        ray_encode.encode_on_ray(job, 0, lambda *done: told.append(done))
+        ray_encode.encode_on_ray(job, 0, watch)
     store = open_store(job)
     assert len(store.shard_ids()) == 8
     assert len(tried) == 4  # both workers had begun another one, which is committed
     assert set(store.shard_ids()) - set(store.missing()) == set(tried[2:])
-    assert told == [(0, 8), (1, 8)]
+    assert [told[0] for told in watch.committed_shards] == tried[2:]
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -824,14 +859,14 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
         if shards == open_store(job).shard_ids()[:1]:
             raise OSError("disk full")
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, *more)
 
     monkeypatch.setattr(ray_encode, "encode_shards", failing)
     with pytest.raises(OSError, match="disk full"):
-        ray_encode.encode_on_ray(job, 0, lambda *_: None)
+        ray_encode.encode_on_ray(job, 0, Watched())
     assert len(open_store(job).missing()) == 1
 
 
@@ -895,33 +930,27 @@ def test_clips_that_cannot_be_read_just_now_are_not_pinned_out(
     assert [path.name for path in own.iterdir()] == ["clips.arrow"]
 
 
-def _flip(path: Path) -> bytes:
-    """Damage a file; what it was."""
-    before = path.read_bytes()
-    path.write_bytes(before[:9] + bytes([before[9] ^ 1]) + before[10:])
-    return before
-
-
 def test_what_is_damaged_is_encoded_again_and_nothing_else(
     job: EncodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
-    digest, _ = ray_encode.encode_on_ray(job, 0, lambda *_: None)
-    null_text = job.root / NULL_TEXT
-    files = [shard_file(job.root, LONG.name, "latent", 0), null_text]
-    before = [_flip(path) for path in files]
+    digest = ray_encode.encode_on_ray(job, 0, Watched()).digest
+    store, files = Place(job.root), [shard_file(LONG.name, "latent", 0), NULL_TEXT]
+    before = [store.read(name) for name in files]
+    for name in files:
+        store.flip(name, 9, 1)
     verdict = verify(job.root)
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
 
-    def counting(job: EncodeJob, shards: list[ShardId], again: bool, decoders: int) -> int:
+    def counting(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
         encoded.extend(shards)
-        return encode_shards(job, shards, again, decoders)
+        return encode_shards(job, shards, again, *more)
 
     monkeypatch.setattr(ray_encode, "encode_shards", counting)
-    assert ray_encode.encode_on_ray(job, 0, lambda *_: None, verdict)[0] == digest
+    assert ray_encode.encode_on_ray(job, 0, Watched(), verdict).digest == digest
     assert encoded == [(LONG.name, 0)]
-    assert [path.read_bytes() for path in files] == before
+    assert [store.read(name) for name in files] == before
     assert verify(job.root).is_whole
 
 
@@ -929,17 +958,17 @@ def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(
     job: EncodeJob, members: Members, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
-    ray_encode.encode_on_ray(job, 0, lambda *_: None)
-    damaged = shard_file(job.root, LONG.name, "latent", 0)
-    _flip(damaged)
-    before = damaged.read_bytes()
+    ray_encode.encode_on_ray(job, 0, Watched())
+    store, damaged = Place(job.root), shard_file(LONG.name, "latent", 0)
+    store.flip(damaged, 9, 1)
+    before = store.read(damaged)
     clips = {name: list(found) for name, found in members.clips.items()}
     (tmp_path / "another.mp4").touch()  # so that the folder is there, and its files are not lost
     clips[LONG.name][1] = clips[LONG.name][1]._replace(path=str(tmp_path / "gone.mp4"))
     hurt = replace(job, members=Members(clips))
     with pytest.raises(InputError, match=r"cannot be encoded again: '.*gone\.mp4', which it held"):
-        ray_encode.encode_on_ray(hurt, 0, lambda *_: None, verify(job.root))
-    assert damaged.read_bytes() == before
+        ray_encode.encode_on_ray(hurt, 0, Watched(), verify(job.root))
+    assert store.read(damaged) == before
     assert SealedStore.open(job.root, job.fingerprint).count(LONG.name) == NUM_LONG
 
 
@@ -953,7 +982,7 @@ def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(
     encoder = tiny_t5_clip(tmp_path)
     monkeypatch.chdir(tmp_path)
     stage = STAGE.replace(text=encoder.replace(t5="t5", clip="clip"))
-    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    job = plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     monkeypatch.chdir("/")  # a worker runs elsewhere
     captions = [clip.text for clip in members.clips[SHORT.name]]
     expected, null = encoder.encode(captions), encoder.null()
@@ -977,7 +1006,7 @@ def test_a_machine_with_another_text_encoder_encodes_nothing(
     weights: Path, scale: Scale, members: Members, tmp_path: Path
 ) -> None:
     stage = STAGE.replace(text=tiny_t5_clip(tmp_path))
-    job = plan_job(stage, weights, scale, members, tmp_path / "latents")
+    job = plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     store = open_store(job)
     change_weights(tmp_path / "clip")
     with pytest.raises(InputError, match=r"'tiny': text: .* \(clip differ\)"):
@@ -986,7 +1015,7 @@ def test_a_machine_with_another_text_encoder_encodes_nothing(
     with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
         encode_shards(job, store.missing()[:1])
     with pytest.raises(InputError, match=r"'tiny': text\.t5 .*no such folder"):
-        plan_job(stage, weights, scale, members, tmp_path / "latents")
+        plan_job(stage, weights, scale, members, str(tmp_path / "latents"))
     assert not store.has_null_text()
 
 
@@ -996,13 +1025,15 @@ def test_pixels_are_read_by_split_and_a_broken_clip_is_grey_without_weight(
     clips = {name: list(found) for name, found in members.clips.items()}
     (tmp_path / "other.mp4").touch()  # in an empty folder it would be the mount that is gone
     clips[SHORT.name][1] = clips[SHORT.name][1]._replace(path=str(tmp_path / "gone.mp4"))
-    source = VideoSource(STAGE, Members(clips), held_out=False)
-    samples = source.fetch(SHORT, np.array([0, 1]))
+    decoders = shared_decoders(1)
+    source = VideoSource(STAGE, Members(clips), held_out=False, decoders=decoders)
+    (samples,) = source.fetch_all([(SHORT, np.array([0, 1]))])
     assert samples.weight_B.tolist() == [1, 0]
     assert samples.ids.tolist() == [clip.sample_id for clip in clips[SHORT.name][:2]]
     assert torch.equal(samples.x_BCTHW[:1], _pixels(clips[SHORT.name][:1], SHORT))
     assert torch.equal(samples.x_BCTHW[1], torch.zeros(3, 4, 32, 32))
-    assert VideoSource(STAGE, members, held_out=True).counts() == {SHORT.name: 2, LONG.name: 2}
+    held_out = VideoSource(STAGE, members, held_out=True, decoders=decoders)
+    assert held_out.counts() == {SHORT.name: 2, LONG.name: 2}
 
 
 def test_a_scale_of_no_readable_clip_is_refused(
@@ -1036,8 +1067,8 @@ def test_tiled_clips_are_encoded_one_at_a_time(
 ) -> None:
     tiled = STAGE.replace(vae=CODEC.replace(tiling=Tiling(frames=None, pixels=64, overlap=0.5)))
     assert (chunk_size(CODEC), chunk_size(tiled.codec)) == (8, 1)
-    job = plan_job(tiled, weights, scale, members, tmp_path)
-    whole = plan_job(STAGE, weights, scale, members, tmp_path)
+    job = plan_job(tiled, weights, scale, members, str(tmp_path))
+    whole = plan_job(STAGE, weights, scale, members, str(tmp_path))
     assert job.fingerprint != whole.fingerprint
     z_BCTHW = _sealed(job).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
     expected_BCTHW = _sealed(whole).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW

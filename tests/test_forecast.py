@@ -44,7 +44,7 @@ def test_latents_are_forecast_to_the_byte(stage: DiffusionStage, tmp_path: Path)
     members = {bucket.name: clips for bucket in stage.buckets}
     members |= {held_out_name(bucket): clips for bucket in stage.buckets}
     scale = Scale((0.0,) * 4, (1.0,) * 4)
-    job = plan_job(stage, tmp_path / "weights", scale, Members(members), tmp_path)
+    job = plan_job(stage, tmp_path / "weights", scale, Members(members), str(tmp_path))
     schema = open_store(job).schema
     longest = np.array([schema.text_tokens] * len(clips))
     expected = sum(

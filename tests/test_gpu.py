@@ -449,7 +449,7 @@ def _sealed(root: Path, stage: DiffusionStage) -> Latents:
     store.publish_null_text(stage.text.null())
     for part in store.missing():
         store.write_shard(*part, [samples[number] for number in store.planned(part)])
-    return Latents(root, schema.fingerprint, store.seal())
+    return Latents(str(root), schema.fingerprint, store.seal())
 
 
 class Life(NamedTuple):

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from videos_fixture import still_video
 from elastic.checkpoint_place import Register
 from elastic.course import pin_members
 from elastic.data.assign import load_members
+from elastic.data.decoders import Decoders
 from elastic.data.growth import GROWTHS, load_growths, starts_after
 from elastic.data.order import BatchPlan, Later, Layout, batch_at, layout_of
 from elastic.data.sources import VideoSource
@@ -179,9 +180,15 @@ def course(tmp_path: Path) -> Any:
     told: list[tuple[str, dict[str, Any]]] = []
     tracker = SimpleNamespace(
         event=lambda kind, stage, *_, **more: told.append((kind, more)),
-        progress=lambda *_: None,
     )
     return SimpleNamespace(folder=RunFolder(tmp_path / "run"), tracker=tracker, told=told)
+
+
+@pytest.fixture
+def decoders() -> Iterator[Decoders]:
+    found = Decoders(1)
+    yield found
+    found.close()
 
 
 def _film(path: Path, frames: int = 24) -> None:
@@ -205,7 +212,7 @@ HELD = [("h.mp4", "held", "held-out")]
 
 
 def test_a_stage_takes_in_what_its_table_has_more_and_all_else_stays(
-    course: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    course: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], decoders: Decoders
 ) -> None:
     stage = PIXELS.replace(data=_write(tmp_path, ROWS + HELD))
     own = course.folder.stage(stage.name)
@@ -235,12 +242,12 @@ def test_a_stage_takes_in_what_its_table_has_more_and_all_else_stays(
     assert "with 2 more clips" in out
     assert "what is held out is left out" in out
     assert not list(own.glob(".table*")), "nothing is left half done"
-    source = VideoSource(stage, members, held_out=False, growths=[growth])
+    source = VideoSource(stage, members, held_out=False, decoders=decoders, growths=[growth])
     assert source.counts() == {bucket.name: 7}
-    assert source.fetch(bucket, np.array([6])).ids.tolist() == [
-        growth.members.clips[bucket.name][1].sample_id
-    ]
-    assert VideoSource(stage, members, held_out=True, growths=[growth]).counts() == {bucket.name: 1}
+    (samples,) = source.fetch_all([(bucket, np.array([6]))])
+    assert samples.ids.tolist() == [growth.members.clips[bucket.name][1].sample_id]
+    held_out = VideoSource(stage, members, held_out=True, decoders=decoders, growths=[growth])
+    assert held_out.counts() == {bucket.name: 1}
 
     grow_stage(course, stage)
     assert len(load_growths(own)) == 1, "to ask again takes nothing in again"
@@ -271,7 +278,7 @@ def test_a_folder_grows_by_its_files(course: Any, tmp_path: Path) -> None:
     assert not names & {Path(clip.path).stem for clip in members.clips[bucket.name]}
 
 
-def test_a_mix_grows_source_by_source(course: Any, tmp_path: Path) -> None:
+def test_a_mix_grows_source_by_source(course: Any, tmp_path: Path, decoders: Decoders) -> None:
     parts = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -285,7 +292,7 @@ def test_a_mix_grows_source_by_source(course: Any, tmp_path: Path) -> None:
     grow_stage(course, stage)
     (growth,) = load_growths(own)
     assert growth.members.sizes(bucket.name) == [0, 1]
-    source = VideoSource(stage, members, held_out=False, growths=[growth])
+    source = VideoSource(stage, members, held_out=False, decoders=decoders, growths=[growth])
     old, new = source.layouts()[bucket.name]
     assert [extent.size for extent in old] == [5, 0]
     assert [(extent.first, extent.size) for extent in new] == [(5, 5), (10, 1)]
@@ -294,7 +301,7 @@ def test_a_mix_grows_source_by_source(course: Any, tmp_path: Path) -> None:
 
 
 def test_a_source_that_took_no_part_in_a_bucket_takes_none_later(
-    course: Any, tmp_path: Path
+    course: Any, tmp_path: Path, decoders: Decoders
 ) -> None:
     """Its share of the bucket would change amid the stream."""
     parts = []
@@ -314,7 +321,7 @@ def test_a_source_that_took_no_part_in_a_bucket_takes_none_later(
     (growth,) = load_growths(course.folder.stage(stage.name))
     assert growth.members.sizes(long[0].name) == [0, 1]
     assert growth.members.sizes(long[1].name) == [0, 0]
-    source = VideoSource(stage, members, held_out=False, growths=[growth])
+    source = VideoSource(stage, members, held_out=False, decoders=decoders, growths=[growth])
     for position in range(0, stage.budget, 3):
         plan = batch_at(stage, position, source.layouts())
         assert (plan.indices < source.counts()[plan.bucket.name]).all()

@@ -80,7 +80,7 @@ def test_weights_are_one_for_each_sample_of_the_batch_and_zero_for_the_filling(s
     assert len(plan.indices) == 7
     weights: Counter[int] = Counter()
     for rank in range(size):
-        micros = list(rounds_of(plan, source, rank, size))
+        micros = list(rounds_of([plan], source, rank, size))
         assert [micro.is_last for micro in micros] == [False] * (len(micros) - 1) + [True]
         for micro in micros:
             assert micro.batch == 7

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,9 @@ from tiny import (
     STAGE,
     STILL,
     Attempt,
+    DrawnLatents,
     Turn,
+    attempt,
     blank_state,
     files_of,
     in_turn,
@@ -33,7 +36,9 @@ from tiny import (
 from worlds import run_world
 
 from elastic.checkpoint import published
+from elastic.data.load import Samples
 from elastic.data.order import batch_at, updates_before
+from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights, local
 from elastic.loop import Outcome
 from elastic.meter import NonFiniteLoss
@@ -41,7 +46,7 @@ from elastic.randomness import normals, sample_generator
 from elastic.shard import initialise
 from elastic.weights import FINISHED, WEIGHTS
 from elastic.world import World
-from stages import Ema
+from stages import Bucket, Ema
 
 TOLERANCE = 1e-5  # relative, on losses; the sums of a batch are taken in another order
 
@@ -322,6 +327,33 @@ def test_the_average_takes_the_parameters_place_and_gives_it_back(course: Course
     assert holds_average
     assert is_restored
     assert computes_with_it
+
+
+def _slow_to_read(world: World, folder: Path) -> bool:
+    """Whether this rank says that it trains only when a slow one has read what it needs."""
+    read, too_early = folder / "read", []
+
+    class Slow(DrawnLatents):
+        def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+            if world.is_first and not read.exists():
+                threading.Event().wait(1.0)
+                read.touch()
+            return super().fetch(bucket, indices)
+
+    goal = objective()
+    goal.source = Slow(STAGE, {CLIP: 23, STILL: 17}, 100)
+
+    def beat(phase: str, position: int) -> None:
+        if phase == "train" and not read.exists():
+            too_early.append(position)
+
+    attempt(world, folder / "stage", STAGE, goal, stop_after=2, beat=beat)
+    return not too_early
+
+
+def test_nobody_says_that_it_trains_while_another_rank_still_reads(tmp_path: Path) -> None:
+    """Silence in training is a hang after a minute; reading may take longer."""
+    assert run_world(_slow_to_read, 2, tmp_path) == [True, True]
 
 
 def test_two_half_batches_move_the_average_as_far_as_one() -> None:

@@ -19,6 +19,7 @@ from tiny import CLIP, STAGE, STILL
 from elastic.cli import main
 from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.clips import Clip, Clips, sample_id
+from elastic.data.decoders import shared_decoders
 from elastic.data.load import deal
 from elastic.data.mix import BLOCK, deal_sources, quotas, used_before
 from elastic.data.order import Layout, batch_at, first_of, layout_of
@@ -378,7 +379,7 @@ def test_members_know_how_many_of_them_are_of_which_source(tmp_path: Path) -> No
             assert again.sizes(name) == each
             assert sum(each) == len(clips)
     assert len(members.clips[STILL]) > len(members.clips[CLIP])
-    source = VideoSource(stage, members, held_out=False)
+    source = VideoSource(stage, members, held_out=False, decoders=shared_decoders(1))
     assert source.layouts()[CLIP] == layout_of(members.sizes(CLIP))
     lines = list(assigned.lines(stage, probed))
     assert f"films/t.csv, {members.sizes(CLIP)[1]} of" in lines[0]
@@ -404,7 +405,8 @@ def test_the_share_of_a_source_without_a_clip_in_a_bucket_goes_to_the_others(
     assert "0 of" in lines[CLIP]
     assert "t.csv, whose share the others have)" in lines[CLIP]
     assert "whose share" not in lines[STILL]
-    layouts = VideoSource(stage, members, held_out=False).layouts()
+    decoders = shared_decoders(1)  # nothing is decoded
+    layouts = VideoSource(stage, members, held_out=False, decoders=decoders).layouts()
     seen = _walk(stage, layouts)
     assert {one.source for one in seen[CLIP]} == {0}
     counts = Counter(one.source for one in seen[STILL])

@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from s3_server import s3_server  # noqa: F401  # a fixture
+from store_places import Place, a_bucket  # noqa: F401  # a fixture
 
 from elastic.attempt import MEMBERS
 from elastic.course import pinned_latents
 from elastic.data.assign import load_members
+from elastic.data.decoders import shared_decoders
 from elastic.data.growth import load_growths
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
@@ -84,7 +87,9 @@ def drawn(folder: RunFolder, stage: Stage) -> Iterator[Indices]:
     members, growths = load_members(own / MEMBERS), load_growths(own)
     source: Any
     if isinstance(stage, AutoencoderStage):
-        source = VideoSource(stage, members, held_out=False, growths=growths)
+        source = VideoSource(
+            stage, members, held_out=False, decoders=shared_decoders(1), growths=growths
+        )
     else:
         stores = [SealedStore.open(*one) for one in pinned_latents(folder, stage.name)]
         source = LatentSource(stage, stores, held_out=False, members=members, growths=growths)
@@ -197,7 +202,8 @@ def test_a_mix_whose_table_grows_while_its_driver_is_dead_goes_on_in_the_order_t
         wait_until(published, f"a checkpoint; {tmp_path}/first.log", 180)
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-    stores = {path: path.stat().st_mtime_ns for path in folder.latents.glob("*/*/latent/c.*")}
+    latents = Path(folder.latents)
+    stores = {path: path.stat().st_mtime_ns for path in latents.glob("*/*/latent/c.*")}
     table.write_text("\n".join([head, *rows[:20], *rows[30:]]))
     grown = subprocess.run(
         [*command, "--cpus", "2", "--grow"],
@@ -230,21 +236,22 @@ def require_repair(folder: RunFolder, environment: dict[str, str]) -> None:
         )
 
     assert verb("verify", str(folder.root)).returncode == 0
-    shard = next(folder.latents.glob("*/32px-5f/latent/c.0.*"))
-    before = shard.read_bytes()
-    shard.write_bytes(before[:9] + bytes([before[9] ^ 1]) + before[10:])
+    latents = Place(folder.latents)
+    shard = next(name for name in latents.names() if "/32px-5f/latent/c.0." in name)
+    before = latents.read(shard)
+    latents.flip(shard, 9, 1)
     named = verb("verify", str(folder.root))
     assert named.returncode == 1
     assert "32px-5f/latent/c.0.0.0.0.0 latent of sample" in named.stdout
     repaired = verb("repair", str(PLAN), "--storage", str(folder.root.parent), "--cpus", "2")
     assert repaired.returncode == 0, repaired.stderr[-4000:]
     assert "encoded again: 1 shards; sealed as " in repaired.stdout
-    assert shard.read_bytes() == before
+    assert latents.read(shard) == before
     assert verb("verify", str(folder.root)).returncode == 0
 
 
-def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
-    videos: Path, tmp_path: Path
+def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on_with_latents_in_a_bucket(
+    videos: Path, tmp_path: Path, bucket: Place
 ) -> None:
     command = [sys.executable, "-m", "elastic", "train", str(PLAN), "--storage", str(tmp_path)]
     folder = RunFolder(tmp_path / "tiny")
@@ -255,7 +262,10 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
 
     with (tmp_path / "first.log").open("wb") as log:
         first = subprocess.Popen(
-            [*command, "--cpus", "1"], env=environment(videos, times=8), stdout=log, stderr=log
+            [*command, "--cpus", "1", "--latents", bucket.root],
+            env=environment(videos, times=8),
+            stdout=log,
+            stderr=log,
         )
         wait_until(published, f"a checkpoint; {tmp_path}/first.log", 180)
         family = psutil.Process(first.pid).children(recursive=True)
@@ -277,6 +287,8 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
     assert second.returncode == 0, second.stderr[-4000:]
     assert not alive(family)
     check_finished_run(folder)
+    assert folder.latents == f"{bucket.root}/tiny/latents"
+    assert not (folder.root / "latents").exists()
     starts = [e for e in read_events(folder.root) if e["kind"] == "start"]
     assert [e["stage"] for e in starts].count("hunyuan-vae") == 1, "finished stages stay finished"
     again = [e for e in starts if e["stage"] == "hunyuan-dit"]

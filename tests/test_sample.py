@@ -19,13 +19,13 @@ from torch import Tensor
 
 from elastic import sample
 from elastic.cli import main
-from elastic.course import LATENTS, sample_request
+from elastic.course import sample_request
 from elastic.data.decode import to_unit
 from elastic.data.encode import FIELDS, Scale
 from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
-from elastic.folders import RunFolder
+from elastic.folders import LATENT_PINS, RunFolder
 from elastic.record import write_record
 from elastic.sample import SampleRequest, make_samples, read_image
 from elastic.weights import FINISHED, WEIGHTS, load_weights
@@ -193,7 +193,7 @@ def _finished_run(stage: DiffusionStage, root: Path) -> RunFolder:
     write_atomic(folder.stage(stage.name) / FINISHED, b'{"samples": 40}')
     scale = {"mean": SCALE.mean, "std": SCALE.std}
     pinned = json.dumps({"fingerprint": "f", "scale": scale}).encode()
-    write_atomic(folder.stage(stage.name) / LATENTS, pinned)
+    write_atomic(folder.stage(stage.name) / LATENT_PINS, pinned)
     return folder
 
 
@@ -214,7 +214,7 @@ def test_a_request_takes_the_null_text_from_the_latents_and_knows_where_the_enco
         text_width=8,
         pooled_width=4,
     )
-    LatentStore.create(folder.latents / "f", schema).publish_null_text(null)
+    LatentStore.create(f"{folder.latents}/f", schema).publish_null_text(null)
     monkeypatch.chdir(tmp_path)
     found = sample_request(folder, stage, CAPTIONS, tmp_path / "out")
     assert torch.equal(found.null.embedding_LD, null.embedding_LD)
@@ -232,7 +232,7 @@ def test_the_text_encoder_must_be_that_of_the_latents_while_they_are_there(
     stage = made.stage.replace(vae=CODEC.replace(weights=str(made.codec_weights)))
     folder = _finished_run(stage, tmp_path / "run")
     made.weights.rename(folder.stage("tiny") / WEIGHTS)
-    fields = folder.latents / "f" / FIELDS
+    fields = Path(folder.latents, "f", FIELDS)
     write_atomic(fields, json.dumps({"text": encoder.fingerprint_fields()}).encode())
     asked = sample_request(folder, stage, CAPTIONS, tmp_path / "out")
     make_samples(replace(asked, steps=1))

@@ -1,5 +1,6 @@
 """The latent store: what was committed is read back exactly, and damage is named."""
 
+import json
 import os
 import random
 import signal
@@ -12,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from s3_server import s3_server  # noqa: F401  # a fixture
+from store_places import Place, a_bucket, a_place  # noqa: F401  # fixtures
 
-from elastic.data.schema import NULL_TEXT, array_digest, plan_json, shard_file
+from elastic.data.schema import NULL_TEXT, array_digest, plan_json, sealed_file, shard_file
 from elastic.data.shards import (
     canonical_digest,
     crc32c,
     group_json,
+    json_bytes,
     plain_bytes,
-    publish,
-    publish_json,
 )
 from elastic.data.store import (
     Absent,
@@ -36,6 +37,7 @@ from elastic.data.store import (
     ShardId,
     StoreSchema,
     fingerprint,
+    per_sample_file,
 )
 from elastic.errors import InputError
 from models.text import TextEmbedding
@@ -46,9 +48,14 @@ VIDEO, IMAGE = "32px-5f", "64px-1f"
 
 
 def _schema(
-    videos: int = 11, images: int = 3, k: int = 4, shape: tuple[int, int, int, int] = (4, 2, 3, 5)
+    videos: int = 11,
+    images: int = 3,
+    k: int = 4,
+    shape: tuple[int, int, int, int] = (4, 2, 3, 5),
+    packed: bool = False,
 ) -> StoreSchema:
     return StoreSchema(
+        packed=packed,
         fingerprint=PRINT,
         buckets=(
             BucketPlan(name=VIDEO, shape=shape, sample_ids=tuple(range(100, 100 + videos))),
@@ -83,7 +90,7 @@ def _write(store: LatentStore, shard: ShardId, absent: frozenset[int] = frozense
     store.write_shard(*shard, samples)
 
 
-def _check(root: Path, schema: StoreSchema, absent: frozenset[int] = frozenset()) -> None:
+def _check(root: str | Path, schema: StoreSchema, absent: frozenset[int] = frozenset()) -> None:
     sealed = SealedStore.open(root, PRINT)
     for bucket in schema.buckets:
         ids = [n for n in bucket.sample_ids if n not in absent]
@@ -105,6 +112,7 @@ def _check(root: Path, schema: StoreSchema, absent: frozenset[int] = frozenset()
     images=st.integers(1, 5),
     k=st.integers(1, 6),
     absent=st.frozensets(st.integers(100, 113)),
+    packed=st.booleans(),
 )
 def test_what_is_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory,
@@ -112,9 +120,10 @@ def test_what_is_written_is_read_back(
     images: int,
     k: int,
     absent: frozenset[int],
+    packed: bool,
 ) -> None:
     root = tmp_path_factory.mktemp("latents")
-    schema = _schema(videos, images, k)
+    schema = _schema(videos, images, k, packed=packed)
     store = LatentStore.create(root, schema)
     _fill(store, absent)
     assert store.missing() == []
@@ -123,19 +132,41 @@ def test_what_is_written_is_read_back(
     assert store.quarantined() == {n: "cut off" for n in absent if n < 100 + videos}
 
 
-def test_zarr_reads_the_same_values(tmp_path: Path) -> None:
-    schema = _schema()
+_ZARR = """
+import json, sys
+import numpy as np
+import zarr
+group = zarr.open_group(sys.argv[1], mode="r")
+members = dict(group.members(max_depth=None))
+arrays = {name: member[:] for name, member in members.items() if isinstance(member, zarr.Array)}
+np.savez(sys.argv[2], **arrays)
+print(json.dumps({"": dict(group.attrs), **{n: dict(m.attrs) for n, m in members.items()}}))
+"""
+
+
+def _by_zarr(
+    place: Place, folder: Path
+) -> tuple[dict[str, dict[str, str]], dict[str, NDArray[np.generic]]]:
+    """Attributes and arrays of a store, as zarr alone reads them in a process of its own."""
+    command = [sys.executable, "-c", _ZARR, place.root, str(folder / "arrays.npz")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with np.load(folder / "arrays.npz") as arrays:
+        return json.loads(said), dict(arrays)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_zarr_reads_the_same_values(place: Place, tmp_path: Path, packed: bool) -> None:
+    schema = _schema(packed=packed)
     absent = frozenset({102, 107})
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     _fill(store, absent)
     digest = store.seal()
-    group = zarr.open_group(tmp_path, mode="r")
-    assert dict(group.attrs) == {"fingerprint": PRINT, "digest": digest}
-    bucket = group[VIDEO]
-    latent, text, pooled = bucket["latent"][:], bucket["text"][:], bucket["pooled"][:]
-    assert bucket["latent"].attrs["logical_dtype"] == "bfloat16"
+    attributes, arrays = _by_zarr(place, tmp_path)
+    assert attributes[""] == {"fingerprint": PRINT, "digest": digest}
+    assert attributes[f"{VIDEO}/latent"] == {"logical_dtype": "bfloat16"}
+    latent, text, pooled = (arrays[f"{VIDEO}/{name}"] for name in ("latent", "text", "pooled"))
     assert (latent.shape, text.shape, pooled.shape) == ((11, 4, 2, 3, 5), (11, 19, 6), (11, 5))
-    ids, lengths = bucket["sample_id"][:], bucket["text_length"][:]
+    ids, lengths = (arrays[f"{VIDEO}/{name}"] for name in ("sample_id", "text_length"))
     for slot, number in enumerate(schema.bucket(VIDEO).sample_ids):
         if number in absent:
             assert ids[slot] == -1
@@ -152,12 +183,12 @@ def test_zarr_reads_the_same_values(tmp_path: Path) -> None:
             assert torch.equal(torch.from_numpy(array).view(torch.bfloat16), tensor)
 
 
-def test_reading_fills_the_callers_buffer(tmp_path: Path) -> None:
+def test_reading_fills_the_callers_buffer(place: Place) -> None:
     schema = _schema()
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     _fill(store)
     store.seal()
-    sealed = SealedStore.open(tmp_path, PRINT)
+    sealed = SealedStore.open(place.root, PRINT)
     ring = torch.zeros((2, *schema.bucket(VIDEO).shape), dtype=torch.bfloat16)
     batch = sealed.read_batch(VIDEO, [9, 2], out=ring)
     assert batch.latents_BCTHW.data_ptr() == ring.data_ptr()
@@ -168,41 +199,41 @@ def test_reading_fills_the_callers_buffer(tmp_path: Path) -> None:
         sealed.read(VIDEO, 11, ring[0])
 
 
-def test_the_digest_is_of_the_content_and_not_of_the_way(tmp_path: Path) -> None:
+def test_the_digest_is_of_the_content_and_not_of_the_way(place: Place) -> None:
     schema = _schema()
     digests = []
     for name, order in (("a", 1), ("b", -1)):
-        writers = [LatentStore.create(tmp_path / name, schema) for _ in range(2)]
+        writers = [LatentStore.create(f"{place.root}/{name}", schema) for _ in range(2)]
         for turn, shard in enumerate(writers[0].shard_ids()[::order]):
             _write(writers[turn % 2], shard)
         _write(writers[1], (VIDEO, 0))  # a second time, by whoever
         digests.append(writers[0].seal())
         assert writers[1].seal() == digests[-1]
     assert digests[0] == digests[1]
-    other = LatentStore.create(tmp_path / "c", schema)
+    other = LatentStore.create(f"{place.root}/c", schema)
     _fill(other, frozenset({100}))
     assert other.seal() != digests[0]
 
 
-def test_another_fingerprint_digest_or_plan_is_refused(tmp_path: Path) -> None:
-    store = LatentStore.create(tmp_path, _schema())
+def test_another_fingerprint_digest_or_plan_is_refused(place: Place) -> None:
+    store = LatentStore.create(place.root, _schema())
     with pytest.raises(InputError, match="not sealed"):
-        SealedStore.open(tmp_path, PRINT)
+        SealedStore.open(place.root, PRINT)
     with pytest.raises(ValueError, match="4 shards are missing"):
         store.seal()
     _fill(store)
     digest = store.seal()
-    assert SealedStore.open(tmp_path, PRINT, digest).digest == digest
+    assert SealedStore.open(place.root, PRINT, digest).digest == digest
     other = fingerprint({"codec": "test", "rate": 9})
     with pytest.raises(InputError, match=f"fingerprint {PRINT}, the stage needs {other}"):
-        SealedStore.open(tmp_path, other)
+        SealedStore.open(place.root, other)
     with pytest.raises(InputError, match=f"digest {digest}, the stage needs 00"):
-        SealedStore.open(tmp_path, PRINT, "00")
+        SealedStore.open(place.root, PRINT, "00")
     with pytest.raises(InputError, match="buckets is"):
-        LatentStore.create(tmp_path, _schema(videos=12))
-    assert LatentStore.open(tmp_path).schema == _schema()
+        LatentStore.create(place.root, _schema(videos=12))
+    assert LatentStore.open(place.root).schema == _schema()
     with pytest.raises(InputError, match=r"plan\.json is missing"):
-        LatentStore.open(tmp_path / "none")
+        LatentStore.open(f"{place.root}/none")
 
 
 def test_fingerprints_follow_values_and_not_order() -> None:
@@ -212,9 +243,9 @@ def test_fingerprints_follow_values_and_not_order() -> None:
         fingerprint({"a": object()})
 
 
-def test_wrong_samples_are_not_written(tmp_path: Path) -> None:
+def test_wrong_samples_are_not_written(place: Place) -> None:
     schema = _schema()
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     samples = [_sample(schema, VIDEO, n) for n in store.planned((VIDEO, 0))]
     with pytest.raises(ValueError, match="is planned as"):
         store.write_shard(VIDEO, 0, samples[::-1])
@@ -224,84 +255,114 @@ def test_wrong_samples_are_not_written(tmp_path: Path) -> None:
     assert len(store.missing()) == 4
 
 
-def test_a_torn_or_damaged_line_costs_one_shard(tmp_path: Path) -> None:
+def test_a_torn_or_damaged_line_costs_one_shard(place: Place) -> None:
     schema = _schema()
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     _fill(store)
-    (lines,) = tmp_path.glob("manifest-*.jsonl")
-    whole = lines.read_bytes()
+    ((name, whole),) = [log for log in place.logs().items() if IMAGE.encode() in log[1]]
     for cut in range(1, 60, 7):
-        lines.write_bytes(whole[:-cut])
-        assert LatentStore.open(tmp_path).missing() == ([(IMAGE, 0)] if cut > 1 else [])
-    middle = whole.index(b"absent", len(whole) // 2)
-    lines.write_bytes(whole[:middle] + b"A" + whole[middle + 1 :])
-    again = LatentStore.open(tmp_path)
+        place.write(name, whole[:-cut])
+        assert LatentStore.open(place.root).missing() == ([(IMAGE, 0)] if cut > 1 else [])
+    middle = whole.rindex(b"absent")
+    place.write(name, whole[:middle] + b"A" + whole[middle + 1 :])
+    again = LatentStore.open(place.root)
     assert len(again.missing()) == 1
     # A torn line in front of a good one, as after a full disk.
-    lines.write_bytes(whole[:-20])
+    place.write(name, whole[:-20])
     _fill(again)
     again.seal()
-    _check(tmp_path, schema)
+    _check(place.root, schema)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("array", ["latent", "text", "pooled"])
-def test_a_flipped_bit_is_found_and_named(tmp_path: Path, array: str) -> None:
-    schema = _schema()
-    store = LatentStore.create(tmp_path, schema)
+def test_a_flipped_bit_is_found_and_named(place: Place, array: str, packed: bool) -> None:
+    schema = _schema(packed=packed)
+    store = LatentStore.create(place.root, schema)
     _fill(store)
     digest = store.seal()
-    path = shard_file(tmp_path, VIDEO, array, 1)
-    data = bytearray(path.read_bytes())
-    data[1] ^= 4
-    path.write_bytes(data)
-    sealed = SealedStore.open(tmp_path, PRINT)
+    path = shard_file(VIDEO, array, 1)
+    place.flip(path, 1, 4)
+    sealed = SealedStore.open(place.root, PRINT)
     with pytest.raises(DamagedStore) as caught:
         sealed.read_batch(VIDEO, range(11))
-    for word in (str(path), f"{array} of sample 104", "CRC", "delete that file"):
+    for word in (f"{place.root}/{path}", f"{array} of sample 104", "CRC", "delete that file"):
         assert word in str(caught.value)
-    path.unlink()
+    place.remove(path)
     with pytest.raises(DamagedStore, match="is gone with its shard"):
-        SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(11))
+        SealedStore.open(place.root, PRINT).read_batch(VIDEO, range(11))
     assert store.missing() == [(VIDEO, 1)]
     _fill(store)
     assert store.seal() == digest
-    _check(tmp_path, schema)
+    _check(place.root, schema)
 
 
 @pytest.mark.parametrize("array", ["latent", "text", "pooled"])
-def test_a_truncated_shard_is_missing(tmp_path: Path, array: str) -> None:
-    store = LatentStore.create(tmp_path, _schema())
+def test_a_damaged_index_of_a_packed_shard_is_found_and_named(place: Place, array: str) -> None:
+    store = LatentStore.create(place.root, _schema(packed=True))
     _fill(store)
     store.seal()
-    path = shard_file(tmp_path, VIDEO, array, 2)
-    os.truncate(path, 3)
+    path = shard_file(VIDEO, array, 1)
+    place.flip(path, -9, 4)
+    with pytest.raises(DamagedStore, match=rf"{path}: {array} of .* has a damaged index"):
+        SealedStore.open(place.root, PRINT).read_batch(VIDEO, range(11))
+
+
+def test_packed_latents_take_less_and_are_the_same(tmp_path: Path) -> None:
+    sizes = {}
+    for packed in (False, True):
+        schema = _schema(shape=(16, 3, 16, 16), packed=packed)
+        store = LatentStore.create(tmp_path / str(packed), schema)
+        _fill(store)
+        store.seal()
+        _check(tmp_path / str(packed), schema)
+        sizes[packed] = sum(store.folder.sizes(f"{VIDEO}/latent").values())
+    assert sizes[True] < 0.8 * sizes[False], "of noise, which packs worst"
+
+
+def test_a_store_that_was_begun_stays_packed_or_not(tmp_path: Path) -> None:
+    for packed in (False, True):
+        root = tmp_path / str(packed)
+        _write(LatentStore.create(root, _schema(packed=packed)), (VIDEO, 0))
+        store = LatentStore.create(root, _schema(packed=not packed))
+        assert store.schema == _schema(packed=packed)
+        _fill(store)
+        store.seal()
+        _check(root, _schema(packed=packed))
+
+
+@pytest.mark.parametrize("array", ["latent", "text", "pooled"])
+def test_a_truncated_shard_is_missing(place: Place, array: str) -> None:
+    store = LatentStore.create(place.root, _schema())
+    _fill(store)
+    store.seal()
+    path = shard_file(VIDEO, array, 2)
+    place.write(path, place.read(path)[:3])
     assert store.missing() == [(VIDEO, 2)]
     with pytest.raises(DamagedStore, match="is cut off after"):
-        SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(11))
+        SealedStore.open(place.root, PRINT).read_batch(VIDEO, range(11))
 
 
-def test_the_null_text_is_sealed_with_the_store(tmp_path: Path) -> None:
-    store = LatentStore.create(tmp_path, _schema())
+def test_the_null_text_is_sealed_with_the_store(place: Place) -> None:
+    store = LatentStore.create(place.root, _schema())
     _fill(store)
     without = store.seal()
-    assert SealedStore.open(tmp_path, PRINT).null_text is None
+    assert SealedStore.open(place.root, PRINT).null_text is None
     null = TextEmbedding(torch.randn(3, 6).bfloat16(), torch.randn(5).bfloat16())
     assert not store.has_null_text()
     store.publish_null_text(null)
     digest = store.seal()
     assert digest != without
-    found = SealedStore.open(tmp_path, PRINT, digest).null_text
+    found = SealedStore.open(place.root, PRINT, digest).null_text
     assert found is not None
     assert torch.equal(found.embedding_LD, null.embedding_LD.float())
     assert torch.equal(found.pooled_D, null.pooled_D.float())
-    data = bytearray((tmp_path / NULL_TEXT).read_bytes())
-    data[-1] ^= 1
-    (tmp_path / NULL_TEXT).write_bytes(data)
+    place.flip(NULL_TEXT, -1, 1)
     with pytest.raises(DamagedStore, match=r"null_text\.safetensors is not what was sealed"):
-        SealedStore.open(tmp_path, PRINT)
-    (tmp_path / NULL_TEXT).unlink()
+        SealedStore.open(place.root, PRINT)
+    place.remove(NULL_TEXT)
     with pytest.raises(DamagedStore, match="delete it and"):
-        SealedStore.open(tmp_path, PRINT)
+        SealedStore.open(place.root, PRINT)
 
 
 def _with_stills() -> StoreSchema:
@@ -327,51 +388,51 @@ def _still(number: int) -> torch.Tensor:
     return torch.randn((4, 2, 3, 5), generator=made).to(torch.bfloat16)
 
 
-def test_stills_of_given_frames_are_kept_where_the_plan_has_them(tmp_path: Path) -> None:
+def test_stills_of_given_frames_are_kept_where_the_plan_has_them(
+    place: Place, tmp_path: Path
+) -> None:
     schema = _with_stills()
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     _fill_with_stills(store)
     digest = store.seal()
-    assert LatentStore.open(tmp_path).schema == schema
-    sealed = SealedStore.open(tmp_path, PRINT, digest)
+    assert LatentStore.open(place.root).schema == schema
+    sealed = SealedStore.open(place.root, PRINT, digest)
     ids = [n for n in schema.bucket(VIDEO).sample_ids if n != 102]
     order = random.Random(1).sample(range(10), 10)
     batch = sealed.read_batch(VIDEO, order)
     assert batch.given_BCTHW is not None
-    for place, index in enumerate(order):
-        assert torch.equal(batch.given_BCTHW[place], _still(ids[index]))
+    for number, index in enumerate(order):
+        assert torch.equal(batch.given_BCTHW[number], _still(ids[index]))
         wanted = _sample(schema, VIDEO, ids[index])
-        assert torch.equal(batch.latents_BCTHW[place], wanted.latent_CTHW)
+        assert torch.equal(batch.latents_BCTHW[number], wanted.latent_CTHW)
     assert sealed.read_batch(IMAGE, [0]).given_BCTHW is None
-    group = zarr.open_group(tmp_path, mode="r")
-    array = group[VIDEO]["given"]
+    _, arrays = _by_zarr(place, tmp_path)
+    array = arrays[f"{VIDEO}/given"]
     assert array.shape == (11, 4, 2, 3, 5)
-    assert group[VIDEO]["crc32c"].shape == (11, 4)
-    assert group[IMAGE]["crc32c"].shape == (3, 3)
+    assert arrays[f"{VIDEO}/crc32c"].shape == (11, 4)
+    assert arrays[f"{IMAGE}/crc32c"].shape == (3, 3)
     assert torch.equal(torch.from_numpy(array[5]).view(torch.bfloat16), _still(105))
     assert (array[2] == 0x7FC0).all()
-    assert "given" not in group[IMAGE]
+    assert f"{IMAGE}/given" not in arrays
 
 
-def test_damaged_stills_are_found_and_only_their_shard_is_redone(tmp_path: Path) -> None:
-    store = LatentStore.create(tmp_path, _with_stills())
+def test_damaged_stills_are_found_and_only_their_shard_is_redone(place: Place) -> None:
+    store = LatentStore.create(place.root, _with_stills())
     _fill_with_stills(store)
     digest = store.seal()
-    path = shard_file(tmp_path, VIDEO, "given", 1)
-    data = bytearray(path.read_bytes())
-    data[1] ^= 4
-    path.write_bytes(data)
+    path = shard_file(VIDEO, "given", 1)
+    place.flip(path, 1, 4)
     with pytest.raises(DamagedStore, match=r"given of sample 104 .*CRC"):
-        SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(10))
-    path.unlink()
+        SealedStore.open(place.root, PRINT).read_batch(VIDEO, range(10))
+    place.remove(path)
     assert store.missing() == [(VIDEO, 1)]
     _fill_with_stills(store)
     assert store.seal() == digest
-    SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, range(10))
+    SealedStore.open(place.root, PRINT).read_batch(VIDEO, range(10))
 
 
-def test_a_sample_has_stills_exactly_where_the_plan_has_them(tmp_path: Path) -> None:
-    store = LatentStore.create(tmp_path, _with_stills())
+def test_a_sample_has_stills_exactly_where_the_plan_has_them(place: Place) -> None:
+    store = LatentStore.create(place.root, _with_stills())
     bare = [_sample(store.schema, VIDEO, n) for n in store.planned((VIDEO, 0))]
     with pytest.raises(ValueError, match=r"bucket '32px-5f' keeps .*'given'.*got"):
         store.write_shard(VIDEO, 0, bare)
@@ -382,7 +443,7 @@ def test_a_sample_has_stills_exactly_where_the_plan_has_them(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"bucket '64px-1f' keeps"):
         store.write_shard(IMAGE, 0, image)
     with pytest.raises(InputError, match="buckets is"):
-        LatentStore.create(tmp_path, _schema())
+        LatentStore.create(place.root, _schema())
 
 
 def test_a_plan_without_stills_is_written_as_ever() -> None:
@@ -392,69 +453,61 @@ def test_a_plan_without_stills_is_written_as_ever() -> None:
     assert _schema().arrays(VIDEO) == ("latent", "text", "pooled")
 
 
-def test_changed_rows_are_found_when_opened(tmp_path: Path) -> None:
-    store = LatentStore.create(tmp_path, _schema())
+def test_changed_rows_are_found_when_opened(place: Place) -> None:
+    store = LatentStore.create(place.root, _schema())
     _fill(store)
     store.seal()
-    path = tmp_path / VIDEO / "sample_id" / "c.0"
-    data = bytearray(path.read_bytes())
-    data[0] ^= 1
-    path.write_bytes(data)
+    place.flip(per_sample_file(VIDEO, "sample_id"), 0, 1)
     with pytest.raises(DamagedStore, match="sample_id"):
-        SealedStore.open(tmp_path, PRINT)
+        SealedStore.open(place.root, PRINT)
 
 
-def test_two_machines_that_round_differently_leave_one_truth(tmp_path: Path) -> None:
+def test_two_machines_that_round_differently_leave_one_truth(place: Place) -> None:
     schema = _schema()
-    first, second = (LatentStore.create(tmp_path, schema) for _ in range(2))
+    first, second = (LatentStore.create(place.root, schema) for _ in range(2))
     _fill(first)
     samples = [_sample(schema, VIDEO, n) for n in first.planned((VIDEO, 1))]
     rounded = samples[2]._replace(latent_CTHW=samples[2].latent_CTHW + 1)
     second.write_shard(VIDEO, 1, [*samples[:2], rounded, samples[3]])
     assert first.missing() == []
     first.seal()
-    batch = SealedStore.open(tmp_path, PRINT).read_batch(VIDEO, [6])
+    batch = SealedStore.open(place.root, PRINT).read_batch(VIDEO, [6])
     assert torch.equal(batch.latents_BCTHW[0], rounded.latent_CTHW)
     # A mixture of both: neither line is true, so the shard is encoded again.
-    mixed = shard_file(tmp_path, VIDEO, "latent", 1)
-    data = bytearray(mixed.read_bytes())
-    data[0] ^= 1
-    mixed.write_bytes(data)
+    place.flip(shard_file(VIDEO, "latent", 1), 0, 1)
     assert first.missing() == [(VIDEO, 1)]
 
 
 _WRITER = """
 import sys
-from pathlib import Path
 sys.path.insert(0, "tests")
 from test_store import _fill, _schema
 from elastic.data.store import LatentStore
-_fill(LatentStore.create(Path(sys.argv[1]), _schema(videos=480, shape=(16, 5, 16, 16))))
+_fill(LatentStore.create(sys.argv[1], _schema(videos=480, shape=(16, 5, 16, 16))))
 """
 
 
-def test_killed_writers_lose_nothing_that_was_committed(tmp_path: Path) -> None:
+def test_killed_writers_lose_nothing_that_was_committed(place: Place) -> None:
     schema = _schema(videos=480, shape=(16, 5, 16, 16))
     held = 0
     for _ in range(3):
-        before = sum(p.read_bytes().count(b"crcs") for p in tmp_path.glob("manifest-*.jsonl"))
-        with subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], cwd=ROOT) as child:
+        before = sum(log.count(b"crcs") for log in place.logs().values())
+        with subprocess.Popen([sys.executable, "-c", _WRITER, place.root], cwd=ROOT) as child:
             deadline = time.monotonic() + 60
             lines = before
             while lines < before + 8 and time.monotonic() < deadline and child.poll() is None:
                 time.sleep(0.003)
-                found = [p.read_bytes().count(b"crcs") for p in tmp_path.glob("manifest-*.jsonl")]
-                lines = sum(found)
+                lines = sum(log.count(b"crcs") for log in place.logs().values())
             os.kill(child.pid, signal.SIGKILL)
-        missing = LatentStore.open(tmp_path).missing()
+        missing = LatentStore.open(place.root).missing()
         done = 121 - len(missing)
         assert held + 8 <= done < 121  # it went on where the last one stopped
         held = done
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     _fill(store)
     store.seal()
-    assert list(tmp_path.rglob("*.tmp")) == []
-    _check(tmp_path, schema)
+    assert [name for name in place.names() if name.endswith(".tmp")] == []
+    _check(place.root, schema)
 
 
 def test_bad_plans_are_refused() -> None:
@@ -467,13 +520,13 @@ def test_bad_plans_are_refused() -> None:
 
 
 def test_what_was_found_whole_is_not_checked_again_until_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema = _schema(videos=20)
-    store = LatentStore.create(tmp_path, schema)
+    store = LatentStore.create(place.root, schema)
     _fill(store)
     store.seal()
-    sealed, checked = SealedStore.open(tmp_path, PRINT), []
+    sealed, checked = SealedStore.open(place.root, PRINT), []
     monkeypatch.setattr("elastic.data.sealed.crc32c", lambda b: checked.append(1) or crc32c(b))
     sealed.read_batch(VIDEO, [3, 17])
     first = len(checked)
@@ -482,10 +535,9 @@ def test_what_was_found_whole_is_not_checked_again_until_that_is_asked_for(
     assert len(checked) == first
     sealed.read_batch(VIDEO, [4])
     assert len(checked) == first * 3 // 2
-    path = shard_file(tmp_path, VIDEO, "latent", 3 // schema.samples_per_shard)
-    content = bytearray(path.read_bytes())
-    content[: len(content) // 2] = bytes(len(content) // 2)
-    path.write_bytes(content)
+    path = shard_file(VIDEO, "latent", 3 // schema.samples_per_shard)
+    content = place.read(path)
+    place.write(path, bytes(len(content) // 2) + content[len(content) // 2 :])
     sealed.forget_checks()
     with pytest.raises(DamagedStore, match="has CRC"):
         sealed.read_batch(VIDEO, range(8))
@@ -494,7 +546,7 @@ def test_what_was_found_whole_is_not_checked_again_until_that_is_asked_for(
 def test_many_shards_are_read_with_few_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elastic.data.sealed._OPEN_FILES", 3)
+    monkeypatch.setattr("elastic.data.store_folder._OPEN_FILES", 3)
     schema = _schema(videos=20, k=1)
     store = LatentStore.create(tmp_path, schema)
     _fill(store)
@@ -542,9 +594,9 @@ def _peak_kb(root: Path, num_samples: int) -> int:
     # What writing 10^6 samples one by one would leave, of zeros and without text.
     sizes = {"latent": 2, "text": 0, "pooled": 2 * schema.pooled_width}
     for array, size in sizes.items():
-        publish(shard_file(root, VIDEO, array, 0), [np.zeros(size * 1000, np.uint8)])
+        store.folder.publish(shard_file(VIDEO, array, 0), [np.zeros(size * 1000, np.uint8)])
         for shard in range(1, num_samples // 1000):
-            os.link(shard_file(root, VIDEO, array, 0), shard_file(root, VIDEO, array, shard))
+            os.link(*(root / shard_file(VIDEO, array, number) for number in (0, shard)))
     crcs = [crc32c(np.zeros(size, np.uint8)) for size in sizes.values()]
     arrays: dict[str, NDArray[np.generic]] = {
         "sample_id": np.arange(num_samples, dtype="<i8"),
@@ -552,11 +604,12 @@ def _peak_kb(root: Path, num_samples: int) -> int:
         "crc32c": np.tile(np.asarray(crcs, "<u4"), (num_samples, 1)),
     }
     for name, array_N in arrays.items():
-        publish(store.per_sample_file(VIDEO, name), plain_bytes(array_N))
+        store.folder.publish(per_sample_file(VIDEO, name), plain_bytes(array_N))
     content = {"arrays": {VIDEO: {name: array_digest(a) for name, a in arrays.items()}}}
     digest = canonical_digest(content)
-    publish_json(root / f"manifest-{digest}.json", content)
-    publish_json(root / "zarr.json", group_json({"fingerprint": PRINT, "digest": digest}))
+    store.folder.publish(sealed_file(digest), json_bytes(content))
+    seal = group_json({"fingerprint": PRINT, "digest": digest})
+    store.folder.publish("zarr.json", json_bytes(seal))
     command = [sys.executable, "-c", _OPEN_AND_READ, str(root), PRINT]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -576,7 +629,7 @@ def test_a_column_that_is_cut_off_while_it_is_open_is_damage_and_not_numbers(
     _fill(store)
     store.seal()
     sealed = SealedStore.open(tmp_path, PRINT)
-    os.truncate(store.per_sample_file(VIDEO, "text_length"), 100)
+    os.truncate(tmp_path / per_sample_file(VIDEO, "text_length"), 100)
     with pytest.raises(
         DamagedStore, match=r"text_length/c\.0 has been cut off since it was opened"
     ):

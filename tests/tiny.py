@@ -3,7 +3,7 @@
 # B sample, C channel, T frame, H, W latent grid
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint import Checkpoints, Fence
-from elastic.data.load import Samples
+from elastic.data.load import Round, Samples
 from elastic.data.order import Layout, layout_of
 from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights
@@ -80,6 +80,9 @@ class DrawnLatents:
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return indices + self._first_id + (1000 if bucket.name == STILL else 0)
+
+    def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
+        return (self.fetch(bucket, indices) for bucket, indices in rounds)
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         ids, codec = self.sample_ids(bucket, indices), self._stage.codec

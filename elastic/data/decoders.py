@@ -5,6 +5,7 @@ process, which is started anew, and the file gets the reason. What the machine d
 told apart from that: it says nothing about the file.
 """
 
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -12,10 +13,11 @@ import resource
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +76,7 @@ class Decoders:
         Up to `ahead` clips are decoded before they are asked for. Raises Unreachable for a file
         that cannot be read just now, or whose decoders the machine ends.
         """
-        for found in self._in_order(wanted, ahead):
+        for found in self.answers(wanted, ahead):
             if isinstance(found, Unreachable):
                 raise found
             assert not isinstance(found, Probe), "a probe was not asked for"
@@ -82,9 +84,37 @@ class Decoders:
 
     def probe(self, paths: Iterable[str]) -> Iterator[Probe | BadVideo | Unreachable]:
         """What is in each file, or why that is not known."""
-        for found in self._in_order(paths, 4 * self.num):
+        for found in self.answers(paths, 4 * self.num):
             assert not isinstance(found, np.ndarray), "pictures were not asked for"
             yield found
+
+    def answers(
+        self,
+        questions: Iterable[Wanted | str],
+        ahead: int,
+        known: Mapping[Wanted | str, Answer] = MappingProxyType({}),
+    ) -> Iterator[Answer]:
+        """The answer to each question; up to `ahead` are asked before they are wanted.
+
+        What is `known` when a question's turn comes is not asked again.
+        """
+        left = iter(questions)
+        waiting: deque[Future[Answer]] = deque()
+        try:
+            while True:
+                while len(waiting) <= ahead and (question := next(left, None)) is not None:
+                    waiting.append(self._threads.submit(self._ask, question, known))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def start(self) -> None:
+        """Have the processes started meanwhile, for who will ask soon."""
+        for _ in range(self.num):
+            self._threads.submit(lambda: self._own_process().begin())
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
@@ -93,26 +123,15 @@ class Decoders:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
 
-    def _in_order(self, questions: Iterable[Wanted | str], ahead: int) -> Iterator[Answer]:
-        left = iter(questions)
-        waiting: deque[Future[Answer]] = deque()
-        try:
-            while True:
-                while len(waiting) <= ahead and (question := next(left, None)) is not None:
-                    waiting.append(self._threads.submit(self._ask, question))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def _ask(self, question: Wanted | str, known: Mapping[Wanted | str, Answer]) -> Answer:
+        return known[question] if question in known else self._own_process().ask(question)
 
-    def _ask(self, question: Wanted | str) -> Answer:
+    def _own_process(self) -> "_Process":
         if not hasattr(self._own, "process"):
             self._own.process = _Process(self._do, self._times, self._closing)
             self._processes.append(self._own.process)
         process: _Process = self._own.process
-        return process.ask(question)
+        return process
 
 
 @functools.cache
@@ -130,6 +149,11 @@ class _Process:
         self._started: Any = None  # multiprocessing's process, of a type without a name
         self._connection: Connection | None = None
         self._closing = closing  # then it is not started again
+
+    def begin(self) -> None:
+        """Start it before it is asked."""
+        if self._connection is None:
+            self._start()
 
     def ask(self, question: Wanted | str) -> Answer:
         """Its answer; a process that dies is replaced, and asked again where that may help."""
@@ -216,6 +240,7 @@ class _Process:
 
 def _serve(connection: Connection, do: Do, processor_s: float, environment: dict[str, str]) -> None:
     """Answer until the other side is gone."""
+    _end_with_parent()
     os.environ.update(environment)  # of now: what it was forked from began at some other time
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: whoever asks decides
     torch.set_num_threads(1)
@@ -235,6 +260,16 @@ def _serve(connection: Connection, do: Do, processor_s: float, environment: dict
             connection.send_bytes(np.ascontiguousarray(found).reshape(-1).data)
         else:
             connection.send(found)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process, whatever it is busy with, when whoever asks ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "started by multiprocessing"
+    # A pipe that is never written to: its signal, which ends a process by default, means its end.
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
 def _limit_memory() -> None:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,10 +23,11 @@ from elastic.data.assign import Members
 from elastic.data.clips import Clip, ids_of
 from elastic.data.decode import DECODE_VERSION, BadVideo, to_unit
 from elastic.data.decoders import Wanted, shared_decoders
+from elastic.data.places import join, name_of
 from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
+from elastic.data.store_folder import folder_at
 from elastic.data.verify import FIELDS
 from elastic.errors import InputError
-from elastic.files import write_atomic
 from elastic.weights import file_digest, load_weights
 from models.codec import Codec, CodecModule
 from models.text import TextEncoder
@@ -76,18 +77,19 @@ class EncodeJob:
     weights_digest: str
     scale: Scale
     members: Members
-    root: Path  # of the store
+    root: str  # of the store: a path or URL
     text: TextEncoder  # the stage's, to be used in any folder
     text_fields: dict[str, str | int | float]
+    packed: bool = False  # a store that is begun; one that is there stays as it is
 
     @property
     def fingerprint(self) -> str:
         """The name of the store: changes whenever a stored number could change."""
-        return self.root.name
+        return name_of(self.root)
 
 
 def plan_job(
-    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: Path
+    stage: DiffusionStage, weights: Path, scale: Scale, members: Members, latents: str
 ) -> EncodeJob:
     """Name the store of a stage by everything that decides its content."""
     digest = file_digest(weights)
@@ -111,8 +113,9 @@ def plan_job(
     }
     if stage.given is not None:
         fields["given"] = {"frames": "first, last", "still": stage.codec.nearest_frames(0)}
-    root = latents / fingerprint(fields)
-    write_atomic(root / FIELDS, json.dumps(fields, indent=1).encode())
+    root = join(latents, fingerprint(fields))
+    described = np.frombuffer(json.dumps(fields, indent=1).encode(), np.uint8)
+    folder_at(root).publish(FIELDS, [described])
     text = stage.text.located()
     return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
@@ -139,14 +142,21 @@ def open_store(job: EncodeJob) -> LatentStore:
         text_tokens=text_tokens,
         text_width=stage.text.width,
         pooled_width=stage.text.pooled_width,
+        packed=job.packed,
     )
     return LatentStore.create(job.root, schema)
 
 
 def encode_shards(
-    job: EncodeJob, shards: Sequence[ShardId], again: bool = False, decoders: int = 1
+    job: EncodeJob,
+    shards: Sequence[ShardId],
+    again: bool = False,
+    decoders: int = 1,
+    committed: Callable[[ShardId, int, int], None] = lambda shard, clips, absent: None,
 ) -> int:
     """Encode and commit some shards; returns how many of their clips could not be decoded.
+
+    `committed` is told each shard, its clips, and how many of them could not be decoded.
 
     While the codec works so many processes decode what comes next, and the shard before is written.
     Whoever comes first also publishes the text that stands for no text. `again` is for shards that
@@ -158,13 +168,17 @@ def encode_shards(
     store = LatentStore.open(job.root)
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
     left = list(shards) if again else store.not_there(shards)
+    for shard in sorted({*shards} - {*left}):  # whoever has committed it may not have lived to tell
+        committed(shard, len(store.planned(shard)), 0)
     num_absent, failure = 0, None
     while left:
         done: list[ShardId] = []
         try:
             for shard, samples in _written(job, codec, store, left, again, decoders):
                 done.append(shard)
-                num_absent += sum(isinstance(sample, Absent) for sample in samples)
+                absent = sum(isinstance(sample, Absent) for sample in samples)
+                committed(shard, len(samples), absent)
+                num_absent += absent
             break
         except InputError:
             raise
@@ -234,9 +248,9 @@ def _require_held(
     for sample, clip in zip(samples, clips, strict=True):
         if isinstance(sample, Absent) and store.has_held(shard, sample.sample_id):
             raise InputError(
-                f"shard {shard[1]} of {shard[0]!r} in {str(store.root)!r} cannot be encoded again: "
-                f"{clip.path!r}, which it held: {sample.reason}. Nothing was "
-                "changed; restore the file and give the same command again"
+                f"shard {shard[1]} of {shard[0]!r} in {store.folder.where!r} cannot be encoded "
+                f"again: {clip.path!r}, which it held: {sample.reason}. Nothing was changed; "
+                "restore the file and give the same command again"
             )
 
 

@@ -27,6 +27,15 @@ class JoinedStores:
         """The most tokens that a text of them may have."""
         return max(store.schema.text_tokens for store in self._stores)
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many threads it pays to read with."""
+        return max(store.reads_at_once for store in self._stores)
+
+    def shape(self, bucket: str) -> tuple[int, ...]:
+        """The shape of a latent of the bucket."""
+        return self._stores[0].schema.bucket(bucket).shape
+
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
         return sum(self._counts(bucket))

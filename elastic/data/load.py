@@ -1,10 +1,12 @@
 """Deals the global batch to the ranks in micro-batches of fixed shape, a step ahead of training."""
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from elastic.world import World
 from models.text import TextBatch
 from stages.schedule import Bucket
 from stages.stage import Stage
+
+_CLOSE_S = 10.0  # for the thread of a stream to end
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Micro:
     batch: int
 
 
+Round = tuple[Bucket, Indices]
+
+
 class Source(Protocol):
     """Where samples are read from, by bucket and index."""
 
@@ -60,8 +67,8 @@ class Source(Protocol):
         """The ids of the samples at these indices."""
         ...
 
-    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
-        """Read these samples."""
+    def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
+        """Read the samples of each round; a source may ask for rounds before they are wanted."""
         ...
 
 
@@ -83,11 +90,27 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
     return rounds
 
 
-def rounds_of(plan: BatchPlan, source: Source, rank: int, world: int) -> Iterator[Micro]:
-    """This rank's micro-batches of one global batch."""
-    dealt = deal(len(plan.indices), plan.bucket.micro, rank, world)
-    for turn, (offsets, num_real) in enumerate(dealt):
-        samples = source.fetch(plan.bucket, plan.indices[offsets])
+class _Turn(NamedTuple):
+    """One of this rank's rounds of a batch."""
+
+    plan: BatchPlan
+    offsets: list[int]
+    num_real: int
+    is_last: bool
+
+
+def _turns(plans: Iterable[BatchPlan], rank: int, world: int) -> Iterator[_Turn]:
+    for plan in plans:
+        dealt = deal(len(plan.indices), plan.bucket.micro, rank, world)
+        for turn, (offsets, num_real) in enumerate(dealt):
+            yield _Turn(plan, offsets, num_real, turn == len(dealt) - 1)
+
+
+def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[Micro]:
+    """This rank's micro-batches of global batches."""
+    turns, asked = itertools.tee(_turns(plans, rank, world))
+    found = source.fetch_all((turn.plan.bucket, turn.plan.indices[turn.offsets]) for turn in asked)
+    for (plan, offsets, num_real, is_last), samples in zip(turns, found, strict=True):
         real_B = torch.arange(len(offsets)) < num_real
         weighted = replace(samples, weight_B=samples.weight_B * real_B.float())
         yield Micro(
@@ -95,7 +118,7 @@ def rounds_of(plan: BatchPlan, source: Source, rank: int, world: int) -> Iterato
             bucket=plan.bucket,
             samples=weighted,
             epochs=plan.epochs[offsets],
-            is_last=turn == len(dealt) - 1,
+            is_last=is_last,
             batch=len(plan.indices),
         )
 
@@ -137,9 +160,10 @@ class Stream:
         return step
 
     def close(self) -> None:
-        """Stop reading and wait for the thread."""
+        """Stop reading and wait for the thread; not for long where a disk stands still."""
         self._closing.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + _CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
@@ -147,20 +171,30 @@ class Stream:
 
     def _read_ahead(self, position: int) -> None:
         try:
-            layouts = self._source.layouts()
-            while position < self._stage.budget and not self._closing.is_set():
-                step = self._read(batch_at(self._stage, position, layouts))
-                self._put(step)
-                position += step.plan.bucket.batch
+            shown, planned = itertools.tee(self._plans(position))
+            micros = rounds_of(planned, self._source, self._world.rank, self._world.size)
+            for plan in shown:
+                if self._closing.is_set():
+                    break
+                self._put(self._read(plan, micros))
         except BaseException as error:
             # Handed to the training thread, which raises it: a thread's own error is lost.
             self._put(error)
             if not isinstance(error, Exception):
                 raise
 
-    def _read(self, plan: BatchPlan) -> Step:
-        micros = list(rounds_of(plan, self._source, self._world.rank, self._world.size))
-        return Step(plan, self._source.sample_ids(plan.bucket, plan.indices), micros)
+    def _plans(self, position: int) -> Iterator[BatchPlan]:
+        layouts = self._source.layouts()
+        while position < self._stage.budget:
+            plan = batch_at(self._stage, position, layouts)
+            yield plan
+            position += plan.bucket.batch
+
+    def _read(self, plan: BatchPlan, micros: Iterator[Micro]) -> Step:
+        mine: list[Micro] = []
+        while not mine or not mine[-1].is_last:
+            mine.append(next(micros))
+        return Step(plan, self._source.sample_ids(plan.bucket, plan.indices), mine)
 
     def _put(self, item: Step | BaseException) -> None:
         while not self._closing.is_set():
@@ -174,4 +208,4 @@ def held_out_rounds(source: Source, stage: Stage, bucket: Bucket, world: World) 
     """This rank's micro-batches of a fixed set of held-out samples, from each source its share."""
     indices = first_of(stage.data.shares, source.layouts()[bucket.name], stage.held_out)
     plan = BatchPlan(0, bucket, indices, np.zeros_like(indices))
-    return rounds_of(plan, source, world.rank, world.size)
+    return rounds_of([plan], source, world.rank, world.size)

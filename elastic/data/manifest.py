@@ -1,14 +1,13 @@
 """The commit log of a latent store: one checksummed line for each shard that is on the disk."""
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
 from elastic.data.shards import canonical, crc32c
+from elastic.data.store_folder import StoreFolder
 
 ShardId = tuple[str, int]
 """Bucket name and number of the shard in it."""
@@ -32,29 +31,21 @@ class Commit:
     num_bytes: list[int]
 
 
-def append(path: Path, commit: Commit) -> None:
-    """Add one line and flush it to the disk; when this returns the shard is committed."""
+def line_of(commit: Commit) -> bytes:
+    """One line for the log."""
     body = canonical(asdict(commit))
     # A line of its own even after one that a full disk cut off.
-    line = b"\n%08x %s\n" % (crc32c(np.frombuffer(body, np.uint8)), body)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        written = os.write(descriptor, line)
-        if written != len(line):
-            raise OSError(f"{path}: {written} of {len(line)} bytes were written; is the disk full?")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return b"\n%08x %s\n" % (crc32c(np.frombuffer(body, np.uint8)), body)
 
 
-def read_all(root: Path) -> dict[ShardId, list[Commit]]:
+def read_all(folder: StoreFolder) -> dict[ShardId, list[Commit]]:
     """All commits of all writers; a shard that was written twice alike is listed once.
 
     A torn or damaged line counts as not written: its shard is encoded again.
     """
     found: dict[ShardId, list[Commit]] = defaultdict(list)
-    for path in sorted(root.glob("manifest-*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
+    for log in folder.logs():
+        for line in log.split(b"\n"):
             commit = _parse(line)
             if commit is None:
                 continue

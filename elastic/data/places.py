@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from elastic.errors import InputError
@@ -38,6 +39,11 @@ def join(folder: str, name: str) -> str:
 def parent(path: str) -> str:
     """The folder, or the URL of it, that holds a file."""
     return path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
+
+
+def name_of(path: str) -> str:
+    """The last part of a path or URL."""
+    return path.rpartition("/")[2]
 
 
 def check_url(url: str, what: str) -> None:
@@ -210,6 +216,17 @@ class _Remote(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+@contextmanager
+def as_os_errors(url: str) -> Iterator[None]:
+    """A back end raises whatever its client library raises; here all of it is OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 def _is_missing(error: FileNotFoundError) -> bool:

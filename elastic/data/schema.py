@@ -4,22 +4,27 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic.data.shards import as_bytes, canonical_digest, chunk_name, publish, publish_json
+from elastic.data.packing import Layout
+from elastic.data.shards import as_bytes, canonical_digest, chunk_name, json_bytes
+from elastic.data.store_folder import OpenFile, StoreFolder
 from elastic.errors import InputError
 
 SCHEMA = 1
+PLAN = "plan.json"
+SEAL = "zarr.json"  # of the root: published when the store is finished
 TEXT_BLOCK = 8  # tokens; one by one the index would grow as large as short embeddings
 AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP", "given": "BCTHW"}
 NULL_TEXT = "null_text.safetensors"  # in the root: what dropped text is replaced by
-_PIECE = 2**22  # bytes hashed at once
+_ID = np.dtype("<i8")
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_PACKED = "packed"
 _SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
 
 
@@ -31,8 +36,8 @@ def fingerprint(fields: Mapping[str, object]) -> str:
 class StoredIds(Sequence[int]):
     """The ids of a plan file, read where they are asked for: a plan may have 10^9 of them."""
 
-    def __init__(self, path: Path, count: int) -> None:
-        self._path, self._count = path, count
+    def __init__(self, file: OpenFile, count: int) -> None:
+        self._file, self._count = file, count
 
     def __len__(self) -> int:
         return self._count
@@ -44,18 +49,18 @@ class StoredIds(Sequence[int]):
     def __getitem__(self, at: int | slice) -> int | tuple[int, ...]:
         places = range(self._count)[at]
         if not isinstance(places, range):
-            return int(np.fromfile(self._path, "<i8", 1, offset=8 * places)[0])
+            return int(self._file.array(_ID, 1, places)[0])
         if not len(places):
             return ()
         low, high = min(places[0], places[-1]), max(places[0], places[-1])
-        found = np.fromfile(self._path, "<i8", high - low + 1, offset=8 * low).tolist()
+        found = self._file.array(_ID, high - low + 1, low).tolist()
         return tuple(found[place - low] for place in places)
 
     def __array__(
         self, dtype: "np.dtype[Any] | None" = None, copy: bool | None = None
     ) -> NDArray[Any]:
         """All at one go, for numpy, which would ask for one after the other."""
-        return np.fromfile(self._path, "<i8", self._count).astype(dtype or np.int64, copy=False)
+        return self._file.array(_ID, self._count).astype(dtype or np.int64, copy=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -105,6 +110,7 @@ class StoreSchema:
     text_tokens: int
     text_width: int
     pooled_width: int
+    packed: bool = False  # whether chunks are compressed: the same values in fewer bytes
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.fingerprint):
@@ -136,6 +142,13 @@ class StoreSchema:
             shapes["given"] = (bucket.given, bucket.given)
         return shapes
 
+    def layout(self, bucket: str, array: str) -> Layout:
+        """The form of the array's shards."""
+        sample, chunk = self.shapes(bucket)[array]
+        chunks = int(np.prod(sample)) // int(np.prod(chunk))
+        chunk_bytes = 2 * int(np.prod(chunk))
+        return Layout(self.samples_per_shard, chunks, chunk_bytes, self.packed)
+
     def sample_bytes(self, name: str, lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Bytes that each present sample takes in each array, given its number of text tokens."""
         fixed = {array: 2 * int(np.prod(s)) for array, (s, _) in self.shapes(name).items()}
@@ -144,48 +157,67 @@ class StoreSchema:
         return {**{a: np.full_like(lengths, size) for a, size in fixed.items()}, **ragged}
 
 
-def shard_file(root: Path, bucket: str, array: str, shard: int) -> Path:
-    """Where a shard of an array lies."""
-    return root / bucket / array / chunk_name(shard, len(AXES[array]))
+def shard_file(bucket: str, array: str, shard: int) -> str:
+    """The name of a shard of an array."""
+    return f"{bucket}/{array}/{chunk_name(shard, len(AXES[array]))}"
 
 
-def save_plan(root: Path, schema: StoreSchema) -> None:
-    """Write the plan of a store, or check the one there; InputError if they differ."""
+def sealed_file(digest: str) -> str:
+    """The name of the file with what was sealed under a digest."""
+    return f"manifest-{digest}.json"
+
+
+def save_plan(folder: StoreFolder, schema: StoreSchema) -> bool:
+    """Write the plan of a store, or check the one there; InputError if they differ.
+
+    Whether the store is packed: one that was begun stays as it is.
+    """
     plan = plan_json(schema)
-    if (root / "plan.json").exists():
-        _require_same(root, json.loads((root / "plan.json").read_text()), plan)
-        return
+    with suppress(FileNotFoundError):
+        found = json.loads(folder.read(PLAN))
+        is_packed = found.pop(_PACKED, False)
+        _require_same(folder, found, {n: value for n, value in plan.items() if n != _PACKED})
+        return bool(is_packed)
     for bucket in schema.buckets:
-        ids = np.asarray(bucket.sample_ids, "<i8")
-        publish(root / f"plan-{bucket.name}.i64", [as_bytes(ids)])
+        ids = np.asarray(bucket.sample_ids, _ID)
+        folder.publish(ids_file(bucket.name), [as_bytes(ids)])
     # Last: it says that the ids are there.
-    publish_json(root / "plan.json", plan)
+    folder.publish(PLAN, json_bytes(plan))
+    return schema.packed
 
 
-def load_schema(root: Path) -> StoreSchema:
+def load_schema(folder: StoreFolder) -> StoreSchema:
     """The schema that a store was started with; InputError where its files are damaged."""
+    data = folder.read(PLAN)
     try:
-        plan = json.loads((root / "plan.json").read_text())
+        plan = json.loads(data)
         sizes = {name: plan[name] for name in _SIZES}
-        buckets = tuple(_load_bucket(root, name, known) for name, known in plan["buckets"].items())
-        return StoreSchema(fingerprint=plan["fingerprint"], buckets=buckets, **sizes)
+        buckets = tuple(_load_bucket(folder, *named) for named in plan["buckets"].items())
+        packed = bool(plan.get(_PACKED, False))
+        return StoreSchema(fingerprint=plan["fingerprint"], buckets=buckets, packed=packed, **sizes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged_plan(root, "plan.json", f"it cannot be read ({error!r})") from error
+        raise _damaged_plan(folder, PLAN, f"it cannot be read ({error!r})") from error
 
 
-def _load_bucket(root: Path, name: str, known: dict[str, Any]) -> BucketPlan:  # Any: a JSON tree
-    path = root / f"plan-{name}.i64"
-    if file_digest(path) != known["sample_ids"]:
-        raise _damaged_plan(root, path.name, "its digest is not that of plan.json")
+def _load_bucket(folder: StoreFolder, name: str, known: dict[str, Any]) -> BucketPlan:  # JSON
+    file = folder.kept(ids_file(name), known["sample_ids"])
+    if file is None:
+        why = f"its digest is not that of {PLAN}"
+        raise _damaged_plan(folder, ids_file(name), why)
     given = tuple(known["given"]) if "given" in known else None
-    ids = StoredIds(path, known["num_samples"])
+    ids = StoredIds(file, known["num_samples"])
     return BucketPlan(name=name, shape=tuple(known["shape"]), sample_ids=ids, given=given)
 
 
-def _damaged_plan(root: Path, name: str, why: str) -> InputError:
+def ids_file(bucket: str) -> str:
+    """The name of the file with the planned ids of a bucket."""
+    return f"plan-{bucket}.i64"
+
+
+def _damaged_plan(folder: StoreFolder, name: str, why: str) -> InputError:
     return InputError(
-        f"{str(root)!r}: {name} is damaged, {why}, and nothing else says what should be there; put "
-        "it back from a copy, or delete the folder and encode again"
+        f"{folder.where!r}: {name} is damaged, {why}, and nothing else says what should be there; "
+        "put it back from a copy, or delete the folder and encode again"
     )
 
 
@@ -201,30 +233,20 @@ def plan_json(schema: StoreSchema) -> dict[str, Any]:  # Any: a JSON tree
         }
         for bucket in schema.buckets
     }
-    return {"schema": SCHEMA, "fingerprint": schema.fingerprint, **sizes, "buckets": buckets}
+    packed = {_PACKED: True} if schema.packed else {}
+    fixed = {"schema": SCHEMA, "fingerprint": schema.fingerprint}
+    return {**fixed, **sizes, **packed, "buckets": buckets}
 
 
-def _require_same(root: Path, found: dict[str, object], asked: dict[str, object]) -> None:
+def _require_same(folder: StoreFolder, found: dict[str, object], asked: dict[str, object]) -> None:
     differing = [name for name in asked if found.get(name) != asked[name]]
     if not differing:
         return
     shown = "; ".join(f"{name} is {found.get(name)}, asked {asked[name]}" for name in differing)
     raise InputError(
-        f"latents at {str(root)!r} were planned otherwise: {shown}. A store keeps the plan it was "
-        f"started with: restore the table and the stage file, or encode to another folder"
+        f"latents at {folder.where!r} were planned otherwise: {shown}. A store keeps the plan it "
+        f"was started with: restore the table and the stage file, or encode to another folder"
     )
-
-
-def file_digest(path: Path, without: int = 0) -> str:
-    """`array_digest` of the bytes of a file but the last few; of none where there is no file."""
-    digest = hashlib.blake2b(digest_size=16)
-    if path.exists():
-        left = path.stat().st_size - without
-        with open(path, "rb") as file:
-            while left > 0 and (piece := file.read(min(left, _PIECE))):
-                digest.update(piece)
-                left -= len(piece)
-    return digest.hexdigest()
 
 
 def array_digest(array: NDArray[np.generic]) -> str:

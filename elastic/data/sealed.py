@@ -3,13 +3,11 @@
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width, P pooled width
 
 import json
-import math
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,27 +15,24 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from elastic.data.packing import DamagedIndex, Layout, unpack
+from elastic.data.rows import DamagedStore, Place, Rows, load_rows
 from elastic.data.schema import (
     NULL_TEXT,
+    SEAL,
     TEXT_BLOCK,
     StoreSchema,
     array_digest,
-    file_digest,
     load_schema,
+    sealed_file,
     shard_file,
 )
-from elastic.data.shards import CHECKSUM_BYTES, Bytes, canonical_digest, chunk_name, crc32c
+from elastic.data.shards import Bytes, canonical_digest, crc32c
+from elastic.data.store_folder import Span, StoreFolder, folder_at
 from elastic.errors import InputError
 from models.text import TextEmbedding
 
-_OPEN_FILES = 192
-_SCAN = 2**20  # ids looked at at once
-_MANY = 16  # one in so many of all: then all are read at once
-_Item = TypeVar("_Item", bound=np.generic)
-
-
-class DamagedStore(Exception):
-    """Data on the disk is not what was committed; the message names the file and the sample."""
+_INDEXES = 1024  # of shards, each some kB
 
 
 class LatentBatch(NamedTuple):
@@ -53,125 +48,24 @@ class LatentBatch(NamedTuple):
     given_BCTHW: Tensor | None = None
 
 
-class _Place(NamedTuple):
-    """Where a present sample lies: its slot in the plan, its shard, and what is before it there."""
-
-    slot: int
-    shard: int
-    samples: int  # present ones before it in the shard
-
-
-class _Column(Generic[_Item]):
-    """An array of a few values for each planned sample, read where it is asked for.
-
-    Not mapped: pages of a mapping stay in the process until nearly all of the file does.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: "np.dtype[_Item]") -> None:
-        self._path, self._shape, self._dtype = path, shape, dtype
-        self._file = _File(path)
-        self._stride = dtype.itemsize * math.prod(shape[1:])
-
-    def __len__(self) -> int:
-        return self._shape[0]
-
-    def between(self, first: int, end: int) -> NDArray[_Item]:
-        """The values of slots in a row."""
-        out = np.empty((end - first, *self._shape[1:]), self._dtype)
-        if out.nbytes:
-            self._read(out, first)
-        return out
-
-    def at(self, slots: NDArray[np.int64]) -> NDArray[_Item]:
-        """The values of some slots; of many, by way of all."""
-        if _MANY * len(slots) > len(self):
-            count = math.prod(self._shape)
-            return np.fromfile(self._path, self._dtype, count).reshape(self._shape)[slots]
-        out = np.empty((len(slots), *self._shape[1:]), self._dtype)
-        for number, slot in enumerate(slots.tolist()):
-            self._read(out[number : number + 1], slot)
-        return out
-
-    def _read(self, out: NDArray[_Item], slot: int) -> None:
-        if os.preadv(self._file.descriptor, [out.data], slot * self._stride) != out.nbytes:
-            raise DamagedStore(
-                f"{self._path} has been cut off since it was opened; encode the stage again"
-            )
-
-
-class _Rows:
-    """What was sealed of each planned sample of a bucket, left in its files; 10^9 take no memory.
-
-    Absent samples are the exception, so their slots alone are kept.
-    """
-
-    def __init__(
-        self,
-        sample_id: _Column[np.int64],
-        length: _Column[np.int32],
-        crcs: _Column[np.uint32],
-        absent_M: NDArray[np.int64],
-        per_shard: int,
-    ) -> None:
-        self._sample_id, self._length, self._crcs = sample_id, length, crcs
-        self._absent_M, self._per_shard = absent_M, per_shard
-        # How many present samples come before each absent one.
-        self._present_M = absent_M - np.arange(len(absent_M))
-
-    def __len__(self) -> int:
-        return len(self._sample_id) - len(self._absent_M)
-
-    def ids(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ids of present samples."""
-        return self._sample_id.at(self._slots(indices)).astype(np.int64, copy=False)
-
-    def present_before(self, slot: int) -> int:
-        """How many of the samples that are planned before a slot are present."""
-        return slot - self._absent_before(slot)
-
-    def place(self, index: int) -> _Place:
-        """Where a present sample lies."""
-        if len(self._absent_M):
-            slot = index + int(np.searchsorted(self._present_M, index, side="right"))
-        else:
-            slot = index
-        shard = slot // self._per_shard
-        first = shard * self._per_shard
-        return _Place(slot, shard, index - first + self._absent_before(first))
-
-    def _absent_before(self, slot: int) -> int:
-        return int(np.searchsorted(self._absent_M, slot)) if len(self._absent_M) else 0
-
-    def text(self, place: _Place) -> tuple[int, int]:
-        """Blocks of text before a sample's in its shard, and its own text tokens."""
-        lengths = self._length.between(place.shard * self._per_shard, place.slot + 1)
-        return int((-(-lengths[:-1] // TEXT_BLOCK)).sum()), int(lengths[-1])
-
-    def crc(self, place: _Place, column: int) -> int:
-        """The CRC of a sample's part in an array."""
-        return int(self._crcs.between(place.slot, place.slot + 1)[0, column])
-
-    def id(self, place: _Place) -> int:
-        """The id of a sample."""
-        return int(self._sample_id.between(place.slot, place.slot + 1)[0])
-
-    def _slots(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return indices + np.searchsorted(self._present_M, indices, side="right")
-
-
 class _Array:
     """An array of a bucket: where its shards lie, and which samples' bytes have been checked."""
 
-    def __init__(self, root: Path, bucket: str, name: str, column: int, count: int) -> None:
-        self.name, self.column = name, column
-        path = str(shard_file(root, bucket, name, 0))
+    def __init__(self, bucket: str, name: str, column: int, count: int, layout: Layout) -> None:
+        self.name, self.column, self.layout = name, column, layout
+        path = shard_file(bucket, name, 0)
         self._start, _, self._end = path.rpartition("/c.0")
         # A bit for each sample; pages of it that are not written to take no memory.
         self._checked = np.zeros(-(-count // 8), np.uint8)
 
     def file(self, shard: int) -> str:
-        """Where a shard of it lies."""
+        """The name of a shard of it."""
         return f"{self._start}/c.{shard}{self._end}"
+
+    def index_of(self, shard: int) -> Span:
+        """The index of a shard of it, to be read."""
+        size = self.layout.index_bytes
+        return Span(self.file(shard), -size, np.empty(size, np.uint8))
 
     def forget(self) -> None:
         """Nothing has been checked."""
@@ -186,33 +80,80 @@ class _Array:
         self._checked[slot >> 3] |= 1 << (slot & 7)
 
 
+class _Unpacked(NamedTuple):
+    """Stored sizes of the chunks of a sample, and what they are unpacked to."""
+
+    sizes: list[int]
+    out: Bytes
+
+
+_Indexes = dict[str, NDArray[np.int64]]
+"""Where the chunks of each sample of a shard lie, and how long they are, by the shard's file."""
+
+
+class _Cache:
+    """The indexes of the packed shards that were used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[str, NDArray[np.int64]] = OrderedDict()
+
+    def get(self, files: Iterable[str]) -> _Indexes:
+        with self._lock:
+            return {file: self._found[file] for file in files if file in self._found}
+
+    def put(self, indexes: _Indexes) -> None:
+        with self._lock:
+            for file, index in indexes.items():
+                self._found[file] = index
+                self._found.move_to_end(file)
+            while len(self._found) > _INDEXES:
+                self._found.popitem(last=False)
+
+
+class _Wanted(NamedTuple):
+    """A sample's part in an array, and where it is read from and to."""
+
+    bucket: str
+    array: _Array
+    place: Place
+    span: Span
+    unpacked: _Unpacked | None = None
+
+
 class SealedStore:
     """A finished store. Indices count the samples that are present, in the order of the plan.
 
-    Where a sample lies follows from the sealed lengths, so no shard index is read. What is read for
-    the first time is compared with its CRC: a process reads again what it has found whole. May be
-    used by several threads.
+    Where a sample lies follows from the sealed lengths; the index of a shard is read only where the
+    store is packed. What is read for the first time is compared with its CRC: a process reads again
+    what it has found whole. May be used by several threads.
     """
 
     def __init__(
         self,
-        root: Path,
+        folder: StoreFolder,
         schema: StoreSchema,
         digest: str,
-        rows: dict[str, _Rows],
+        rows: dict[str, Rows],
         null_text: TextEmbedding | None,
     ) -> None:
         self.digest = digest
         self.schema = schema
         self.null_text = null_text
         """What dropped text is replaced by, fp32; None in stores that were sealed without it."""
-        self._root = root
+        self._folder = folder
         self._rows = rows
-        self._files = _Files()
+        self._cache = _Cache()
         self._shapes = {bucket.name: bucket.shape for bucket in schema.buckets}
         self._arrays = {
             bucket.name: {
-                name: _Array(root, bucket.name, name, column, len(bucket.sample_ids))
+                name: _Array(
+                    bucket.name,
+                    name,
+                    column,
+                    len(bucket.sample_ids),
+                    schema.layout(bucket.name, name),
+                )
                 for column, name in enumerate(schema.arrays(bucket.name))
             }
             for bucket in schema.buckets
@@ -221,31 +162,39 @@ class SealedStore:
     @classmethod
     def open(cls, root: str | Path, fingerprint: str, digest: str | None = None) -> Self:
         """Open the sealed store; InputError if it is another one than was asked for."""
-        root = Path(root)
-        if not (root / "zarr.json").exists():
+        folder = folder_at(root)
+        try:
+            attributes = json.loads(folder.read(SEAL))["attributes"]
+        except FileNotFoundError:
             raise InputError(
-                f"latents at {str(root)!r} are not sealed: zarr.json is missing; encode the stage"
-            )
-        found = json.loads((root / "zarr.json").read_text())["attributes"]
+                f"latents at {folder.where!r} are not sealed: {SEAL} is missing; encode the stage"
+            ) from None
         for word, asked in (("fingerprint", fingerprint), ("digest", digest)):
-            if asked is not None and found[word] != asked:
+            if asked is not None and attributes[word] != asked:
                 raise InputError(
-                    f"latents at {str(root)!r} have the {word} {found[word]}, the stage needs "
-                    f"{asked}: another codec, other weights or other data made them; encode again"
+                    f"latents at {folder.where!r} have the {word} {attributes[word]}, the stage "
+                    f"needs {asked}: another codec, other weights or other data made them; encode "
+                    "again"
                 )
-        sealed = json.loads((root / f"manifest-{found['digest']}.json").read_text())
-        if canonical_digest(sealed) != found["digest"]:
+        sealed_as = sealed_file(attributes["digest"])
+        sealed = json.loads(folder.read(sealed_as))
+        if canonical_digest(sealed) != attributes["digest"]:
             raise DamagedStore(
-                f"{root}/manifest-{found['digest']}.json is not what its name says; "
-                f"delete zarr.json there and encode again"
+                f"{folder.where}/{sealed_as} is not what its name says; delete {SEAL} there and "
+                "encode again"
             )
-        schema = load_schema(root)
+        schema = load_schema(folder)
         rows = {
-            bucket.name: _load_rows(root, schema, bucket.name, sealed["arrays"][bucket.name])
+            bucket.name: load_rows(folder, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
         }
-        null_text = read_null_text(root, sealed["null_text"]) if "null_text" in sealed else None
-        return cls(root, schema, found["digest"], rows, null_text)
+        null_text = read_null_text(folder, sealed["null_text"]) if "null_text" in sealed else None
+        return cls(folder, schema, attributes["digest"], rows, null_text)
+
+    @property
+    def reads_at_once(self) -> int:
+        """How many threads it pays to read with."""
+        return self._folder.reads_at_once
 
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
@@ -264,7 +213,8 @@ class SealedStore:
 
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""
-        self._fill_latent(bucket, self._place(bucket, index), out)
+        place = self._place(bucket, index)
+        self._fill([self._latent(bucket, place, out, self._indexes_of(bucket, [place]))])
 
     def read_batch(
         self, bucket: str, indices: Sequence[int] | NDArray[np.int64], out: Tensor | None = None
@@ -278,14 +228,17 @@ class SealedStore:
         pooled_BP = torch.empty((len(indices), self.schema.pooled_width), dtype=torch.bfloat16)
         given = self.schema.bucket(bucket).given
         given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
-        texts = []
-        for number, index in enumerate(indices):
-            place = self._place(bucket, int(index))
-            self._fill_latent(bucket, place, out[number])
-            self._fill(bucket, "pooled", place, _bytes_of(pooled_BP[number]))
-            texts.append(self._text(bucket, place))
+        places = [self._place(bucket, int(index)) for index in indices]
+        indexes = self._indexes_of(bucket, places)
+        texts, wanted = [], []
+        for number, place in enumerate(places):
+            text_LD, text = self._text(bucket, place, indexes)
+            texts.append(text_LD)
+            wanted += [self._latent(bucket, place, out[number], indexes), text]
+            wanted.append(self._part(bucket, "pooled", place, pooled_BP[number], indexes))
             if given_BCTHW is not None:
-                self._fill(bucket, "given", place, _bytes_of(given_BCTHW[number]))
+                wanted.append(self._part(bucket, "given", place, given_BCTHW[number], indexes))
+        self._fill(wanted)
         ids = rows.ids(np.asarray(indices, np.int64))
         return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
 
@@ -295,139 +248,117 @@ class SealedStore:
             for array in arrays.values():
                 array.forget()
 
-    def _place(self, bucket: str, index: int) -> _Place:
+    def _place(self, bucket: str, index: int) -> Place:
         rows = self._rows[bucket]
         if not 0 <= index < len(rows):
             raise IndexError(f"bucket {bucket!r} has {len(rows)} samples, not {index}")
         return rows.place(index)
 
-    def _fill_latent(self, bucket: str, place: _Place, out: Tensor) -> None:
+    def _latent(self, bucket: str, place: Place, out: Tensor, indexes: _Indexes) -> _Wanted:
         shape = self._shapes[bucket]
         if out.dtype != torch.bfloat16 or tuple(out.shape) != shape or not out.is_contiguous():
             raise ValueError(
                 f"bucket {bucket!r} fills a contiguous bfloat16 tensor {shape}, "
                 f"got {out.dtype} {tuple(out.shape)}"
             )
-        self._fill(bucket, "latent", place, _bytes_of(out))
+        return self._part(bucket, "latent", place, out, indexes)
 
-    def _text(self, bucket: str, place: _Place) -> Tensor:
+    def _text(self, bucket: str, place: Place, indexes: _Indexes) -> tuple[Tensor, _Wanted]:
+        """The text of a sample, and what is to be read into it."""
         blocks, length = self._rows[bucket].text(place)
         width = self.schema.text_width
         text_LD = torch.empty((-(-length // TEXT_BLOCK) * TEXT_BLOCK, width), dtype=torch.bfloat16)
         start = blocks * 2 * TEXT_BLOCK * width
-        self._fill(bucket, "text", place, _bytes_of(text_LD), start)
-        return text_LD[:length]
+        return text_LD[:length], self._part(bucket, "text", place, text_LD, indexes, start)
 
-    def _fill(
-        self, bucket: str, name: str, place: _Place, out: Bytes, start: int | None = None
-    ) -> None:
-        """Read the bytes of a sample; the first time, compare their CRC with the sealed one.
+    def _part(
+        self,
+        bucket: str,
+        name: str,
+        place: Place,
+        tensor: Tensor,
+        indexes: _Indexes,
+        start: int | None = None,
+    ) -> _Wanted:
+        """All samples of an array but text take the same space; of text the start is given."""
+        array, out = self._arrays[bucket][name], _bytes_of(tensor)
+        file = array.file(place.shard)
+        if not self.schema.packed:
+            at = place.samples * out.nbytes if start is None else start
+            return _Wanted(bucket, array, place, Span(file, at, out))
+        index = indexes[file][place.slot % self.schema.samples_per_shard]
+        chunks = index[: out.nbytes // array.layout.chunk_bytes]
+        at, size = (int(chunks[0, 0]), int(chunks[:, 1].sum())) if len(chunks) else (0, 0)
+        stored = np.empty(size, np.uint8)
+        unpacked = _Unpacked(chunks[:, 1].tolist(), out)
+        return _Wanted(bucket, array, place, Span(file, at, stored), unpacked)
 
-        All samples of an array but text take the same space; of text the start is given.
-        """
-        array = self._arrays[bucket][name]
-        try:
-            file = self._files.get(array.file(place.shard))
-        except FileNotFoundError:
-            raise self._damaged(bucket, name, place, "is gone with its shard") from None
-        at = place.samples * out.nbytes if start is None else start
-        got = 0
-        while got < out.nbytes:
-            step = os.preadv(file.descriptor, [out[got:].data], at + got)
-            if step == 0:
-                raise self._damaged(bucket, name, place, f"is cut off after {got} bytes")
-            got += step
-        if array.is_checked(place.slot):
-            return
-        found, sealed = crc32c(out), self._rows[bucket].crc(place, array.column)
-        if found != sealed:
-            what = f"has CRC {found:08x}, sealed was {sealed:08x}"
-            raise self._damaged(bucket, name, place, what)
-        array.check(place.slot)
+    def _indexes_of(self, bucket: str, places: Sequence[Place]) -> _Indexes:
+        """Of packed samples the indexes of their shards; those not at hand are read at once."""
+        if not self.schema.packed:
+            return {}
+        arrays = self._arrays[bucket].values()
+        files = {array.file(place.shard): (array, place) for place in places for array in arrays}
+        found = self._cache.get(files)
+        missing = [
+            _Wanted(bucket, array, place, array.index_of(place.shard))
+            for file, (array, place) in files.items()
+            if file not in found
+        ]
+        self._read(missing)
+        for part in missing:
+            try:
+                found[part.span.name] = part.array.layout.read_index(part.span.out)
+            except DamagedIndex:
+                raise self._damaged(part, "has a damaged index") from None
+        self._cache.put(found)
+        return found
 
-    def _damaged(self, bucket: str, array: str, place: _Place, what: str) -> DamagedStore:
-        path = self._arrays[bucket][array].file(place.shard)
-        number = self._rows[bucket].id(place)
+    def _fill(self, wanted: Sequence[_Wanted]) -> None:
+        """Read the bytes of samples; the first time, compare their CRCs with the sealed ones."""
+        self._read(wanted)
+        for part in wanted:
+            bucket, array, place, span, unpacked = part
+            if not array.is_checked(place.slot):
+                found, sealed = crc32c(span.out), self._rows[bucket].crc(place, array.column)
+                if found != sealed:
+                    raise self._damaged(part, f"has CRC {found:08x}, sealed was {sealed:08x}")
+                array.check(place.slot)
+            if unpacked is None:
+                continue
+            try:
+                unpack(span.out, *unpacked)
+            except ValueError as error:
+                raise self._damaged(part, str(error)) from None
+
+    def _read(self, wanted: Sequence[_Wanted]) -> None:
+        faults = self._folder.fill([part.span for part in wanted])
+        if faults:
+            number, what = next(iter(faults.items()))
+            raise self._damaged(wanted[number], what)
+
+    def _damaged(self, part: _Wanted, what: str) -> DamagedStore:
+        number = self._rows[part.bucket].id(part.place)
         return DamagedStore(
-            f"{path}: {array} of sample {number} (bucket {bucket!r}) {what}; delete that file and "
-            "encode the stage again: only this shard is redone"
+            f"{self._folder.where}/{part.span.name}: {part.array.name} of sample {number} (bucket "
+            f"{part.bucket!r}) {what}; delete that file and encode the stage again: only this "
+            "shard is redone"
         )
 
 
-def read_null_text(root: Path, digest: str | None = None) -> TextEmbedding:
+def read_null_text(folder: StoreFolder, digest: str | None = None) -> TextEmbedding:
     """The text that stands for no text of a store; DamagedStore if it is another than `digest`."""
-    path = root / NULL_TEXT
-    data = path.read_bytes() if path.exists() else b""
+    try:
+        data = folder.read(NULL_TEXT)
+    except FileNotFoundError:
+        data = b""
     if not data or (digest and array_digest(np.frombuffer(data, np.uint8)) != digest):
         raise DamagedStore(
-            f"{path} is not what was sealed; delete it and zarr.json there and encode again"
+            f"{folder.where}/{NULL_TEXT} is not what was sealed; delete it and {SEAL} there and "
+            "encode again"
         )
     tensors = load(data)
     return TextEmbedding(tensors["text"].float(), tensors["pooled"].float())
-
-
-class _File:
-    """A descriptor that closes when its last reader lets go of it, in whatever thread."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-class _Files:
-    """The shard files that were used last, kept open."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, _File] = OrderedDict()
-
-    def get(self, path: str) -> _File:
-        with self._lock:
-            file = self._open.get(path) or _File(path)
-            self._open[path] = file
-            self._open.move_to_end(path)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-            return file
-
-
-def _load_rows(root: Path, schema: StoreSchema, bucket: str, sealed: dict[str, str]) -> _Rows:
-    count = len(schema.bucket(bucket).sample_ids)
-    ids = _column(root, bucket, "sample_id", (count,), np.dtype("<i8"), sealed)
-    lengths = _column(root, bucket, "text_length", (count,), np.dtype("<i4"), sealed)
-    columns = (count, len(schema.arrays(bucket)))
-    crcs = _column(root, bucket, "crc32c", columns, np.dtype("<u4"), sealed)
-    return _Rows(ids, lengths, crcs, _absent(root, bucket, count), schema.samples_per_shard)
-
-
-def _absent(root: Path, bucket: str, count: int) -> NDArray[np.int64]:
-    """The slots without a sample."""
-    path = root / bucket / "sample_id" / chunk_name(0, 1)
-    found = [np.empty(0, np.int64)]
-    for first in range(0, count, _SCAN):
-        ids = np.fromfile(path, "<i8", count=min(_SCAN, count - first), offset=8 * first)
-        found.append(first + np.flatnonzero(ids < 0))
-    return np.concatenate(found)
-
-
-def _column(
-    root: Path,
-    bucket: str,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: "np.dtype[_Item]",
-    sealed: dict[str, str],
-) -> _Column[_Item]:
-    path = root / bucket / name / chunk_name(0, len(shape))
-    if file_digest(path, without=CHECKSUM_BYTES) != sealed[name]:
-        raise DamagedStore(
-            f"{path} is not what was sealed; delete zarr.json in {root} and encode again"
-        )
-    return _Column(path, shape, dtype)
 
 
 def _bytes_of(tensor: Tensor) -> Bytes:

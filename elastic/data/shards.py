@@ -1,15 +1,12 @@
-"""The bytes of zarr v3 on a local disk: shards, their index, metadata, and how a file is published.
+"""The bytes of zarr v3: shards, their index, and metadata.
 
 Format: the Zarr v3 core specification and its `sharding_indexed` codec.
 """
 
 import hashlib
 import json
-import os
 import struct
-import uuid
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import google_crc32c
 import numpy as np
@@ -18,7 +15,6 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 CHECKSUM_BYTES = 4  # at the end of a small array's chunk
 
-_ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
 # A quiet NaN in bf16: a slot that was never written does not read as data.
 BF16_NAN = 0x7FC0
 _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -35,23 +31,17 @@ def as_bytes(array: NDArray[np.generic]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def index_bytes(num_bytes: Sequence[int | None]) -> Bytes:
-    """The index at a shard's end: place and length of each inner chunk, None for an absent one."""
-    entries, at = [], 0
-    for length in num_bytes:
-        entries.append(_ABSENT if length is None else struct.pack("<QQ", at, length))
-        at += length or 0
-    index = np.frombuffer(b"".join(entries), np.uint8)
-    return np.concatenate([index, np.frombuffer(struct.pack("<I", crc32c(index)), np.uint8)])
-
-
 def sharded_json(
-    shape: Sequence[int], shard: Sequence[int], chunk: Sequence[int], names: Sequence[str]
+    shape: Sequence[int],
+    shard: Sequence[int],
+    chunk: Sequence[int],
+    names: Sequence[str],
+    packing: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
-    """Metadata of a bf16 array that is kept as uint16 in shards of uncompressed chunks."""
+    """Metadata of a bf16 array that is kept as uint16 in shards; each chunk is packed as given."""
     inner = {
         "chunk_shape": list(chunk),
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *packing],
         "index_codecs": _INDEX_CODECS,
         "index_location": "end",
     }
@@ -81,32 +71,15 @@ def chunk_name(first: int, num_axes: int) -> str:
     return ".".join(["c", str(first), *["0"] * (num_axes - 1)])
 
 
-def publish(path: Path, pieces: Sequence[Bytes]) -> None:
-    """Write a file aside, flush it to the disk, and rename it: it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(aside, "wb") as file:
-        for piece in pieces:
-            file.write(piece.data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself has to survive a power cut
-    finally:
-        os.close(folder)
-
-
-def publish_json(path: Path, content: object) -> None:
-    """Publish a JSON file."""
-    publish(path, [np.frombuffer(canonical(content), np.uint8)])
-
-
 def canonical(content: object) -> bytes:
     """JSON that is the same for equal content: sorted keys, no spaces, ASCII."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii")
+
+
+def json_bytes(content: object) -> list[Bytes]:
+    """A JSON file's one piece."""
+    return [np.frombuffer(canonical(content), np.uint8)]
 
 
 def canonical_digest(content: object) -> str:

@@ -1,16 +1,23 @@
 """The two sources of samples: video files for autoencoders, latent stores for DiTs."""
 
+import itertools
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from elastic.data.ahead import read_ahead
 from elastic.data.assign import Members, held_out_name
-from elastic.data.clips import Clip, Clips
-from elastic.data.decode import BadVideo, decode_clip, to_unit
+from elastic.data.clips import Clips
+from elastic.data.decode import BadVideo, Unreachable, to_unit
+from elastic.data.decoders import Answer, Decoders, Wanted
 from elastic.data.growth import Growth
 from elastic.data.joined import JoinedStores
-from elastic.data.load import Samples
+from elastic.data.load import Round, Samples
 from elastic.data.order import Later, Layout, layout_of
 from elastic.data.permutation import Indices
 from elastic.data.sealed import SealedStore
@@ -21,14 +28,24 @@ from stages.stage import DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
+_AHEAD_BYTES = 2**30  # most that rounds which are read ahead may take
+_PAUSES_S = (1.0, 4.0, 15.0, 40.0)  # before a file is tried again that cannot be read just now
+
 
 class VideoSource:
-    """Decodes clips when they are asked for."""
+    """Decodes clips when they are asked for, in processes of their own."""
 
     def __init__(
-        self, stage: Stage, members: Members, held_out: bool, growths: Sequence[Growth] = ()
+        self,
+        stage: Stage,
+        members: Members,
+        held_out: bool,
+        decoders: Decoders,
+        growths: Sequence[Growth] = (),
     ) -> None:
         self._rate = stage.rate
+        self._decoders = decoders
+        self._broken: dict[Wanted | str, Answer] = {}  # once is enough: it may have taken minutes
         self._clips: dict[str, Clips] = {}
         self._layouts: dict[str, Layout] = {}
         for bucket in stage.buckets:
@@ -52,26 +69,57 @@ class VideoSource:
         """The ids of the clips at these indices."""
         return self._clips[bucket.name].ids_at(indices)
 
-    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
-        """Decode these clips; one that breaks only now is grey and has weight 0."""
-        decoded = [self._decode(self._clips[bucket.name][int(i)], bucket) for i in indices]
+    def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
+        """Decode the clips of each round, and of those that come next; a broken one is grey.
+
+        It has weight 0. Unreachable is raised for a file that cannot be read for a minute: dropped,
+        it would be missing from what is learnt without anybody's wish.
+        """
+        shown, asked = itertools.tee(rounds)
+        wanted = (one for bucket, indices in asked for one in self._wanted(bucket, indices))
+        answers = self._decoders.answers(wanted, self._decoders.num, self._broken)
+        for bucket, indices in shown:
+            pictures = {
+                one.path: self._pictures(one, next(answers))
+                for one in self._wanted(bucket, indices)
+            }
+            yield self._samples(bucket, indices, pictures)
+
+    def _wanted(self, bucket: Bucket, indices: Indices) -> list[Wanted]:
+        """What is to be decoded for a round: each file once, as a round may repeat a clip."""
+        paths = dict.fromkeys(self._clips[bucket.name][int(i)].path for i in indices)
+        return [
+            Wanted(path, bucket.frames, self._rate, bucket.height, bucket.width) for path in paths
+        ]
+
+    def _pictures(self, wanted: Wanted, answer: Answer) -> Tensor | None:
+        for pause in _PAUSES_S:
+            if not isinstance(answer, Unreachable):
+                break
+            log.warning("%s; tried again in %.0f s", answer, pause)
+            time.sleep(pause)
+            answer = next(self._decoders.answers([wanted], ahead=0))
+        if isinstance(answer, Unreachable):
+            raise answer
+        if isinstance(answer, BadVideo):
+            if wanted not in self._broken:  # the probe has looked at its first frame alone
+                log.warning("%s: left out of its batch: %s", wanted.path, answer)
+            self._broken[wanted] = answer
+            return None
+        assert isinstance(answer, np.ndarray), "a probe was not asked for"
+        return to_unit(torch.from_numpy(answer))
+
+    def _samples(
+        self, bucket: Bucket, indices: Indices, pictures: Mapping[str, Tensor | None]
+    ) -> Samples:
+        found = [pictures[self._clips[bucket.name][int(i)].path] for i in indices]
         grey = torch.zeros(3, bucket.frames, bucket.height, bucket.width)
         return Samples(
-            x_BCTHW=torch.stack([grey if x is None else x for x in decoded]),
+            x_BCTHW=torch.stack([grey if x is None else x for x in found]),
             text=None,
             ids=self.sample_ids(bucket, indices),
-            weight_B=torch.tensor([float(x is not None) for x in decoded]),
+            weight_B=torch.tensor([float(x is not None) for x in found]),
         )
-
-    def _decode(self, clip: Clip, bucket: Bucket) -> torch.Tensor | None:
-        try:
-            return to_unit(
-                decode_clip(clip.path, bucket.frames, self._rate, bucket.height, bucket.width)
-            )
-        except (BadVideo, MemoryError, RuntimeError, ValueError) as error:
-            # The probe has looked at its first frame alone, and this is the process that trains.
-            log.warning("%s: left out of its batch: %s", clip.path, error)
-            return None
 
 
 class LatentSource:
@@ -149,6 +197,18 @@ class LatentSource:
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """The ids of the samples at these indices."""
         return self._store.sample_ids(self._names[bucket.name], indices)
+
+    def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
+        """Read the samples of each round, and of those that come next."""
+        return read_ahead(lambda one: self.fetch(*one), rounds, self._most_ahead())
+
+    def _most_ahead(self) -> int:
+        """As many rounds as pay where the store lies, if memory has room for them."""
+        largest = max(
+            bucket.micro * 4 * math.prod(self._store.shape(name))
+            for bucket, name in zip(self._stage.buckets, self._names.values(), strict=True)
+        )
+        return max(2, min(self._store.reads_at_once, _AHEAD_BYTES // largest))
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         """Read these samples, widened to fp32."""

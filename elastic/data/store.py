@@ -10,7 +10,8 @@ Text is ragged on the disk: chunks of 8 tokens, those beyond a sample's length a
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width, P pooled width
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,9 +23,13 @@ from torch import Tensor
 
 from elastic.data import manifest
 from elastic.data.manifest import Commit, ShardId
+from elastic.data.packing import CODEC, DamagedIndex
+from elastic.data.rows import DamagedStore
 from elastic.data.schema import (
     AXES,
     NULL_TEXT,
+    PLAN,
+    SEAL,
     BucketPlan,
     StoreSchema,
     array_digest,
@@ -32,22 +37,22 @@ from elastic.data.schema import (
     load_schema,
     plan_json,
     save_plan,
+    sealed_file,
     shard_file,
 )
-from elastic.data.sealed import DamagedStore, LatentBatch, SealedStore
+from elastic.data.sealed import LatentBatch, SealedStore
 from elastic.data.shards import (
     Bytes,
     canonical_digest,
     chunk_name,
     crc32c,
     group_json,
-    index_bytes,
+    json_bytes,
     plain_bytes,
     plain_json,
-    publish,
-    publish_json,
     sharded_json,
 )
+from elastic.data.store_folder import StoreFolder, folder_at
 from elastic.errors import InputError
 from models.text import TextEmbedding
 
@@ -89,41 +94,47 @@ class Absent(NamedTuple):
 class Fault(NamedTuple):
     """A file that is not what was committed, and what is wrong with it."""
 
-    path: Path
+    name: str
     what: str
 
 
 class LatentStore:
     """The writing side. Any number of processes may hold the same store open."""
 
-    def __init__(self, root: Path, schema: StoreSchema) -> None:
-        self.root = root
+    def __init__(self, folder: StoreFolder, schema: StoreSchema) -> None:
+        self.folder = folder
         self.schema = schema
-        self._own_manifest = root / f"manifest-{uuid.uuid4().hex}.jsonl"
+        self._writer = uuid.uuid4().hex
 
     @classmethod
     def create(cls, root: str | Path, schema: StoreSchema) -> Self:
-        """Start a store, or go on with the one there; InputError if that has another plan."""
-        save_plan(Path(root), schema)
-        return cls(Path(root), schema)
+        """Start a store, or go on with the one there; InputError if that has another plan.
+
+        One that is there stays packed, or not packed, as it was begun.
+        """
+        folder = folder_at(root)
+        return cls(folder, replace(schema, packed=save_plan(folder, schema)))
 
     @classmethod
     def open(cls, root: str | Path) -> Self:
-        """The store that was started at `root`; InputError if there is none."""
-        root = Path(root)
-        if not (root / "plan.json").exists():
-            raise InputError(f"{str(root)!r} holds no latent store: plan.json is missing; encode")
-        return cls(root, load_schema(root))
+        """The store that was started at `root`, a path or URL; InputError if there is none."""
+        folder = folder_at(root)
+        try:
+            return cls(folder, load_schema(folder))
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder.where!r} holds no latent store: {PLAN} is missing; encode"
+            ) from None
 
     def has_null_text(self) -> bool:
         """Whether the text that stands for no text has been published."""
-        return (self.root / NULL_TEXT).is_file()
+        return self.folder.size(NULL_TEXT) is not None
 
     def publish_null_text(self, null: TextEmbedding) -> None:
         """Keep the text that stands for no text, so that training needs no text encoder."""
         text_LD, pooled_P = (tensor.bfloat16().contiguous() for tensor in null)
         data = save({"text": text_LD, "pooled": pooled_P})
-        publish(self.root / NULL_TEXT, [np.frombuffer(data, np.uint8)])
+        self.folder.publish(NULL_TEXT, [np.frombuffer(data, np.uint8)])
 
     def shard_ids(self) -> list[ShardId]:
         """All shards of the plan, in order."""
@@ -154,7 +165,10 @@ class LatentStore:
         there = [
             shard
             for shard in shards
-            if all(self._file(shard[0], array, shard[1]).exists() for array in arrays[shard[0]])
+            if all(
+                self.folder.size(shard_file(shard[0], array, shard[1])) is not None
+                for array in arrays[shard[0]]
+            )
         ]
         missing = set(self.missing()) if there else set()
         return [shard for shard in shards if shard not in there or shard in missing]
@@ -166,7 +180,7 @@ class LatentStore:
 
     def has_held(self, shard: ShardId, sample_id: int) -> bool:
         """Whether a sample was present when its shard was committed."""
-        commits = manifest.read_all(self.root).get(shard, [])
+        commits = manifest.read_all(self.folder).get(shard, [])
         return any(
             sample_id in commit.sample_ids and sample_id not in commit.absent for commit in commits
         )
@@ -181,23 +195,25 @@ class LatentStore:
         if given != ids or not ids:
             raise ValueError(f"shard {shard} of {bucket!r} is planned as {ids}, got {given}")
         parts = [self._parts(bucket, sample) for sample in samples]
-        num_bytes = []
-        arrays = self.schema.arrays(bucket)
-        for place, array in enumerate(arrays):
-            pieces = self._pieces(bucket, array, [p[place] if p else None for p in parts])
-            publish(self._file(bucket, array, shard), pieces)
+        num_bytes, crcs = [], []
+        for array in self.schema.arrays(bucket):
+            layout = self.schema.layout(bucket, array)
+            stored = [layout.stored(part[array]) for part in parts]
+            pieces = [*(data for data, _ in stored), layout.index(sizes for _, sizes in stored)]
+            self.folder.publish(shard_file(bucket, array, shard), pieces)
             num_bytes.append(sum(piece.nbytes for piece in pieces))
+            crcs.append([crc32c(data) for data, _ in stored])
         commit = Commit(
             bucket=bucket,
             shard=shard,
             sample_ids=list(ids),
             lengths=[s.text_LD.shape[0] if isinstance(s, Sample) else 0 for s in samples],
-            crcs=[[crc32c(data) for data in p] if p else [0] * len(arrays) for p in parts],
+            crcs=[list(of_sample) for of_sample in zip(*crcs, strict=True)],
             absent={s.sample_id: s.reason for s in samples if isinstance(s, Absent)},
             num_bytes=num_bytes,
         )
         # Last: the line says that the files are whole and on the disk.
-        manifest.append(self._own_manifest, commit)
+        self.folder.append(self._writer, manifest.line_of(commit))
 
     def seal(self) -> str:
         """Publish the digest of the finished store; from here zarr and `SealedStore` can read it.
@@ -209,8 +225,7 @@ class LatentStore:
         missing = [shard for shard in self.shard_ids() if shard not in committed]
         if missing:
             raise ValueError(f"{len(missing)} shards are missing, the first is {missing[0]}")
-        for leftover in self.root.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        self.folder.tidy()
         content: dict[str, Any] = {
             **plan_json(self.schema),
             "arrays": {},
@@ -223,47 +238,50 @@ class LatentStore:
         for commit in committed.values():
             content["absent"].update({str(n): why for n, why in commit.absent.items()})
         if self.has_null_text():
-            content["null_text"] = array_digest(np.fromfile(self.root / NULL_TEXT, np.uint8))
+            null = np.frombuffer(self.folder.read(NULL_TEXT), np.uint8)
+            content["null_text"] = array_digest(null)
         digest = canonical_digest(content)
-        publish_json(self.root / f"manifest-{digest}.json", content)
+        self.folder.publish(sealed_file(digest), json_bytes(content))
         # Last: this file is what `SealedStore.open` looks for.
         attributes: dict[str, object] = {"fingerprint": self.schema.fingerprint, "digest": digest}
-        publish_json(self.root / "zarr.json", group_json(attributes))
+        self.folder.publish(SEAL, json_bytes(group_json(attributes)))
         return digest
 
     def _describe(self, bucket: BucketPlan, arrays: dict[str, NDArray[np.generic]]) -> None:
         """Write the per-sample arrays and the zarr metadata of a bucket."""
         for name, array in arrays.items():
-            publish(self.per_sample_file(bucket.name, name), plain_bytes(array))
-        for path, metadata in self.metadata(bucket).items():
-            publish_json(path, metadata)
+            self.folder.publish(per_sample_file(bucket.name, name), plain_bytes(array))
+        for name, metadata in self.metadata(bucket).items():
+            self.folder.publish(name, json_bytes(metadata))
 
-    def per_sample_file(self, bucket: str, name: str) -> Path:
-        """Where an array of one value, or a few, for each sample of a bucket lies."""
-        return self.root / bucket / name / chunk_name(0, len(PER_SAMPLE[name]))
-
-    def metadata(self, bucket: BucketPlan) -> dict[Path, dict[str, object]]:
-        """The content of each zarr.json of a bucket, by its path; the last one is the group's."""
-        home, found = self.root / bucket.name, {}
+    def metadata(self, bucket: BucketPlan) -> dict[str, dict[str, object]]:
+        """The content of each zarr.json of a bucket, by its name; the last one is the group's."""
+        home, found = bucket.name, {}
         count, k = len(bucket.sample_ids), self.schema.samples_per_shard
         columns = {"A": len(self.schema.arrays(bucket.name)), "B": count}
         for name, axes in PER_SAMPLE.items():
             like = np.empty([columns[axis] for axis in axes], _DTYPES[name])
-            found[home / name / "zarr.json"] = plain_json(like, list(axes))
+            found[f"{home}/{name}/zarr.json"] = plain_json(like, list(axes))
         for name, (sample, chunk) in self.schema.shapes(bucket.name).items():
             shown = (self.schema.text_tokens, sample[1]) if name == "text" else sample
-            found[home / name / "zarr.json"] = sharded_json(
-                (count, *shown), (k, *sample), (1, *chunk), list(AXES[name])
+            found[f"{home}/{name}/zarr.json"] = sharded_json(
+                (count, *shown),
+                (k, *sample),
+                (1, *chunk),
+                list(AXES[name]),
+                [CODEC] if self.schema.packed else [],
             )
-        found[home / "zarr.json"] = group_json({"bucket": bucket.name})
+        found[f"{home}/zarr.json"] = group_json({"bucket": bucket.name})
         return found
 
     def _committed(self) -> dict[ShardId, Commit]:
         """The commit of each shard that is whole, in plan order."""
-        found = manifest.read_all(self.root)
-        whole = {}
+        found = manifest.read_all(self.folder)
+        whole, bucket, sizes = {}, "", dict[str, int]()
         for shard in self.shard_ids():
-            fitting = [commit for commit in found.get(shard, []) if self._fits(commit)]
+            if shard[0] != bucket:
+                bucket, sizes = shard[0], self.folder.sizes(shard[0])
+            fitting = [commit for commit in found.get(shard, []) if self._fits(commit, sizes)]
             if len(fitting) > 1:
                 # Two machines rounded differently: only the files know whose shard this is.
                 fitting = [commit for commit in fitting if not next(self.faults(commit), None)]
@@ -271,52 +289,50 @@ class LatentStore:
                 whole[shard] = fitting[0]
         return whole
 
-    def _fits(self, commit: Commit) -> bool:
+    def _fits(self, commit: Commit, sizes: Mapping[str, int]) -> bool:
         if tuple(commit.sample_ids) != self.planned((commit.bucket, commit.shard)):
             return False
-        return next(self._sizes(commit), None) is None
+        return all(sizes.get(name) == size for name, size in self._files(commit))
 
     def faults(self, commit: Commit) -> Iterator[Fault]:
         """Every way in which a shard's files are not what the line says; reads the whole shard."""
-        unreadable = list(self._sizes(commit))
-        yield from unreadable
         here = [number not in commit.absent for number in commit.sample_ids]
         lengths = np.asarray(commit.lengths, np.int64)
         sizes = self.schema.sample_bytes(commit.bucket, lengths)
-        for place, array in enumerate(self.schema.arrays(commit.bucket)):
-            path = self._file(commit.bucket, array, commit.shard)
-            if any(fault.path == path for fault in unreadable):
-                continue
-            data, at = np.fromfile(path, np.uint8), 0
-            given = [int(size) * is_here for size, is_here in zip(sizes[array], here, strict=True)]
-            for slot, size in enumerate(given):
-                found, committed = crc32c(data[at : at + size]), commit.crcs[slot][place]
-                if here[slot] and found != committed:
-                    what = f"{array} of sample {commit.sample_ids[slot]} has CRC {found:08x}"
-                    yield Fault(path, f"{what}, committed was {committed:08x}")
-                at += size
-            if not np.array_equal(data[at:], self.index(commit.bucket, array, given)):
-                yield Fault(path, f"the index of its {array} is damaged")
-
-    def _sizes(self, commit: Commit) -> Iterator[Fault]:
-        """The files of a shard that are gone, or longer or shorter than was committed."""
         arrays = self.schema.arrays(commit.bucket)
-        for array, num_bytes in zip(arrays, commit.num_bytes, strict=True):
-            path = self._file(commit.bucket, array, commit.shard)
-            if not path.is_file():
-                yield Fault(path, "is gone")
-            elif path.stat().st_size != num_bytes:
-                found = path.stat().st_size
-                yield Fault(path, f"has {found:,} bytes, committed were {num_bytes:,}")
+        for place, (array, (name, num_bytes)) in enumerate(
+            zip(arrays, self._files(commit), strict=True)
+        ):
+            try:
+                data = np.frombuffer(self.folder.read(name), np.uint8)
+            except FileNotFoundError:
+                yield Fault(name, "is gone")
+                continue
+            if len(data) != num_bytes:
+                yield Fault(name, f"has {len(data):,} bytes, committed were {num_bytes:,}")
+                continue
+            given = [int(size) * is_here for size, is_here in zip(sizes[array], here, strict=True)]
+            layout = self.schema.layout(commit.bucket, array)
+            try:
+                for slot, stored in enumerate(layout.samples(data, given)):
+                    found, committed = crc32c(stored), commit.crcs[slot][place]
+                    if found != committed:
+                        what = f"{array} of sample {commit.sample_ids[slot]} has CRC {found:08x}"
+                        yield Fault(name, f"{what}, committed was {committed:08x}")
+            except DamagedIndex:
+                yield Fault(name, f"the index of its {array} is damaged")
 
-    def _file(self, bucket: str, array: str, shard: int) -> Path:
-        return shard_file(self.root, bucket, array, shard)
+    def _files(self, commit: Commit) -> list[tuple[str, int]]:
+        """The names of a shard's files, and the bytes that were committed of each."""
+        arrays = self.schema.arrays(commit.bucket)
+        names = [shard_file(commit.bucket, array, commit.shard) for array in arrays]
+        return list(zip(names, commit.num_bytes, strict=True))
 
-    def _parts(self, bucket: str, sample: Sample | Absent) -> list[Bytes] | None:
+    def _parts(self, bucket: str, sample: Sample | Absent) -> dict[str, Bytes]:
         """The bytes of a sample in each array; text is filled up to whole blocks with zeros."""
-        if isinstance(sample, Absent):
-            return None
         schema = self.schema
+        if isinstance(sample, Absent):
+            return dict.fromkeys(schema.arrays(bucket), np.empty(0, np.uint8))
         length = sample.text_LD.shape[0]
         tensors = {"latent": sample.latent_CTHW, "text": sample.text_LD, "pooled": sample.pooled_P}
         if sample.given_CTHW is not None:
@@ -339,26 +355,12 @@ class LatentStore:
         parts = {array: _bytes_of(tensor) for array, tensor in tensors.items()}
         size = int(schema.sample_bytes(bucket, np.asarray([length]))["text"][0])
         parts["text"] = np.pad(parts["text"], (0, size - parts["text"].nbytes))
-        return list(parts.values())
+        return parts
 
-    def _pieces(self, bucket: str, array: str, parts: Sequence[Bytes | None]) -> list[Bytes]:
-        """The pieces of a shard file: the samples that are present, then the index."""
-        here = [part for part in parts if part is not None]
-        sizes = [0 if part is None else part.nbytes for part in parts]
-        return [*here, self.index(bucket, array, sizes)]
 
-    def index(self, bucket: str, array: str, sizes: Sequence[int]) -> Bytes:
-        """The index at the end of a shard's file, given the bytes that each of its samples has."""
-        sample, chunk = self.schema.shapes(bucket)[array]
-        per_sample = int(np.prod(sample)) // int(np.prod(chunk))
-        chunk_bytes = 2 * int(np.prod(chunk))
-        entries: list[int | None] = []
-        for size in sizes:
-            used = size // chunk_bytes
-            entries += [chunk_bytes] * used + [None] * (per_sample - used)
-        empty_slots = self.schema.samples_per_shard - len(sizes)
-        entries += [None] * (empty_slots * per_sample)
-        return index_bytes(entries)
+def per_sample_file(bucket: str, name: str) -> str:
+    """The name of an array of one value, or a few, for each sample of a bucket."""
+    return f"{bucket}/{name}/{chunk_name(0, len(PER_SAMPLE[name]))}"
 
 
 def _per_sample(bucket: BucketPlan, commits: list[Commit]) -> dict[str, NDArray[np.generic]]:

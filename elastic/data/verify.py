@@ -9,16 +9,25 @@ from typing import Any
 import numpy as np
 
 from elastic.data import manifest
-from elastic.data.schema import NULL_TEXT, array_digest, fingerprint, plan_json
+from elastic.data.schema import (
+    NULL_TEXT,
+    PLAN,
+    SEAL,
+    array_digest,
+    fingerprint,
+    ids_file,
+    plan_json,
+    sealed_file,
+)
 from elastic.data.shards import (
     CHECKSUM_BYTES,
-    Bytes,
     canonical,
     canonical_digest,
     crc32c,
     group_json,
 )
-from elastic.data.store import Fault, LatentStore, ShardId
+from elastic.data.store import Fault, LatentStore, ShardId, per_sample_file
+from elastic.data.store_folder import StoreFolder
 from elastic.errors import InputError
 
 FIELDS = "fingerprint.json"  # what the fingerprint of the store stands for
@@ -48,10 +57,10 @@ class Verdict:
     @property
     def lost_null_text(self) -> bool:
         """Whether the text that stands for no text is damaged."""
-        return any(fault.path.name == NULL_TEXT for fault in self.seal)
+        return any(fault.name == NULL_TEXT for fault in self.seal)
 
 
-def verify(root: Path, progress: Progress = lambda done, total: None) -> Verdict:
+def verify(root: str | Path, progress: Progress = lambda done, total: None) -> Verdict:
     """Compare every file of a store with what was committed and sealed; nothing is changed.
 
     InputError where there is no store, or where its plan is damaged: then nothing says what should
@@ -59,7 +68,7 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Verdict
     """
     store, verdict = LatentStore.open(root), Verdict()
     sealed = _sealed(store, verdict)
-    committed = manifest.read_all(root)
+    committed = manifest.read_all(store.folder)
     shards = store.shard_ids()
     verdict.num_shards = len(shards)
     for done, shard in enumerate(shards):
@@ -72,7 +81,7 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Verdict
         ]
         if not found and verdict.is_sealed:
             what = f"has no line for shard {shard[1]} of {shard[0]!r} any more"
-            verdict.shards[shard] = [Fault(root / "manifest-*.jsonl", what)]
+            verdict.shards[shard] = [Fault("manifest-*.jsonl", what)]
         elif not found:
             verdict.missing.append(shard)
         elif all(found):
@@ -80,13 +89,13 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> Verdict
     progress(len(shards), len(shards))
     if sealed is not None:
         verdict.seal += _seal_faults(store, sealed)
-    path = root / FIELDS
-    if path.exists() and not _stands_for(path, store.schema.fingerprint):
-        verdict.seal.append(Fault(path, "is not what the fingerprint stands for"))
+    fields = _read(store.folder, FIELDS)
+    if fields is not None and not _stands_for(fields, store.schema.fingerprint):
+        verdict.seal.append(Fault(FIELDS, "is not what the fingerprint stands for"))
     return verdict
 
 
-def verdict_lines(root: Path, verdict: Verdict) -> list[str]:
+def verdict_lines(root: str, verdict: Verdict) -> list[str]:
     """What was found, for people; one line a fault."""
     head = f"{root}: {verdict.num_shards} shards, {'' if verdict.is_sealed else 'not '}sealed"
     if verdict.missing:
@@ -97,7 +106,7 @@ def verdict_lines(root: Path, verdict: Verdict) -> list[str]:
         head += ", the seal damaged"
     return [
         f"{head}{': whole' if verdict.is_whole else ''}",
-        *(f"  {fault.path.relative_to(root)} {fault.what}" for fault in verdict.faults),
+        *(f"  {fault.name} {fault.what}" for fault in verdict.faults),
     ]
 
 
@@ -106,68 +115,86 @@ def _sealed(store: LatentStore, verdict: Verdict) -> dict[str, Any] | None:  # A
 
     InputError where plan.json is not what was sealed.
     """
-    root, planned = store.root, plan_json(store.schema)
-    if _read(root / "plan.json").tobytes() != canonical(planned):
-        raise InputError(f"{str(root)!r}: plan.json is damaged; put it back from a copy")
-    path = root / "zarr.json"
-    verdict.is_sealed = path.exists()
-    if not verdict.is_sealed:
+    folder, planned = store.folder, plan_json(store.schema)
+    if _read(folder, PLAN) != canonical(planned):
+        raise InputError(f"{folder.where!r}: {PLAN} is damaged; put it back from a copy")
+    for bucket in store.schema.buckets:
+        # This machine may go on with a copy of it; others will miss it.
+        ids = np.frombuffer(_read(folder, ids_file(bucket.name)) or b"", np.uint8)
+        if array_digest(ids) != planned["buckets"][bucket.name]["sample_ids"]:
+            raise InputError(
+                f"{folder.where!r}: {ids_file(bucket.name)} is damaged; put it back from a copy"
+            )
+    seal = _read(folder, SEAL)
+    verdict.is_sealed = seal is not None
+    if seal is None:
         return None
     try:
-        digest = str(json.loads(path.read_text())["attributes"]["digest"])
+        digest = str(json.loads(seal)["attributes"]["digest"])
     except (ValueError, KeyError, TypeError):
         digest = ""
-    named = root / f"manifest-{digest}.json"
-    sealed = _manifest(named, digest)
+    named = sealed_file(digest)
+    data = _read(folder, named)
+    sealed = _manifest(data, digest)
     if sealed is not None:
         # First, as nothing can be judged by a plan that is not the one that was sealed.
         differing = [name for name in planned if sealed.get(name) != planned[name]]
         if differing:
             raise InputError(
-                f"{str(root)!r}: plan.json is damaged: {', '.join(differing)} differ from what was "
-                f"sealed in {named.name}, which has the right values; put it back from a copy"
+                f"{folder.where!r}: {PLAN} is damaged: {', '.join(differing)} differ from what was "
+                f"sealed in {named}, which has the right values; put it back from a copy"
             )
     attributes: dict[str, object] = {"fingerprint": store.schema.fingerprint, "digest": digest}
-    names_another = sealed is None and not named.exists() and any(root.glob("manifest-*.json"))
-    if names_another or _read(path).tobytes() != canonical(group_json(attributes)):
-        verdict.seal.append(Fault(path, "is not what was sealed"))
+    names_another = data is None and any(map(_is_manifest, folder.sizes("")))
+    if names_another or seal != canonical(group_json(attributes)):
+        verdict.seal.append(Fault(SEAL, "is not what was sealed"))
     elif sealed is None:
         verdict.seal.append(Fault(named, "is gone, or is not what its name says"))
     return sealed
 
 
-def _manifest(path: Path, digest: str) -> dict[str, Any] | None:  # Any: a JSON tree
+def _is_manifest(name: str) -> bool:
+    return "/" not in name and name.startswith("manifest-") and name.endswith(".json")
+
+
+def _manifest(data: bytes | None, digest: str) -> dict[str, Any] | None:  # Any: a JSON tree
     """What was sealed under this digest; None where the file is not that."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        is_whole = canonical_digest(content) == digest and path.read_bytes() == canonical(content)
-    except (OSError, ValueError):
+        content: dict[str, Any] = json.loads(data or b"")
+        is_whole = canonical_digest(content) == digest and data == canonical(content)
+    except ValueError:
         return None
     return content if is_whole else None
 
 
 def _seal_faults(store: LatentStore, sealed: dict[str, Any]) -> Iterator[Fault]:  # Any: JSON
-    root = store.root
+    folder = store.folder
     for bucket in store.schema.buckets:
         for name, wanted in sealed["arrays"][bucket.name].items():
-            path = store.per_sample_file(bucket.name, name)
-            data = _read(path)
+            path = per_sample_file(bucket.name, name)
+            data = np.frombuffer(_read(folder, path) or b"", np.uint8)
             own, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:].tobytes()
             if array_digest(own) != wanted or checksum != struct.pack("<I", crc32c(own)):
                 yield Fault(path, "is not what was sealed")
         for path, metadata in store.metadata(bucket).items():
-            if _read(path).tobytes() != canonical(metadata):
+            if _read(folder, path) != canonical(metadata):
                 yield Fault(path, "is not what was sealed")
-    if "null_text" in sealed and array_digest(_read(root / NULL_TEXT)) != sealed["null_text"]:
-        yield Fault(root / NULL_TEXT, "is not what was sealed")
+    if "null_text" in sealed:
+        null = np.frombuffer(_read(folder, NULL_TEXT) or b"", np.uint8)
+        if array_digest(null) != sealed["null_text"]:
+            yield Fault(NULL_TEXT, "is not what was sealed")
 
 
-def _stands_for(path: Path, wanted: str) -> bool:
+def _stands_for(fields: bytes, wanted: str) -> bool:
     try:
-        return fingerprint(json.loads(path.read_text())) == wanted
-    except (OSError, ValueError, TypeError):
+        return fingerprint(json.loads(fields)) == wanted
+    except (ValueError, TypeError):
         return False
 
 
-def _read(path: Path) -> Bytes:
-    return np.fromfile(path, np.uint8) if path.exists() else np.empty(0, np.uint8)
+def _read(folder: StoreFolder, name: str) -> bytes | None:
+    """A file in full; None where there is none."""
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        return None

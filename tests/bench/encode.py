@@ -135,7 +135,7 @@ def _job(folder: Path) -> EncodeJob:
     probed = probe_all(read_table(stage.data), folder / "probes.parquet", workers=2)
     members = assign(stage, probed).save(folder / "clips.arrow")
     scale = measure_scale(stage, weights, members)
-    return plan_job(stage, weights, scale, members, folder / "latents")
+    return plan_job(stage, weights, scale, members, str(folder / "latents"))
 
 
 def _ways(job: EncodeJob, folder: Path) -> dict[str, Callable[[], int]]:
@@ -163,7 +163,7 @@ def _ways(job: EncodeJob, folder: Path) -> dict[str, Callable[[], int]]:
         shards = [shard for shard in store.shard_ids() if shard[0] == BUCKET.name]
         # As many as one task of Ray has; `again`, or what is there would be left as it is.
         encode_shards(job, shards, again=True, decoders=1)
-        written = [shard_file(job.root, *shard[:1], "latent", shard[1]) for shard in shards]
+        written = [Path(job.root, shard_file(shard[0], "latent", shard[1])) for shard in shards]
         assert min(path.stat().st_mtime_ns for path in written) > began_ns, "it was not encoded"
         return sum(len(store.planned(shard)) for shard in shards)
 

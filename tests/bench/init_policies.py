@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from tiny import world_of_one
 
 from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence
-from elastic.data.load import Samples
+from elastic.data.load import Round, Samples
 from elastic.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, render_at
 from elastic.data.order import Layout, layout_of
 from elastic.data.permutation import Indices
@@ -163,10 +164,11 @@ class Latents:
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return self._ids[indices]
 
-    def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
-        text = pad([self._text[i] for i in indices])
-        z_BCTHW = self._z_NCTHW[torch.from_numpy(np.asarray(indices))]
-        return Samples(z_BCTHW, text, self._ids[indices], torch.ones(len(indices)))
+    def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
+        for _, indices in rounds:
+            text = pad([self._text[i] for i in indices])
+            z_BCTHW = self._z_NCTHW[torch.from_numpy(np.asarray(indices))]
+            yield Samples(z_BCTHW, text, self._ids[indices], torch.ones(len(indices)))
 
 
 def old_stage(samples: int) -> DiffusionStage:

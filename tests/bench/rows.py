@@ -29,10 +29,10 @@ import numpy as np
 from figure import record
 from safetensors.torch import save_file
 
-from elastic.data import probes, sources
+from elastic.data import probes
 from elastic.data.assign import assign, load_members
 from elastic.data.decode import decode_clip
-from elastic.data.decoders import Decoders
+from elastic.data.decoders import Decoders, shared_decoders
 from elastic.data.encode import Scale, encode_shards, open_store, plan_job
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.places import Stamp
@@ -143,7 +143,7 @@ def _answer_at_once(film: Path) -> None:
         (probes, "stamp"): lambda path: Stamp(9, 9),
         (Decoders, "probe"): lambda self, paths: (known for _ in paths),
         (Decoders, "decode"): lambda self, wanted, ahead: (x_CTHW for _ in wanted),
-        (sources, "decode_clip"): lambda *wanted: x_CTHW,
+        (Decoders, "answers"): lambda self, wanted, *more: (x_CTHW.numpy() for _ in wanted),
     }
     for (place, name), function in answers.items():
         setattr(place, name, function)
@@ -162,7 +162,7 @@ def run(part: str, folder: Path) -> None:
     elif part == "plan":
         members = load_members(folder / "clips.arrow")
         scale = Scale((0.0,) * CODEC.channels, (1.0,) * CODEC.channels)
-        job = plan_job(stage, folder / "codec.safetensors", scale, members, folder / "latents")
+        job = plan_job(stage, folder / "codec.safetensors", scale, members, str(folder / "latents"))
         open_store(job)
         (folder / "job.pickle").write_bytes(pickle.dumps(job))
     elif part == "encode":
@@ -170,11 +170,12 @@ def run(part: str, folder: Path) -> None:
         shards = LatentStore.open(job.root).shard_ids()
         encode_shards(job, [max(shard for shard in shards if shard[0] == BUCKET.name)])
     else:
-        source = VideoSource(stage, load_members(folder / "clips.arrow"), held_out=False)
+        members, decoders = load_members(folder / "clips.arrow"), shared_decoders(1)
+        source = VideoSource(stage, members, held_out=False, decoders=decoders)
         count = source.counts()[BUCKET.name]
-        for first in range(0, count, max(1, count // 20)):
-            source.fetch(BUCKET, np.array([first]))
-            source.sample_ids(BUCKET, np.array([first]))
+        rows = [np.array([first]) for first in range(0, count, max(1, count // 20))]
+        for row, _ in zip(rows, source.fetch_all((BUCKET, row) for row in rows), strict=True):
+            source.sample_ids(BUCKET, row)
 
 
 def own_mb() -> float:
