@@ -19,8 +19,9 @@ from elastic.attempt import MEMBERS, Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.clips import Clips
-from elastic.data.encode import EncodeJob, Scale, plan_job
+from elastic.data.encode import EncodeJob, plan_job
 from elastic.data.growth import load_growths
+from elastic.data.latents import Scale
 from elastic.data.places import join, parent
 from elastic.data.probes import Probed, probe_all
 from elastic.data.schema import NULL_TEXT
@@ -254,7 +255,7 @@ def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> La
     course.tracker.event(
         "encode_end", name, None, f"sealed as {done.digest}",
         clips=job.members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
-        seconds=round(time.monotonic() - began, 3),
+        seconds=round(time.monotonic() - began, 3), device_frames_per_s=done.frames_per_s,
     )  # fmt: skip
     return Latents(job.root, job.fingerprint, done.digest)
 

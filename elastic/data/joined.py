@@ -55,6 +55,13 @@ class JoinedStores:
             ids[where] = store.sample_ids(bucket, own)
         return ids
 
+    def text_lengths(self, bucket: str, indices: Indices) -> Indices:
+        """Text tokens of some samples of the bucket."""
+        lengths = np.empty(len(indices), np.int64)
+        for store, where, own in self._split(bucket, indices):
+            lengths[where] = store.text_lengths(bucket, own)
+        return lengths
+
     def read_batch(self, bucket: str, indices: Indices) -> LatentBatch:
         """Read some samples."""
         parts = list(self._split(bucket, indices))
