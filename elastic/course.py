@@ -9,16 +9,17 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from elastic.attempt import MEMBERS, Latents, WorkerJob
+from elastic.attempt import Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
-from elastic.data.encode import EncodeJob, Scale, plan_job
-from elastic.data.places import join, parent
+from elastic.data.places import join
 from elastic.data.probes import probe_all
 from elastic.data.schema import NULL_TEXT, PLAN
 from elastic.data.sealed import read_null_text
@@ -26,13 +27,21 @@ from elastic.data.store_folder import folder_at
 from elastic.data.table import read_table
 from elastic.data.verify import FIELDS, Verdict, verdict_lines, verify
 from elastic.errors import InputError
-from elastic.files import write_atomic
-from elastic.folders import LATENT_PINS, RunFolder
+from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.journal import read_events
+from elastic.latent_pins import (
+    codec_weights,
+    forget_stale,
+    job_of,
+    pin_latents,
+    pin_of,
+    pinned_latents,
+    read_scale,
+)
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Limits, fit_stage
-from elastic.record import difference, start_stage
+from elastic.record import start_stage
 from elastic.sample import (
     SampleRequest,
     longest_bucket,
@@ -43,7 +52,7 @@ from elastic.sample import (
 from elastic.start import INIT, check_origin
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
-from stages.init import Align, Continue, FromFile, Init, parent_of
+from stages.init import FromFile, parent_of
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -68,6 +77,8 @@ class Course:
     checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
+    # What goes on while a stage trains.
+    beside: "Callable[[Course, Stage], AbstractContextManager[None]]" = lambda *_: nullcontext()
 
     @property
     def gpus(self) -> float:
@@ -129,11 +140,6 @@ def repair_plan(course: Course) -> None:
             print(f"{root}: was {pin['digest']}; not the same bits: another machine?", flush=True)
 
 
-def pin_of(folder: RunFolder, stage: Stage) -> Path:
-    """The file that says which latents a stage uses; there once they are encoded."""
-    return folder.stage(stage.name) / LATENT_PINS
-
-
 def train_one(course: Course, stage: Stage) -> None:
     """Train one stage to its budget."""
     course.trains.set()
@@ -153,7 +159,8 @@ def train_one(course: Course, stage: Stage) -> None:
         keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
-    fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
+    with course.beside(course, stage):
+        fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 
@@ -169,7 +176,8 @@ def with_absolute_weights(stage: Stage) -> Stage:
 
 
 def pin_members(course: Course, stage: Stage) -> Members:
-    """The clips of the stage, chosen at its first start."""
+    """The clips of the stage, chosen at its first start, or before it (elastic.ray_ahead)."""
+    forget_stale(course.folder, stage)
     path = course.folder.stage(stage.name) / MEMBERS
     if path.exists():
         return load_members(path)
@@ -216,17 +224,6 @@ def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> 
     return assigned.save(path)
 
 
-def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
-    """The file with the weights of the stage's codec."""
-    if isinstance(stage.vae, AutoencoderStage):
-        return folder.stage(stage.vae.name) / WEIGHTS
-    assert stage.vae.weights is not None, "checked when the stage was made"
-    path = Path(stage.vae.weights).absolute()
-    if not path.is_file():
-        raise InputError(f"stage {stage.name!r}: vae.weights {str(path)!r}: no such file")
-    return path
-
-
 def encode_stage(
     course: Course, stage: DiffusionStage, members: Members, damaged: Verdict | None = None
 ) -> Latents:
@@ -234,70 +231,20 @@ def encode_stage(
 
     InputError if the stage was pinned to other latents than it would get now.
     """
-    weights = codec_weights(course.folder, stage)
-    pinned = pin_of(course.folder, stage)
-    scale = read_scale(pinned)
-    if scale is None and isinstance(stage.init, Continue):
-        # The parameters that go on know latents of this scale.
-        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENT_PINS)
-    if scale is None:
-        scale = find_scale_on_ray(stage, weights, members, course.gpus)
-    job = plan_job(stage, weights, scale, members, course.folder.latents)
-    check_pinned(job, pinned)
+    job = job_of(
+        course.folder, stage, members,
+        lambda weights: find_scale_on_ray(stage, weights, members, course.gpus),
+    )  # fmt: skip
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
     began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name)
     done = encode_on_ray(job, course.gpus, teller, damaged)
-    content = {
-        "fingerprint": job.fingerprint,
-        "digest": done.digest,
-        "scale": {"mean": scale.mean, "std": scale.std},
-        "weights": str(weights),
-        "weights_sha256": job.weights_digest,
-    }
-    write_atomic(pinned, json.dumps(content, indent=1).encode())
+    latents = pin_latents(course.folder, job, done.digest)
     course.tracker.event(
         "encode_end", stage.name, None, f"sealed as {done.digest}",
         clips=members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
         seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
-    return Latents(job.root, job.fingerprint, done.digest)
-
-
-def pinned_latents(folder: RunFolder, init: Init) -> Latents | None:
-    """The latents that the parent was trained on, where the policy pairs them with the stage's."""
-    if not isinstance(init, Align):
-        return None
-    pinned = json.loads((folder.stage(init.stage.name) / LATENT_PINS).read_text())
-    root = join(folder.latents, pinned["fingerprint"])
-    return Latents(root, pinned["fingerprint"], pinned["digest"])
-
-
-def check_pinned(job: EncodeJob, pinned: Path) -> None:
-    """InputError, with what differs, if the stage was pinned to other latents than the job's."""
-    if not pinned.exists():
-        return
-    before = json.loads(pinned.read_text())["fingerprint"]
-    if before == job.fingerprint:
-        return
-    new = json.loads(folder_at(job.root).read(FIELDS))
-    try:
-        fields = json.loads(folder_at(join(parent(job.root), before)).read(FIELDS))
-        changes = difference(fields, new)
-    except FileNotFoundError:
-        changes = ["those are gone, so what differs is not known"]
-    raise InputError(
-        f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
-        f"{'; '.join(changes)}. Put back what was there, or give the stage another "
-        f"name; while it has not been trained, {pinned} may be deleted instead"
-    )
-
-
-def read_scale(path: Path) -> Scale | None:
-    """The normalisation that a stage's latents were stored with, if it is known."""
-    if not path.exists():
-        return None
-    scale = json.loads(path.read_text())["scale"]
-    return Scale(tuple(scale["mean"]), tuple(scale["std"]))
+    return latents
 
 
 def _samples_done(course: Course, stage: Stage) -> bool:

@@ -25,7 +25,7 @@ from tiny_text import change_weights, tiny_t5_clip
 from videos_fixture import level_video
 
 from elastic import ray_encode
-from elastic.course import check_pinned, pin_members
+from elastic.course import pin_members
 from elastic.data import encode
 from elastic.data.assign import (
     Members,
@@ -58,6 +58,7 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.latent_pins import check_pinned
 from elastic.ray_encode import MOST_SHARDS, in_groups
 from elastic.ray_nodes import decoders_of_a_task
 from elastic.weights import file_digest, load_weights

@@ -15,14 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
-from elastic.attempt import MEMBERS
 from elastic.data.assign import load_members
 from elastic.data.decoders import shared_decoders
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
-from elastic.folders import RunFolder
+from elastic.folders import MEMBERS, RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
 from elastic.record import read_plan
 from stages.stage import AutoencoderStage, Stage
@@ -37,7 +36,7 @@ from pathlib import Path
 from elastic import demo
 from elastic.course import train_plan
 from elastic.drive import run_course, start_cluster
-from elastic.folders import RunFolder
+from elastic.folders import MEMBERS, RunFolder
 from elastic.settings import read_settings
 from stages.plan import load_plan
 
