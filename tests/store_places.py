@@ -54,9 +54,12 @@ def a_bucket(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(params=["folder", "bucket"], name="place")
-def a_place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """A folder of this machine, and one behind a URL."""
+def a_place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Place:
+    """A folder of this machine, and one behind a URL of which no copies are here."""
     if request.param == "folder":
         return Place(str(tmp_path / "store"))
     bucket: Place = request.getfixturevalue("bucket")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return bucket.below(uuid.uuid4().hex)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from s3_server import s3_server  # noqa: F401  # a fixture
+from store_places import Place, a_bucket  # noqa: F401  # a fixture
 
 from elastic.data.assign import load_members
 from elastic.data.decoders import shared_decoders
@@ -171,21 +173,22 @@ def require_repair(folder: RunFolder, environment: dict[str, str]) -> None:
         )
 
     assert verb("verify", str(folder.root)).returncode == 0
-    shard = next(folder.latents.glob("*/32px-5f/latent/c.0.*"))
-    before = shard.read_bytes()
-    shard.write_bytes(before[:9] + bytes([before[9] ^ 1]) + before[10:])
+    latents = Place(folder.latents)
+    shard = next(name for name in latents.names() if "/32px-5f/latent/c.0." in name)
+    before = latents.read(shard)
+    latents.flip(shard, 9, 1)
     named = verb("verify", str(folder.root))
     assert named.returncode == 1
     assert "32px-5f/latent/c.0.0.0.0.0 latent of sample" in named.stdout
     repaired = verb("repair", str(PLAN), "--storage", str(folder.root.parent), "--cpus", "2")
     assert repaired.returncode == 0, repaired.stderr[-4000:]
     assert "encoded again: 1 shards; sealed as " in repaired.stdout
-    assert shard.read_bytes() == before
+    assert latents.read(shard) == before
     assert verb("verify", str(folder.root)).returncode == 0
 
 
-def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
-    videos: Path, tmp_path: Path
+def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on_with_latents_in_a_bucket(
+    videos: Path, tmp_path: Path, bucket: Place
 ) -> None:
     command = [sys.executable, "-m", "elastic", "train", str(PLAN), "--storage", str(tmp_path)]
     folder = RunFolder(tmp_path / "tiny")
@@ -196,7 +199,10 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
 
     with (tmp_path / "first.log").open("wb") as log:
         first = subprocess.Popen(
-            [*command, "--cpus", "1"], env=environment(videos, times=8), stdout=log, stderr=log
+            [*command, "--cpus", "1", "--latents", bucket.root],
+            env=environment(videos, times=8),
+            stdout=log,
+            stderr=log,
         )
         wait_until(published, f"a checkpoint; {tmp_path}/first.log", 180)
         family = psutil.Process(first.pid).children(recursive=True)
@@ -218,6 +224,8 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on(
     assert second.returncode == 0, second.stderr[-4000:]
     assert not alive(family)
     check_finished_run(folder)
+    assert folder.latents == f"{bucket.root}/tiny/latents"
+    assert not (folder.root / "latents").exists()
     starts = [e for e in read_events(folder.root) if e["kind"] == "start"]
     assert [e["stage"] for e in starts].count("hunyuan-vae") == 1, "finished stages stay finished"
     again = [e for e in starts if e["stage"] == "hunyuan-dit"]

@@ -249,6 +249,11 @@ class SealedStore:
         null_text = read_null_text(folder, sealed["null_text"]) if "null_text" in sealed else None
         return cls(folder, schema, attributes["digest"], rows, null_text)
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many threads it pays to read with."""
+        return self._folder.reads_at_once
+
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
         return len(self._rows[bucket])

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elastic.data.ahead import read_ahead
 from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clips
 from elastic.data.decode import BadVideo, Unreachable, to_unit
@@ -23,6 +25,7 @@ from stages.stage import DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
+_AHEAD_BYTES = 2**30  # most that rounds which are read ahead may take
 _PAUSES_S = (1.0, 4.0, 15.0, 40.0)  # before a file is tried again that cannot be read just now
 
 
@@ -127,8 +130,16 @@ class LatentSource:
         return self._store.sample_ids(self._names[bucket.name], indices)
 
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
-        """Read the samples of each round when it is wanted."""
-        return (self.fetch(bucket, indices) for bucket, indices in rounds)
+        """Read the samples of each round, and of those that come next."""
+        return read_ahead(lambda one: self.fetch(*one), rounds, self._most_ahead())
+
+    def _most_ahead(self) -> int:
+        """As many rounds as pay where the store lies, if memory has room for them."""
+        largest = max(
+            bucket.micro * 4 * math.prod(self._store.schema.bucket(name).shape)
+            for bucket, name in zip(self._stage.buckets, self._names.values(), strict=True)
+        )
+        return max(2, min(self._store.reads_at_once, _AHEAD_BYTES // largest))
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
         """Read these samples, widened to fp32."""

@@ -76,6 +76,11 @@ class StoreFolder(Protocol):
         """The path or URL."""
         ...
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many reads the place answers faster together than one after the other."""
+        ...
+
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
         ...
@@ -139,6 +144,11 @@ class LocalFolder:
     def where(self) -> str:
         """The path."""
         return str(self._root)
+
+    @property
+    def reads_at_once(self) -> int:
+        """A few: the folder may be on a network."""
+        return 4
 
     def size(self, name: str) -> int | None:
         """By its entry."""

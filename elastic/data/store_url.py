@@ -48,6 +48,11 @@ class UrlFolder:
         """The URL."""
         return self._url
 
+    @property
+    def reads_at_once(self) -> int:
+        """Many: each waits for an answer most of the time."""
+        return 16
+
     def size(self, name: str) -> int | None:
         """By asking for its head."""
         with as_os_errors(self._url):
