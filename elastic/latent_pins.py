@@ -17,7 +17,7 @@ from elastic.data.verify import FIELDS
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
-from elastic.record import described, difference
+from elastic.record import described, difference, has_started
 from elastic.weights import WEIGHTS
 from stages.init import Align, Continue, Init
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
@@ -129,9 +129,9 @@ def scale_ahead(folder: RunFolder, stage: DiffusionStage) -> Scale | None:
 
 
 def forget_stale(folder: RunFolder, stage: Stage) -> None:
-    """Remove what was pinned ahead for the stage as it is no more; it had not started."""
+    """Remove what was pinned ahead for the stage as it is no more; not once it has started."""
     own = folder.stage(stage.name)
-    if not (own / AHEAD).exists():
+    if not (own / AHEAD).exists() or has_started(folder, stage):
         return
     assert isinstance(stage, DiffusionStage), f"{stage.name}: {AHEAD} of another kind of stage"
     before = json.loads((own / AHEAD).read_text())["stage"]

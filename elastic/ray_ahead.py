@@ -56,7 +56,7 @@ from stages.videos import Videos
 
 log = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.5
 _LOST_TRIES = 3  # of one task whose machine was lost
 _CLOSE_S = 10.0
 
@@ -93,17 +93,29 @@ class Stopped(Exception):
 
 
 def _ahead(course: Course, stage: Stage, stop: threading.Event) -> None:
-    for later in after(course, stage):
-        try:
-            _encode(course, later, Tasks(stage.workers[1], course.gpus, stop))
-        except Stopped:
-            return
-        except Exception as error:  # whatever it is: training goes on, and a later turn tries again
-            if stop.is_set():
-                return
-            log.warning("stage %r cannot be encoded ahead: %s", later.name, error)
-            why = f"failed, and is tried again at its turn: {last_line(error)}"
-            course.tracker.event("encode_ahead_end", later.name, None, why)
+    try:
+        # One after another: where one goes on from another, that is pinned by then.
+        for later in after(course, stage):
+            _encode_or_tell(course, later, stage.workers[1], stop)
+    except Stopped:
+        return
+    except Exception as error:  # whatever it is: training goes on
+        log.warning("nothing more is encoded ahead of its turn: %s", error)
+
+
+def _encode_or_tell(
+    course: Course, stage: DiffusionStage, most: int, stop: threading.Event
+) -> None:
+    try:
+        _encode(course, stage, Tasks(most, course.gpus, stop))
+    except Stopped:
+        raise
+    except Exception as error:  # whatever it is: training goes on, and its turn tries again
+        if stop.is_set():
+            raise Stopped from error
+        log.warning("stage %r cannot be encoded ahead: %s", stage.name, error)
+        why = f"failed, and is tried again at its turn: {last_line(error)}"
+        course.tracker.event("encode_ahead_end", stage.name, None, why)
 
 
 def after(course: Course, stage: Stage) -> Iterator[DiffusionStage]:

@@ -43,6 +43,11 @@ def start_stage(folder: RunFolder, stage: Stage) -> None:
     write_atomic(folder.record, json.dumps(record, indent=1).encode())
 
 
+def has_started(folder: RunFolder, stage: Stage) -> bool:
+    """Whether the stage has started in this run, and so may not change any more."""
+    return stage.name in _read(folder)["started"]
+
+
 def check_unchanged(folder: RunFolder, plan: Plan) -> None:
     """InputError with the difference if a stage that has started is not what it was."""
     started = _read(folder)["started"]

@@ -10,6 +10,7 @@ from elastic.data.encode import Scale
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.latent_pins import AHEAD, forget_stale, note_ahead, scale_ahead
 from elastic.ray_ahead import absolute, after
+from elastic.record import start_stage
 from elastic.weights import FINISHED, WEIGHTS
 from models import WordHash
 from stages import (
@@ -78,7 +79,13 @@ def test_what_they_follow_from_makes_them_be_chosen_again(
     assert scale_ahead(folder, changed) is None
 
 
-def test_pins_of_a_stage_at_its_turn_are_never_forgotten(folder: RunFolder) -> None:
+def test_pins_of_a_stage_that_has_started_are_never_forgotten(folder: RunFolder) -> None:
+    start_stage(folder, STAGE)
+    forget_stale(folder, STAGE.replace(rate=8.0))
+    assert left(folder) == {MEMBERS, LATENT_PINS, AHEAD}
+
+
+def test_pins_that_were_not_made_ahead_are_left_alone(folder: RunFolder) -> None:
     (folder.stage(STAGE.name) / AHEAD).unlink()
     forget_stale(folder, STAGE.replace(rate=8.0))
     assert left(folder) == {MEMBERS, LATENT_PINS}

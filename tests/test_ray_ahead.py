@@ -1,26 +1,31 @@
 """Encoding ahead of a later stage's turn, on a real cluster; training comes first."""
 
-import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ahead_plan import plan
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import STAGE
 
 from cluster.local import LocalCluster
+from elastic import ray_ahead
 from elastic.data.moving_shapes import write_demo_videos
+from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
-from elastic.ray_ahead import Stopped, Tasks
+from elastic.ray_ahead import EncodeAhead, Stopped, Tasks
 from elastic.ray_nodes import Spare, slots
 from models.fresh import fresh_parameters, named_generator
 
@@ -36,12 +41,14 @@ from elastic.settings import read_settings
 from stages.plan import load_plan
 
 settings = read_settings(storage=sys.argv[2], hang_after=600, aim=False)
-plan, has_place, held = load_plan(sys.argv[1]), sys.argv[3] == "place", []
+plan, has_place, held = load_plan(sys.argv[1]), sys.argv[3] != "none", []
 cluster = start_cluster(settings, cpus=1)
 
 def watch(course, latest):
     events = read_events(course.folder.root)
     is_encoded = any(e["kind"] == "encode_ahead_end" for e in events)
+    if sys.argv[3] == "interrupt" and any(e["kind"] == "encode_ahead" for e in events):
+        raise KeyboardInterrupt
     if has_place and latest.get("pids") and not held and not is_encoded:
         held.append(latest["pids"][0])
         os.kill(held[0], signal.SIGSTOP)
@@ -161,47 +168,101 @@ def test_nothing_runs_where_training_may_take_all_and_a_stop_is_obeyed(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def _run(storage: Path, videos: Path, weights: Path, place: str) -> RunFolder:
-    names = {"AHEAD_VIDEOS": str(videos), "AHEAD_WEIGHTS": str(weights)}
+def _alive(marks: str, number: int) -> int:
+    """A task whose process ends when it is tried first."""
+    if not list(Path(marks).iterdir()):
+        (Path(marks) / "tried").touch()
+        os._exit(1)
+    return number
+
+
+def _fails(marks: str, number: int) -> int:
+    raise OSError(f"{marks}/{number} cannot be read")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+def test_a_lost_task_is_done_again_and_one_that_fails_is_raised(tmp_path: Path) -> None:
+    tasks = Tasks(most=1, gpus=0.0, stop=threading.Event())
+    found = tasks.all(_alive, [(str(tmp_path), number) for number in range(3)])
+    assert sorted(found) == [0, 1, 2]
+    with pytest.raises(OSError, match="1 cannot be read"):
+        tasks.one(_fails, str(tmp_path), 1)
+
+
+def test_what_fails_ahead_is_told_and_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+    tracker = SimpleNamespace(event=lambda *event: told.append(event))
+    course: Any = SimpleNamespace(tracker=tracker, gpus=0.0)
+
+    def fail(*_: object) -> None:
+        raise InputError("no held-out clip")
+
+    monkeypatch.setattr(ray_ahead, "after", lambda course, stage: iter([STAGE, STAGE]))
+    monkeypatch.setattr(ray_ahead, "Tasks", lambda *_: None)
+    monkeypatch.setattr(ray_ahead, "_encode", fail)
+    with EncodeAhead()(course, STAGE):
+        wait_until(lambda: len(told) == 2, "both stages")
+    why = "failed, and is tried again at its turn: no held-out clip"
+    assert told == [("encode_ahead_end", STAGE.name, None, why)] * 2
+
+
+def _run(storage: Path, inputs: Path, place: str) -> RunFolder:
+    names = {
+        "AHEAD_VIDEOS": str(inputs / "videos" / "captions.csv"),
+        "AHEAD_WEIGHTS": str(inputs / "codec.safetensors"),
+    }
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(HERE / "ahead_plan.py"), str(storage), place],
         env={**os.environ, **names, "PYTHONPATH": PATHS},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    expected = -signal.SIGINT if place == "interrupt" else 0
+    assert done.returncode == expected, done.stderr[-4000:]
     return RunFolder(storage / "ahead")
 
 
 def _trained(folder: RunFolder) -> list[tuple[Any, ...]]:
-    """What training computed, line by line."""
+    """What training computed, line by line, and what it computed on."""
     lines = latest_values(read_metrics(folder.root))
     names = ("loss", "grad_norm", "psnr")
+    pinned = (folder.stage("second") / "latents.json").read_text()
     return [
-        (line["stage"], line["position"], line.get("order_digest"), json.dumps(line["context"]),
+        (pinned, line["stage"], line["position"], line.get("order_digest"), str(line["context"]),
          *(line["values"].get(name) for name in names))
         for line in lines
     ]  # fmt: skip
 
 
+def _told(folder: RunFolder) -> list[tuple[str, str | None]]:
+    return [(event["kind"], event["stage"]) for event in read_events(folder.root)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    assert write_demo_videos(folder / "videos", clips=40).table == folder / "videos/captions.csv"
+    model = plan.stages[0].codec.build(device="meta")
+    fresh = fresh_parameters(model, lambda name: named_generator(0, name))
+    save_file(dict(fresh), folder / "codec.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The run on one node, where nothing is encoded ahead."""
+    folder = _run(tmp_path_factory.mktemp("plain"), inputs, "none")
+    assert not [kind for kind, _ in _told(folder) if kind.startswith("encode_ahead")]
+    return folder
+
+
 @pytest.mark.ray
 def test_the_next_stage_is_encoded_on_a_node_beyond_the_most_and_changes_nothing(
-    tmp_path: Path,
+    plain: RunFolder, inputs: Path, tmp_path: Path
 ) -> None:
-    from ahead_plan import plan
-
-    videos = write_demo_videos(tmp_path / "videos", clips=40).table
-    model = plan.stages[0].codec.build(device="meta")
-    weights = tmp_path / "codec.safetensors"
-    save_file(dict(fresh_parameters(model, lambda name: named_generator(0, name))), weights)
-    plain = _run(tmp_path / "plain", videos, weights, "none")
-    ahead = _run(tmp_path / "ahead", videos, weights, "place")
-    assert not [e for e in read_events(plain.root) if e["kind"].startswith("encode_ahead")]
-    events = read_events(ahead.root)
-    told = [(e["kind"], e["stage"]) for e in events]
-    begun, ended = (
-        told.index(("encode_ahead", "second")),
-        told.index(("encode_ahead_end", "second")),
-    )
+    ahead = _run(tmp_path, inputs, "place")
+    events, told = read_events(ahead.root), _told(ahead)
+    begun, ended = (told.index((f"encode_ahead{end}", "second")) for end in ("", "_end"))
     assert told.index(("encode_end", "first")) < begun < ended
     assert ended < told.index(("stage_end", "first")) < told.index(("encode_start", "second"))
     assert events[ended]["reason"].startswith("sealed as ")
@@ -210,7 +271,13 @@ def test_the_next_stage_is_encoded_on_a_node_beyond_the_most_and_changes_nothing
     assert turn["encoded"] == 0, "its turn found it sealed"
     assert turn["reason"] == events[ended]["reason"]
     assert _trained(ahead) == _trained(plain)
-    pins = [
-        json.loads((one.stage("second") / "latents.json").read_text()) for one in (plain, ahead)
-    ]
-    assert pins[0] == pins[1]
+
+
+@pytest.mark.ray
+def test_a_driver_that_is_interrupted_ends_and_the_next_one_encodes_the_rest(
+    plain: RunFolder, inputs: Path, tmp_path: Path
+) -> None:
+    begun = _run(tmp_path, inputs, "interrupt")
+    assert ("encode_ahead", "second") in _told(begun)
+    assert ("stage_end", "first") not in _told(begun)
+    assert _trained(_run(tmp_path, inputs, "none")) == _trained(plain)
