@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.data.load import Source
 from elastic.data.order import Indices, Permutation
-from elastic.data.sealed import DamagedStore
+from elastic.data.rows import DamagedStore
 from elastic.errors import InputError
 from elastic.world import World
 from models.align import PairSums, complete, overlap, paired_cells, solve_embedding

@@ -75,6 +75,7 @@ class Course:
     limits: Limits
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where those of all plans lie; none: in their run folders
+    packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
     # What goes on while a stage trains.
@@ -234,6 +235,7 @@ def encode_stage(
     job = job_of(
         course.folder, stage, members,
         lambda weights: find_scale_on_ray(stage, weights, members, course.gpus),
+        course.packs,
     )  # fmt: skip
     course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
     began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name)

@@ -156,6 +156,7 @@ def _supervise(
         Limits(settings.min_stay, settings.leave_before, settings.hang_after),
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
+        settings.pack_latents,
         beside=ahead,
     )
     hosts = Hosts()

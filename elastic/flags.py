@@ -24,6 +24,12 @@ def latents_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--latents", metavar="URL", help="folder or s3:// URL (default: in the run folder)"
     )
+    parser.add_argument(
+        "--pack-latents",
+        action="store_const",
+        const=True,
+        help="compress them: a quarter less to store, some ms a megabyte to read",
+    )
 
 
 def training_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ What is pinned before is valid as long as nothing changes that it follows from.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def job_of(
     stage: DiffusionStage,
     members: Members,
     find_scale: Callable[[Path], Scale],
+    packed: bool = False,
 ) -> EncodeJob:
     """What the stage's latents are; the scale is found, with the codec's weights, if need be.
 
@@ -61,6 +63,7 @@ def job_of(
     if scale is None:
         scale = find_scale(weights)
     job = plan_job(stage, weights, scale, members, folder.latents)
+    job = replace(job, packed=packed)
     check_pinned(job, pinned)
     return job
 

@@ -152,7 +152,7 @@ def _encode(course: Course, stage: DiffusionStage, tasks: "Tasks") -> None:
         note_ahead(folder, stage, scale)
         return scale
 
-    job = job_of(folder, stage, members, scale_of)
+    job = job_of(folder, stage, members, scale_of, course.packs)
     began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name, is_ahead=True)
     store = open_store(job)
     missing = store.missing()

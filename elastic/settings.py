@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     """Folder or URL (s3://...) below which the checkpoints of all plans lie; none: in the runs."""
     latents: str | None = None
     """Folder or URL (s3://...) below which the latents of all plans lie; none: in the runs."""
+    pack_latents: bool = False
+    """Whether stores of latents that are begun are compressed."""
     keep_last: int = Field(default=KEEP_LAST, ge=1)
     """Checkpoints that are kept of each stage."""
     keep_every: int | None = Field(default=None, ge=1)

@@ -48,9 +48,14 @@ VIDEO, IMAGE = "32px-5f", "64px-1f"
 
 
 def _schema(
-    videos: int = 11, images: int = 3, k: int = 4, shape: tuple[int, int, int, int] = (4, 2, 3, 5)
+    videos: int = 11,
+    images: int = 3,
+    k: int = 4,
+    shape: tuple[int, int, int, int] = (4, 2, 3, 5),
+    packed: bool = False,
 ) -> StoreSchema:
     return StoreSchema(
+        packed=packed,
         fingerprint=PRINT,
         buckets=(
             BucketPlan(name=VIDEO, shape=shape, sample_ids=tuple(range(100, 100 + videos))),
@@ -107,6 +112,7 @@ def _check(root: str | Path, schema: StoreSchema, absent: frozenset[int] = froze
     images=st.integers(1, 5),
     k=st.integers(1, 6),
     absent=st.frozensets(st.integers(100, 113)),
+    packed=st.booleans(),
 )
 def test_what_is_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory,
@@ -114,9 +120,10 @@ def test_what_is_written_is_read_back(
     images: int,
     k: int,
     absent: frozenset[int],
+    packed: bool,
 ) -> None:
     root = tmp_path_factory.mktemp("latents")
-    schema = _schema(videos, images, k)
+    schema = _schema(videos, images, k, packed=packed)
     store = LatentStore.create(root, schema)
     _fill(store, absent)
     assert store.missing() == []
@@ -147,8 +154,9 @@ def _by_zarr(
         return json.loads(said), dict(arrays)
 
 
-def test_zarr_reads_the_same_values(place: Place, tmp_path: Path) -> None:
-    schema = _schema()
+@pytest.mark.parametrize("packed", [False, True])
+def test_zarr_reads_the_same_values(place: Place, tmp_path: Path, packed: bool) -> None:
+    schema = _schema(packed=packed)
     absent = frozenset({102, 107})
     store = LatentStore.create(place.root, schema)
     _fill(store, absent)
@@ -266,9 +274,10 @@ def test_a_torn_or_damaged_line_costs_one_shard(place: Place) -> None:
     _check(place.root, schema)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("array", ["latent", "text", "pooled"])
-def test_a_flipped_bit_is_found_and_named(place: Place, array: str) -> None:
-    schema = _schema()
+def test_a_flipped_bit_is_found_and_named(place: Place, array: str, packed: bool) -> None:
+    schema = _schema(packed=packed)
     store = LatentStore.create(place.root, schema)
     _fill(store)
     digest = store.seal()
@@ -286,6 +295,40 @@ def test_a_flipped_bit_is_found_and_named(place: Place, array: str) -> None:
     _fill(store)
     assert store.seal() == digest
     _check(place.root, schema)
+
+
+@pytest.mark.parametrize("array", ["latent", "text", "pooled"])
+def test_a_damaged_index_of_a_packed_shard_is_found_and_named(place: Place, array: str) -> None:
+    store = LatentStore.create(place.root, _schema(packed=True))
+    _fill(store)
+    store.seal()
+    path = shard_file(VIDEO, array, 1)
+    place.flip(path, -9, 4)
+    with pytest.raises(DamagedStore, match=rf"{path}: {array} of .* has a damaged index"):
+        SealedStore.open(place.root, PRINT).read_batch(VIDEO, range(11))
+
+
+def test_packed_latents_take_less_and_are_the_same(tmp_path: Path) -> None:
+    sizes = {}
+    for packed in (False, True):
+        schema = _schema(shape=(16, 3, 16, 16), packed=packed)
+        store = LatentStore.create(tmp_path / str(packed), schema)
+        _fill(store)
+        store.seal()
+        _check(tmp_path / str(packed), schema)
+        sizes[packed] = sum(store.folder.sizes(f"{VIDEO}/latent").values())
+    assert sizes[True] < 0.8 * sizes[False], "of noise, which packs worst"
+
+
+def test_a_store_that_was_begun_stays_packed_or_not(tmp_path: Path) -> None:
+    for packed in (False, True):
+        root = tmp_path / str(packed)
+        _write(LatentStore.create(root, _schema(packed=packed)), (VIDEO, 0))
+        store = LatentStore.create(root, _schema(packed=not packed))
+        assert store.schema == _schema(packed=packed)
+        _fill(store)
+        store.seal()
+        _check(root, _schema(packed=packed))
 
 
 @pytest.mark.parametrize("array", ["latent", "text", "pooled"])

@@ -21,9 +21,9 @@ ABSENT = frozenset({102})
 STANDS_FOR = {"codec": "test", "rate": 8}  # the fields of PRINT
 
 
-def sealed(place: Place) -> tuple[LatentStore, str]:
+def sealed(place: Place, packed: bool = False) -> tuple[LatentStore, str]:
     """A finished store with one clip that could not be encoded, and its digest."""
-    store = LatentStore.create(place.root, _schema())
+    store = LatentStore.create(place.root, _schema(packed=packed))
     describe(place)
     _fill(store, ABSENT)
     store.publish_null_text(WordHash(width=6).null())
@@ -65,7 +65,7 @@ def test_in_a_bucket_as_well(bucket: Place, data: st.DataObject) -> None:
 
 
 def _damage_and_repair(place: Place, data: st.DataObject) -> None:
-    store, digest = sealed(place)
+    store, digest = sealed(place, packed=data.draw(st.booleans()))
     before = contents(place)
     name = data.draw(st.sampled_from(sorted(n for n in before if not n.startswith("plan"))))
     damage(place, name, data)

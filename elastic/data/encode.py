@@ -79,6 +79,7 @@ class EncodeJob:
     root: str  # of the store: a path or URL
     text: TextEncoder  # the stage's, to be used in any folder
     text_fields: dict[str, str | int | float]
+    packed: bool = False  # a store that is begun; one that is there stays as it is
 
     @property
     def fingerprint(self) -> str:
@@ -140,6 +141,7 @@ def open_store(job: EncodeJob) -> LatentStore:
         text_tokens=text_tokens,
         text_width=stage.text.width,
         pooled_width=stage.text.pooled_width,
+        packed=job.packed,
     )
     return LatentStore.create(job.root, schema)
 

@@ -11,6 +11,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic.data.packing import Layout
 from elastic.data.shards import as_bytes, canonical_digest, chunk_name, json_bytes
 from elastic.data.store_folder import OpenFile, StoreFolder
 from elastic.errors import InputError
@@ -23,6 +24,7 @@ AXES = {"latent": "BCTHW", "text": "BLD", "pooled": "BP", "given": "BCTHW"}
 NULL_TEXT = "null_text.safetensors"  # in the root: what dropped text is replaced by
 _ID = np.dtype("<i8")
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_PACKED = "packed"
 _SIZES = ("samples_per_shard", "text_tokens", "text_width", "pooled_width")
 
 
@@ -108,6 +110,7 @@ class StoreSchema:
     text_tokens: int
     text_width: int
     pooled_width: int
+    packed: bool = False  # whether chunks are compressed: the same values in fewer bytes
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.fingerprint):
@@ -139,6 +142,13 @@ class StoreSchema:
             shapes["given"] = (bucket.given, bucket.given)
         return shapes
 
+    def layout(self, bucket: str, array: str) -> Layout:
+        """The form of the array's shards."""
+        sample, chunk = self.shapes(bucket)[array]
+        chunks = int(np.prod(sample)) // int(np.prod(chunk))
+        chunk_bytes = 2 * int(np.prod(chunk))
+        return Layout(self.samples_per_shard, chunks, chunk_bytes, self.packed)
+
     def sample_bytes(self, name: str, lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """Bytes that each present sample takes in each array, given its number of text tokens."""
         fixed = {array: 2 * int(np.prod(s)) for array, (s, _) in self.shapes(name).items()}
@@ -157,16 +167,23 @@ def sealed_file(digest: str) -> str:
     return f"manifest-{digest}.json"
 
 
-def save_plan(folder: StoreFolder, schema: StoreSchema) -> None:
-    """Write the plan of a store, or check the one there; InputError if they differ."""
+def save_plan(folder: StoreFolder, schema: StoreSchema) -> bool:
+    """Write the plan of a store, or check the one there; InputError if they differ.
+
+    Whether the store is packed: one that was begun stays as it is.
+    """
     plan = plan_json(schema)
     with suppress(FileNotFoundError):
-        return _require_same(folder, json.loads(folder.read(PLAN)), plan)
+        found = json.loads(folder.read(PLAN))
+        is_packed = found.pop(_PACKED, False)
+        _require_same(folder, found, {n: value for n, value in plan.items() if n != _PACKED})
+        return bool(is_packed)
     for bucket in schema.buckets:
         ids = np.asarray(bucket.sample_ids, _ID)
         folder.publish(ids_file(bucket.name), [as_bytes(ids)])
     # Last: it says that the ids are there.
     folder.publish(PLAN, json_bytes(plan))
+    return schema.packed
 
 
 def load_schema(folder: StoreFolder) -> StoreSchema:
@@ -176,7 +193,8 @@ def load_schema(folder: StoreFolder) -> StoreSchema:
         plan = json.loads(data)
         sizes = {name: plan[name] for name in _SIZES}
         buckets = tuple(_load_bucket(folder, *named) for named in plan["buckets"].items())
-        return StoreSchema(fingerprint=plan["fingerprint"], buckets=buckets, **sizes)
+        packed = bool(plan.get(_PACKED, False))
+        return StoreSchema(fingerprint=plan["fingerprint"], buckets=buckets, packed=packed, **sizes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged_plan(folder, PLAN, f"it cannot be read ({error!r})") from error
 
@@ -215,7 +233,9 @@ def plan_json(schema: StoreSchema) -> dict[str, Any]:  # Any: a JSON tree
         }
         for bucket in schema.buckets
     }
-    return {"schema": SCHEMA, "fingerprint": schema.fingerprint, **sizes, "buckets": buckets}
+    packed = {_PACKED: True} if schema.packed else {}
+    fixed = {"schema": SCHEMA, "fingerprint": schema.fingerprint}
+    return {**fixed, **sizes, **packed, "buckets": buckets}
 
 
 def _require_same(folder: StoreFolder, found: dict[str, object], asked: dict[str, object]) -> None:

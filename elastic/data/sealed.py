@@ -3,10 +3,11 @@
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width, P pooled width
 
 import json
-import math
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from elastic.data.packing import DamagedIndex, Layout, unpack
+from elastic.data.rows import DamagedStore, Place, Rows, load_rows
 from elastic.data.schema import (
     NULL_TEXT,
     SEAL,
@@ -24,18 +27,12 @@ from elastic.data.schema import (
     sealed_file,
     shard_file,
 )
-from elastic.data.shards import CHECKSUM_BYTES, Bytes, canonical_digest, chunk_name, crc32c
-from elastic.data.store_folder import OpenFile, Span, StoreFolder, folder_at
+from elastic.data.shards import Bytes, canonical_digest, crc32c
+from elastic.data.store_folder import Span, StoreFolder, folder_at
 from elastic.errors import InputError
 from models.text import TextEmbedding
 
-_SCAN = 2**20  # ids looked at at once
-_MANY = 16  # one in so many of all: then all are read at once
-_Item = TypeVar("_Item", bound=np.generic)
-
-
-class DamagedStore(Exception):
-    """Data on the disk is not what was committed; the message names the file and the sample."""
+_INDEXES = 1024  # of shards, each some kB
 
 
 class LatentBatch(NamedTuple):
@@ -51,110 +48,11 @@ class LatentBatch(NamedTuple):
     given_BCTHW: Tensor | None = None
 
 
-class _Place(NamedTuple):
-    """Where a present sample lies: its slot in the plan, its shard, and what is before it there."""
-
-    slot: int
-    shard: int
-    samples: int  # present ones before it in the shard
-
-
-class _Column(Generic[_Item]):
-    """An array of a few values for each planned sample, read where it is asked for.
-
-    Not mapped: pages of a mapping stay in the process until nearly all of the file does.
-    """
-
-    def __init__(
-        self, file: OpenFile, where: str, shape: tuple[int, ...], dtype: "np.dtype[_Item]"
-    ) -> None:
-        self._file, self._where, self._dtype = file, where, dtype
-        self._count, self._each = shape[0], shape[1:]
-        self._items = math.prod(self._each)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def between(self, first: int, end: int) -> NDArray[_Item]:
-        """The values of slots in a row."""
-        found = self._file.array(self._dtype, (end - first) * self._items, first * self._items)
-        if len(found) != (end - first) * self._items:
-            raise DamagedStore(
-                f"{self._where} has been cut off since it was opened; encode the stage again"
-            )
-        return found.reshape(end - first, *self._each)
-
-    def at(self, slots: NDArray[np.int64]) -> NDArray[_Item]:
-        """The values of some slots; of many, by way of all."""
-        if _MANY * len(slots) > len(self):
-            return self.between(0, len(self))[slots]
-        out = np.empty((len(slots), *self._each), self._dtype)
-        for number, slot in enumerate(slots.tolist()):
-            out[number] = self.between(slot, slot + 1)[0]
-        return out
-
-
-class _Rows:
-    """What was sealed of each planned sample of a bucket, left in its files; 10^9 take no memory.
-
-    Absent samples are the exception, so their slots alone are kept.
-    """
-
-    def __init__(
-        self,
-        sample_id: _Column[np.int64],
-        length: _Column[np.int32],
-        crcs: _Column[np.uint32],
-        absent_M: NDArray[np.int64],
-        per_shard: int,
-    ) -> None:
-        self._sample_id, self._length, self._crcs = sample_id, length, crcs
-        self._absent_M, self._per_shard = absent_M, per_shard
-        # How many present samples come before each absent one.
-        self._present_M = absent_M - np.arange(len(absent_M))
-
-    def __len__(self) -> int:
-        return len(self._sample_id) - len(self._absent_M)
-
-    def ids(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ids of present samples."""
-        return self._sample_id.at(self._slots(indices)).astype(np.int64, copy=False)
-
-    def place(self, index: int) -> _Place:
-        """Where a present sample lies."""
-        if len(self._absent_M):
-            slot = index + int(np.searchsorted(self._present_M, index, side="right"))
-        else:
-            slot = index
-        shard = slot // self._per_shard
-        first = shard * self._per_shard
-        return _Place(slot, shard, index - first + self._absent_before(first))
-
-    def _absent_before(self, slot: int) -> int:
-        return int(np.searchsorted(self._absent_M, slot)) if len(self._absent_M) else 0
-
-    def text(self, place: _Place) -> tuple[int, int]:
-        """Blocks of text before a sample's in its shard, and its own text tokens."""
-        lengths = self._length.between(place.shard * self._per_shard, place.slot + 1)
-        return int((-(-lengths[:-1] // TEXT_BLOCK)).sum()), int(lengths[-1])
-
-    def crc(self, place: _Place, column: int) -> int:
-        """The CRC of a sample's part in an array."""
-        return int(self._crcs.between(place.slot, place.slot + 1)[0, column])
-
-    def id(self, place: _Place) -> int:
-        """The id of a sample."""
-        return int(self._sample_id.between(place.slot, place.slot + 1)[0])
-
-    def _slots(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        return indices + np.searchsorted(self._present_M, indices, side="right")
-
-
 class _Array:
     """An array of a bucket: where its shards lie, and which samples' bytes have been checked."""
 
-    def __init__(self, bucket: str, name: str, column: int, count: int) -> None:
-        self.name, self.column = name, column
+    def __init__(self, bucket: str, name: str, column: int, count: int, layout: Layout) -> None:
+        self.name, self.column, self.layout = name, column, layout
         path = shard_file(bucket, name, 0)
         self._start, _, self._end = path.rpartition("/c.0")
         # A bit for each sample; pages of it that are not written to take no memory.
@@ -163,6 +61,11 @@ class _Array:
     def file(self, shard: int) -> str:
         """The name of a shard of it."""
         return f"{self._start}/c.{shard}{self._end}"
+
+    def index_of(self, shard: int) -> Span:
+        """The index of a shard of it, to be read."""
+        size = self.layout.index_bytes
+        return Span(self.file(shard), -size, np.empty(size, np.uint8))
 
     def forget(self) -> None:
         """Nothing has been checked."""
@@ -177,21 +80,53 @@ class _Array:
         self._checked[slot >> 3] |= 1 << (slot & 7)
 
 
+class _Unpacked(NamedTuple):
+    """Stored sizes of the chunks of a sample, and what they are unpacked to."""
+
+    sizes: list[int]
+    out: Bytes
+
+
+_Indexes = dict[str, NDArray[np.int64]]
+"""Where the chunks of each sample of a shard lie, and how long they are, by the shard's file."""
+
+
+class _Cache:
+    """The indexes of the packed shards that were used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[str, NDArray[np.int64]] = OrderedDict()
+
+    def get(self, files: Iterable[str]) -> _Indexes:
+        with self._lock:
+            return {file: self._found[file] for file in files if file in self._found}
+
+    def put(self, indexes: _Indexes) -> None:
+        with self._lock:
+            for file, index in indexes.items():
+                self._found[file] = index
+                self._found.move_to_end(file)
+            while len(self._found) > _INDEXES:
+                self._found.popitem(last=False)
+
+
 class _Wanted(NamedTuple):
     """A sample's part in an array, and where it is read from and to."""
 
     bucket: str
     array: _Array
-    place: _Place
+    place: Place
     span: Span
+    unpacked: _Unpacked | None = None
 
 
 class SealedStore:
     """A finished store. Indices count the samples that are present, in the order of the plan.
 
-    Where a sample lies follows from the sealed lengths, so no shard index is read. What is read for
-    the first time is compared with its CRC: a process reads again what it has found whole. May be
-    used by several threads.
+    Where a sample lies follows from the sealed lengths; the index of a shard is read only where the
+    store is packed. What is read for the first time is compared with its CRC: a process reads again
+    what it has found whole. May be used by several threads.
     """
 
     def __init__(
@@ -199,7 +134,7 @@ class SealedStore:
         folder: StoreFolder,
         schema: StoreSchema,
         digest: str,
-        rows: dict[str, _Rows],
+        rows: dict[str, Rows],
         null_text: TextEmbedding | None,
     ) -> None:
         self.digest = digest
@@ -208,10 +143,17 @@ class SealedStore:
         """What dropped text is replaced by, fp32; None in stores that were sealed without it."""
         self._folder = folder
         self._rows = rows
+        self._cache = _Cache()
         self._shapes = {bucket.name: bucket.shape for bucket in schema.buckets}
         self._arrays = {
             bucket.name: {
-                name: _Array(bucket.name, name, column, len(bucket.sample_ids))
+                name: _Array(
+                    bucket.name,
+                    name,
+                    column,
+                    len(bucket.sample_ids),
+                    schema.layout(bucket.name, name),
+                )
                 for column, name in enumerate(schema.arrays(bucket.name))
             }
             for bucket in schema.buckets
@@ -243,7 +185,7 @@ class SealedStore:
             )
         schema = load_schema(folder)
         rows = {
-            bucket.name: _load_rows(folder, schema, bucket.name, sealed["arrays"][bucket.name])
+            bucket.name: load_rows(folder, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
         }
         null_text = read_null_text(folder, sealed["null_text"]) if "null_text" in sealed else None
@@ -267,7 +209,8 @@ class SealedStore:
 
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""
-        self._fill([self._latent(bucket, self._place(bucket, index), out)])
+        place = self._place(bucket, index)
+        self._fill([self._latent(bucket, place, out, self._indexes_of(bucket, [place]))])
 
     def read_batch(
         self, bucket: str, indices: Sequence[int] | NDArray[np.int64], out: Tensor | None = None
@@ -281,15 +224,16 @@ class SealedStore:
         pooled_BP = torch.empty((len(indices), self.schema.pooled_width), dtype=torch.bfloat16)
         given = self.schema.bucket(bucket).given
         given_BCTHW = torch.empty((len(indices), *given), dtype=torch.bfloat16) if given else None
+        places = [self._place(bucket, int(index)) for index in indices]
+        indexes = self._indexes_of(bucket, places)
         texts, wanted = [], []
-        for number, index in enumerate(indices):
-            place = self._place(bucket, int(index))
-            text_LD, text = self._text(bucket, place)
+        for number, place in enumerate(places):
+            text_LD, text = self._text(bucket, place, indexes)
             texts.append(text_LD)
-            wanted += [self._latent(bucket, place, out[number]), text]
-            wanted.append(self._part(bucket, "pooled", place, pooled_BP[number]))
+            wanted += [self._latent(bucket, place, out[number], indexes), text]
+            wanted.append(self._part(bucket, "pooled", place, pooled_BP[number], indexes))
             if given_BCTHW is not None:
-                wanted.append(self._part(bucket, "given", place, given_BCTHW[number]))
+                wanted.append(self._part(bucket, "given", place, given_BCTHW[number], indexes))
         self._fill(wanted)
         ids = rows.ids(np.asarray(indices, np.int64))
         return LatentBatch(out, texts, pooled_BP, ids, given_BCTHW)
@@ -300,51 +244,94 @@ class SealedStore:
             for array in arrays.values():
                 array.forget()
 
-    def _place(self, bucket: str, index: int) -> _Place:
+    def _place(self, bucket: str, index: int) -> Place:
         rows = self._rows[bucket]
         if not 0 <= index < len(rows):
             raise IndexError(f"bucket {bucket!r} has {len(rows)} samples, not {index}")
         return rows.place(index)
 
-    def _latent(self, bucket: str, place: _Place, out: Tensor) -> _Wanted:
+    def _latent(self, bucket: str, place: Place, out: Tensor, indexes: _Indexes) -> _Wanted:
         shape = self._shapes[bucket]
         if out.dtype != torch.bfloat16 or tuple(out.shape) != shape or not out.is_contiguous():
             raise ValueError(
                 f"bucket {bucket!r} fills a contiguous bfloat16 tensor {shape}, "
                 f"got {out.dtype} {tuple(out.shape)}"
             )
-        return self._part(bucket, "latent", place, out)
+        return self._part(bucket, "latent", place, out, indexes)
 
-    def _text(self, bucket: str, place: _Place) -> tuple[Tensor, _Wanted]:
+    def _text(self, bucket: str, place: Place, indexes: _Indexes) -> tuple[Tensor, _Wanted]:
         """The text of a sample, and what is to be read into it."""
         blocks, length = self._rows[bucket].text(place)
         width = self.schema.text_width
         text_LD = torch.empty((-(-length // TEXT_BLOCK) * TEXT_BLOCK, width), dtype=torch.bfloat16)
         start = blocks * 2 * TEXT_BLOCK * width
-        return text_LD[:length], self._part(bucket, "text", place, text_LD, start)
+        return text_LD[:length], self._part(bucket, "text", place, text_LD, indexes, start)
 
     def _part(
-        self, bucket: str, name: str, place: _Place, tensor: Tensor, start: int | None = None
+        self,
+        bucket: str,
+        name: str,
+        place: Place,
+        tensor: Tensor,
+        indexes: _Indexes,
+        start: int | None = None,
     ) -> _Wanted:
         """All samples of an array but text take the same space; of text the start is given."""
         array, out = self._arrays[bucket][name], _bytes_of(tensor)
-        at = place.samples * out.nbytes if start is None else start
-        return _Wanted(bucket, array, place, Span(array.file(place.shard), at, out))
+        file = array.file(place.shard)
+        if not self.schema.packed:
+            at = place.samples * out.nbytes if start is None else start
+            return _Wanted(bucket, array, place, Span(file, at, out))
+        index = indexes[file][place.slot % self.schema.samples_per_shard]
+        chunks = index[: out.nbytes // array.layout.chunk_bytes]
+        at, size = (int(chunks[0, 0]), int(chunks[:, 1].sum())) if len(chunks) else (0, 0)
+        stored = np.empty(size, np.uint8)
+        unpacked = _Unpacked(chunks[:, 1].tolist(), out)
+        return _Wanted(bucket, array, place, Span(file, at, stored), unpacked)
+
+    def _indexes_of(self, bucket: str, places: Sequence[Place]) -> _Indexes:
+        """Of packed samples the indexes of their shards; those not at hand are read at once."""
+        if not self.schema.packed:
+            return {}
+        arrays = self._arrays[bucket].values()
+        files = {array.file(place.shard): (array, place) for place in places for array in arrays}
+        found = self._cache.get(files)
+        missing = [
+            _Wanted(bucket, array, place, array.index_of(place.shard))
+            for file, (array, place) in files.items()
+            if file not in found
+        ]
+        self._read(missing)
+        for part in missing:
+            try:
+                found[part.span.name] = part.array.layout.read_index(part.span.out)
+            except DamagedIndex:
+                raise self._damaged(part, "has a damaged index") from None
+        self._cache.put(found)
+        return found
 
     def _fill(self, wanted: Sequence[_Wanted]) -> None:
         """Read the bytes of samples; the first time, compare their CRCs with the sealed ones."""
+        self._read(wanted)
+        for part in wanted:
+            bucket, array, place, span, unpacked = part
+            if not array.is_checked(place.slot):
+                found, sealed = crc32c(span.out), self._rows[bucket].crc(place, array.column)
+                if found != sealed:
+                    raise self._damaged(part, f"has CRC {found:08x}, sealed was {sealed:08x}")
+                array.check(place.slot)
+            if unpacked is None:
+                continue
+            try:
+                unpack(span.out, *unpacked)
+            except ValueError as error:
+                raise self._damaged(part, str(error)) from None
+
+    def _read(self, wanted: Sequence[_Wanted]) -> None:
         faults = self._folder.fill([part.span for part in wanted])
         if faults:
             number, what = next(iter(faults.items()))
             raise self._damaged(wanted[number], what)
-        for part in wanted:
-            bucket, array, place, span = part
-            if array.is_checked(place.slot):
-                continue
-            found, sealed = crc32c(span.out), self._rows[bucket].crc(place, array.column)
-            if found != sealed:
-                raise self._damaged(part, f"has CRC {found:08x}, sealed was {sealed:08x}")
-            array.check(place.slot)
 
     def _damaged(self, part: _Wanted, what: str) -> DamagedStore:
         number = self._rows[part.bucket].id(part.place)
@@ -368,43 +355,6 @@ def read_null_text(folder: StoreFolder, digest: str | None = None) -> TextEmbedd
         )
     tensors = load(data)
     return TextEmbedding(tensors["text"].float(), tensors["pooled"].float())
-
-
-def _load_rows(
-    folder: StoreFolder, schema: StoreSchema, bucket: str, sealed: dict[str, str]
-) -> _Rows:
-    count = len(schema.bucket(bucket).sample_ids)
-    ids = _column(folder, bucket, "sample_id", (count,), np.dtype("<i8"), sealed)
-    lengths = _column(folder, bucket, "text_length", (count,), np.dtype("<i4"), sealed)
-    columns = (count, len(schema.arrays(bucket)))
-    crcs = _column(folder, bucket, "crc32c", columns, np.dtype("<u4"), sealed)
-    return _Rows(ids, lengths, crcs, _absent(ids), schema.samples_per_shard)
-
-
-def _absent(ids: _Column[np.int64]) -> NDArray[np.int64]:
-    """The slots without a sample."""
-    found = [np.empty(0, np.int64)]
-    for first in range(0, len(ids), _SCAN):
-        here = ids.between(first, min(first + _SCAN, len(ids)))
-        found.append(first + np.flatnonzero(here < 0))
-    return np.concatenate(found)
-
-
-def _column(
-    folder: StoreFolder,
-    bucket: str,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: "np.dtype[_Item]",
-    sealed: dict[str, str],
-) -> _Column[_Item]:
-    path = f"{bucket}/{name}/{chunk_name(0, len(shape))}"
-    file = folder.kept(path, sealed[name], without=CHECKSUM_BYTES)
-    if file is None:
-        raise DamagedStore(
-            f"{folder.where}/{path} is not what was sealed; delete {SEAL} there and encode again"
-        )
-    return _Column(file, f"{folder.where}/{path}", shape, dtype)
 
 
 def _bytes_of(tensor: Tensor) -> Bytes:

@@ -6,7 +6,7 @@ Format: the Zarr v3 core specification and its `sharding_indexed` codec.
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import google_crc32c
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 CHECKSUM_BYTES = 4  # at the end of a small array's chunk
 
-_ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
 # A quiet NaN in bf16: a slot that was never written does not read as data.
 BF16_NAN = 0x7FC0
 _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -32,23 +31,17 @@ def as_bytes(array: NDArray[np.generic]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def index_bytes(num_bytes: Sequence[int | None]) -> Bytes:
-    """The index at a shard's end: place and length of each inner chunk, None for an absent one."""
-    entries, at = [], 0
-    for length in num_bytes:
-        entries.append(_ABSENT if length is None else struct.pack("<QQ", at, length))
-        at += length or 0
-    index = np.frombuffer(b"".join(entries), np.uint8)
-    return np.concatenate([index, np.frombuffer(struct.pack("<I", crc32c(index)), np.uint8)])
-
-
 def sharded_json(
-    shape: Sequence[int], shard: Sequence[int], chunk: Sequence[int], names: Sequence[str]
+    shape: Sequence[int],
+    shard: Sequence[int],
+    chunk: Sequence[int],
+    names: Sequence[str],
+    packing: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
-    """Metadata of a bf16 array that is kept as uint16 in shards of uncompressed chunks."""
+    """Metadata of a bf16 array that is kept as uint16 in shards; each chunk is packed as given."""
     inner = {
         "chunk_shape": list(chunk),
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *packing],
         "index_codecs": _INDEX_CODECS,
         "index_location": "end",
     }

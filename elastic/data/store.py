@@ -11,6 +11,7 @@ Text is ragged on the disk: chunks of 8 tokens, those beyond a sample's length a
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from elastic.data import manifest
 from elastic.data.manifest import Commit, ShardId
+from elastic.data.packing import CODEC, DamagedIndex
+from elastic.data.rows import DamagedStore
 from elastic.data.schema import (
     AXES,
     NULL_TEXT,
@@ -37,14 +40,13 @@ from elastic.data.schema import (
     sealed_file,
     shard_file,
 )
-from elastic.data.sealed import DamagedStore, LatentBatch, SealedStore
+from elastic.data.sealed import LatentBatch, SealedStore
 from elastic.data.shards import (
     Bytes,
     canonical_digest,
     chunk_name,
     crc32c,
     group_json,
-    index_bytes,
     json_bytes,
     plain_bytes,
     plain_json,
@@ -106,10 +108,12 @@ class LatentStore:
 
     @classmethod
     def create(cls, root: str | Path, schema: StoreSchema) -> Self:
-        """Start a store, or go on with the one there; InputError if that has another plan."""
+        """Start a store, or go on with the one there; InputError if that has another plan.
+
+        One that is there stays packed, or not packed, as it was begun.
+        """
         folder = folder_at(root)
-        save_plan(folder, schema)
-        return cls(folder, schema)
+        return cls(folder, replace(schema, packed=save_plan(folder, schema)))
 
     @classmethod
     def open(cls, root: str | Path) -> Self:
@@ -191,18 +195,20 @@ class LatentStore:
         if given != ids or not ids:
             raise ValueError(f"shard {shard} of {bucket!r} is planned as {ids}, got {given}")
         parts = [self._parts(bucket, sample) for sample in samples]
-        num_bytes = []
-        arrays = self.schema.arrays(bucket)
-        for place, array in enumerate(arrays):
-            pieces = self._pieces(bucket, array, [p[place] if p else None for p in parts])
+        num_bytes, crcs = [], []
+        for array in self.schema.arrays(bucket):
+            layout = self.schema.layout(bucket, array)
+            stored = [layout.stored(part[array]) for part in parts]
+            pieces = [*(data for data, _ in stored), layout.index(sizes for _, sizes in stored)]
             self.folder.publish(shard_file(bucket, array, shard), pieces)
             num_bytes.append(sum(piece.nbytes for piece in pieces))
+            crcs.append([crc32c(data) for data, _ in stored])
         commit = Commit(
             bucket=bucket,
             shard=shard,
             sample_ids=list(ids),
             lengths=[s.text_LD.shape[0] if isinstance(s, Sample) else 0 for s in samples],
-            crcs=[[crc32c(data) for data in p] if p else [0] * len(arrays) for p in parts],
+            crcs=[list(of_sample) for of_sample in zip(*crcs, strict=True)],
             absent={s.sample_id: s.reason for s in samples if isinstance(s, Absent)},
             num_bytes=num_bytes,
         )
@@ -259,7 +265,11 @@ class LatentStore:
         for name, (sample, chunk) in self.schema.shapes(bucket.name).items():
             shown = (self.schema.text_tokens, sample[1]) if name == "text" else sample
             found[f"{home}/{name}/zarr.json"] = sharded_json(
-                (count, *shown), (k, *sample), (1, *chunk), list(AXES[name])
+                (count, *shown),
+                (k, *sample),
+                (1, *chunk),
+                list(AXES[name]),
+                [CODEC] if self.schema.packed else [],
             )
         found[f"{home}/zarr.json"] = group_json({"bucket": bucket.name})
         return found
@@ -294,7 +304,7 @@ class LatentStore:
             zip(arrays, self._files(commit), strict=True)
         ):
             try:
-                data, at = np.frombuffer(self.folder.read(name), np.uint8), 0
+                data = np.frombuffer(self.folder.read(name), np.uint8)
             except FileNotFoundError:
                 yield Fault(name, "is gone")
                 continue
@@ -302,13 +312,14 @@ class LatentStore:
                 yield Fault(name, f"has {len(data):,} bytes, committed were {num_bytes:,}")
                 continue
             given = [int(size) * is_here for size, is_here in zip(sizes[array], here, strict=True)]
-            for slot, size in enumerate(given):
-                found, committed = crc32c(data[at : at + size]), commit.crcs[slot][place]
-                if here[slot] and found != committed:
-                    what = f"{array} of sample {commit.sample_ids[slot]} has CRC {found:08x}"
-                    yield Fault(name, f"{what}, committed was {committed:08x}")
-                at += size
-            if not np.array_equal(data[at:], self.index(commit.bucket, array, given)):
+            layout = self.schema.layout(commit.bucket, array)
+            try:
+                for slot, stored in enumerate(layout.samples(data, given)):
+                    found, committed = crc32c(stored), commit.crcs[slot][place]
+                    if found != committed:
+                        what = f"{array} of sample {commit.sample_ids[slot]} has CRC {found:08x}"
+                        yield Fault(name, f"{what}, committed was {committed:08x}")
+            except DamagedIndex:
                 yield Fault(name, f"the index of its {array} is damaged")
 
     def _files(self, commit: Commit) -> list[tuple[str, int]]:
@@ -317,11 +328,11 @@ class LatentStore:
         names = [shard_file(commit.bucket, array, commit.shard) for array in arrays]
         return list(zip(names, commit.num_bytes, strict=True))
 
-    def _parts(self, bucket: str, sample: Sample | Absent) -> list[Bytes] | None:
+    def _parts(self, bucket: str, sample: Sample | Absent) -> dict[str, Bytes]:
         """The bytes of a sample in each array; text is filled up to whole blocks with zeros."""
-        if isinstance(sample, Absent):
-            return None
         schema = self.schema
+        if isinstance(sample, Absent):
+            return dict.fromkeys(schema.arrays(bucket), np.empty(0, np.uint8))
         length = sample.text_LD.shape[0]
         tensors = {"latent": sample.latent_CTHW, "text": sample.text_LD, "pooled": sample.pooled_P}
         if sample.given_CTHW is not None:
@@ -344,26 +355,7 @@ class LatentStore:
         parts = {array: _bytes_of(tensor) for array, tensor in tensors.items()}
         size = int(schema.sample_bytes(bucket, np.asarray([length]))["text"][0])
         parts["text"] = np.pad(parts["text"], (0, size - parts["text"].nbytes))
-        return list(parts.values())
-
-    def _pieces(self, bucket: str, array: str, parts: Sequence[Bytes | None]) -> list[Bytes]:
-        """The pieces of a shard file: the samples that are present, then the index."""
-        here = [part for part in parts if part is not None]
-        sizes = [0 if part is None else part.nbytes for part in parts]
-        return [*here, self.index(bucket, array, sizes)]
-
-    def index(self, bucket: str, array: str, sizes: Sequence[int]) -> Bytes:
-        """The index at the end of a shard's file, given the bytes that each of its samples has."""
-        sample, chunk = self.schema.shapes(bucket)[array]
-        per_sample = int(np.prod(sample)) // int(np.prod(chunk))
-        chunk_bytes = 2 * int(np.prod(chunk))
-        entries: list[int | None] = []
-        for size in sizes:
-            used = size // chunk_bytes
-            entries += [chunk_bytes] * used + [None] * (per_sample - used)
-        empty_slots = self.schema.samples_per_shard - len(sizes)
-        entries += [None] * (empty_slots * per_sample)
-        return index_bytes(entries)
+        return parts
 
 
 def per_sample_file(bucket: str, name: str) -> str:

@@ -24,7 +24,7 @@ _Item = TypeVar("_Item", bound=np.generic)
 
 
 class Span(NamedTuple):
-    """Bytes of a file from `start` on, as many as `out` takes."""
+    """Bytes of a file from `start` on, as many as `out` takes; a negative one is from the end."""
 
     name: str
     start: int
@@ -44,6 +44,10 @@ class OpenFile:
 
     def fill(self, out: Bytes, start: int) -> int:
         """Read into `out`; how many bytes there were."""
+        if start < 0:
+            start += os.fstat(self._descriptor).st_size
+            if start < 0:
+                return 0
         got = 0
         while got < len(out):
             step = os.preadv(self._descriptor, [out[got:].data], start + got)

@@ -95,7 +95,10 @@ class UrlFolder:
         """Fill what can be filled; what may be worth another try."""
         failed = {}
         names, starts, outs = zip(*left.values(), strict=True) if left else ((), (), ())
-        ends = [start + len(out) for start, out in zip(starts, outs, strict=True)]
+        ends = [
+            start + len(out) if start >= 0 else None
+            for start, out in zip(starts, outs, strict=True)
+        ]
         found = self._fs.cat_ranges(
             [self._path(name) for name in names], list(starts), ends, on_error="return"
         )

@@ -54,22 +54,26 @@ class Latents:
         self.folder, self.shape, self.count, self.per_shard = folder, shape, count, per_shard
         made = np.random.default_rng(0)
         size = int(np.prod(shape))
-        # Bits of bf16 numbers between -2 and 2; what they are does not matter to a reader.
         self.out = torch.empty(shape, dtype=torch.bfloat16)
-        self.bits_NV: NDArray[np.uint16] = made.integers(0, 2**14, (count, size), dtype=np.uint16)
+        # Noise, as latents nearly are: what it is matters to the packed reader alone.
+        self.bits_NV: NDArray[np.uint16] = np.empty((count, size), np.uint16)
+        for row_V in self.bits_NV:
+            drawn_V = torch.from_numpy(made.standard_normal(size, np.float32)).bfloat16()
+            row_V[:] = drawn_V.view(torch.uint16).numpy()
 
     def tensor(self, index: int) -> Tensor:
         """One sample."""
         return torch.from_numpy(self.bits_NV[index]).view(torch.bfloat16).view(self.shape)
 
-    def store(self) -> Path:
+    def store(self, name: str = "store", packed: bool = False) -> Path:
         """Our store, which zarr and tensorstore read too."""
-        root = self.folder / "store"
+        root = self.folder / name
         c, t, h, w = self.shape
         plan = BucketPlan(name=BUCKET, shape=(c, t, h, w), sample_ids=tuple(range(self.count)))
         schema = StoreSchema(
             fingerprint="bench",
             buckets=(plan,),
+            packed=packed,
             samples_per_shard=self.per_shard,
             text_tokens=8,
             text_width=8,
@@ -95,9 +99,9 @@ def memcpy(latents: Latents) -> Read:
     return read
 
 
-def ours(latents: Latents, always: bool = False) -> Read:
+def ours(latents: Latents, always: bool = False, name: str = "store") -> Read:
     """Our reader, into one buffer of the caller's; checks what it reads for the first time."""
-    store, out = SealedStore.open(latents.folder / "store", "bench"), latents.out
+    store, out = SealedStore.open(latents.folder / name, "bench"), latents.out
 
     def read(order: Order) -> Iterator[Tensor]:
         if always:
@@ -112,6 +116,12 @@ def ours(latents: Latents, always: bool = False) -> Read:
 def ours_first(latents: Latents) -> Read:
     """The same where every sample is read for the first time."""
     return ours(latents, always=True)
+
+
+def ours_packed(latents: Latents) -> Read:
+    """The same where the store is packed."""
+    latents.store("packed", packed=True)
+    return ours(latents, name="packed")
 
 
 def zarr_python(latents: Latents) -> Read:
@@ -197,6 +207,7 @@ READERS: dict[str, Callable[[Latents], Read]] = {
     "memcpy": memcpy,
     "ours": ours,
     "ours, first time": ours_first,
+    "ours, packed": ours_packed,
     "zarr-python": zarr_python,
     "tensorstore": tensorstore,
     "streaming": streaming,
