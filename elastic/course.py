@@ -244,7 +244,7 @@ def encode_stage(
     course.tracker.event(
         "encode_end", stage.name, None, f"sealed as {done.digest}",
         clips=members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
-        seconds=round(time.monotonic() - began, 3),
+        seconds=round(time.monotonic() - began, 3), device_frames_per_s=done.frames_per_s,
     )  # fmt: skip
     return latents
 

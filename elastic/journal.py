@@ -39,6 +39,7 @@ class Event(TypedDict):
     shards: NotRequired[int]
     quarantined: NotRequired[int]
     encoded: NotRequired[int]  # clips of all buckets that this encoding has done itself
+    device_frames_per_s: NotRequired[float | None]  # into a codec, mean over the devices
     paths: NotRequired[list[str]]
     captions: NotRequired[list[str]]
     count: NotRequired[int]

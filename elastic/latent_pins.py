@@ -11,7 +11,8 @@ from typing import Any
 
 from elastic.attempt import Latents
 from elastic.data.assign import Members
-from elastic.data.encode import EncodeJob, Scale, plan_job
+from elastic.data.encode import EncodeJob, plan_job
+from elastic.data.latents import Scale
 from elastic.data.places import join, parent
 from elastic.data.store_folder import folder_at
 from elastic.data.verify import FIELDS

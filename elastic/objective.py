@@ -1,5 +1,6 @@
 """What a stage minimises: reconstruction for an autoencoder, flow matching for a DiT."""
 
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from elastic.critic import Critic
-from elastic.data.load import Micro, Source, held_out_rounds
+from elastic.data.load import Micro, Source, Step, held_out_rounds
 from elastic.errors import InputError
 from elastic.exact import totals
-from elastic.kernels import compiles
+from elastic.kernels import compiles, text_room
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.world import World, on_device
 from models.codec import Reconstruction
@@ -57,6 +58,10 @@ class Objective(Protocol):
         """The losses of each sample of a micro-batch, unweighted."""
         ...
 
+    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+        """What would be compiled for a step on any rank; the same on every rank."""
+        ...
+
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Means over the held-out samples; every rank calls it."""
         ...
@@ -80,7 +85,7 @@ class FlowMatching:
     ) -> None:
         """`text_tokens` are those of the longest text that the sources hold, if it is known."""
         self.source = source
-        self._text_tokens = max(text_tokens, len(null.embedding_LD))
+        self._text_tokens = text_tokens or sys.maxsize
         self.critic: Critic | None = None
         self._held_out = held_out
         self._stage = stage
@@ -113,8 +118,12 @@ class FlowMatching:
         text = without_text(samples.text, self._null, *dropped)
         given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
-        # Of one length for all batches, as every length of its own would be compiled for.
-        text = padded(text, self._text_tokens) if compiles(self._stage, device) else trimmed(text)
+        is_compiled = compiles(self._stage, device)
+        text = (
+            padded(text, self._room(micro.bucket, micro.text_tokens))
+            if is_compiled
+            else trimmed(text)
+        )
         return flow_loss_B(
             conditioned(
                 model,
@@ -126,6 +135,19 @@ class FlowMatching:
             on_device(t_B, device),
             TextBatch(*(None if x is None else on_device(x, device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
         )
+
+    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+        """What would be compiled for a step, by any rank: each bucket and length of text."""
+        bucket = step.plan.bucket
+        lengths = step.micros[0].all_text_tokens
+        return frozenset((bucket.name, self._room(bucket, length)) for length in lengths)
+
+    def _room(self, bucket: Bucket, longest: int) -> int:
+        """Text tokens that are computed for; the null text may take the place of any other."""
+        grid = self._stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+        tokens = self._stage.model.tokens(grid)
+        null = len(self._null.embedding_LD)
+        return text_room(max(longest, null), tokens, max(self._text_tokens, null))
 
     def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
         """The randomness of each sample of the micro-batch for one use."""
@@ -273,6 +295,10 @@ class Reconstructing:
             distance_B = self._perceptual(x_BCTHW, reconstruction.x_BCTHW)
             parts_B["loss_perceptual"] = self._stage.perceptual.weight * distance_B
         return parts_B
+
+    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+        """Nothing of an autoencoder is compiled."""
+        return frozenset()
 
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Means over held-out clips of PSNR in dB, SSIM and the loss, the latent at its mean.

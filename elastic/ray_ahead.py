@@ -27,12 +27,12 @@ from elastic.course import Course, pin_members
 from elastic.data.assign import Members
 from elastic.data.encode import (
     EncodeJob,
-    Scale,
     ShardId,
     encode_shards,
     find_scale,
     open_store,
 )
+from elastic.data.latents import Scale
 from elastic.data.places import is_url
 from elastic.data.probes import probe_all
 from elastic.data.store import LatentStore

@@ -65,7 +65,11 @@ class _Stage(Record):
     "selective", for a DiT, keeps what is dear for its bytes: attention and the products after it.
     """
     compile: bool | None = None
-    """Whether the blocks of a DiT are compiled; None compiles them on a GPU, unless `exact`."""
+    """Whether the blocks of a DiT are compiled; None compiles them on a GPU, unless `exact`.
+
+    And the encoder of a DC-AE that makes its latents: with None on a GPU where there are so many
+    clips that it pays, with True always. Some latents then differ in the last bit of bf16.
+    """
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
 

@@ -22,6 +22,7 @@ from s3_server import s3_server  # noqa: F401  # a fixture
 from safetensors.torch import save_file
 from store_places import Place, a_bucket, a_place  # noqa: F401  # fixtures
 from tiny_text import change_weights, tiny_t5_clip
+from torch._dynamo.testing import CompileCounterWithBackend
 from videos_fixture import level_video
 
 from elastic import ray_encode
@@ -38,14 +39,14 @@ from elastic.data.decode import Unreachable, decode_clip, to_unit
 from elastic.data.decoders import Decoders, Wanted, shared_decoders
 from elastic.data.encode import (
     EncodeJob,
-    Scale,
-    chunk_size,
+    Tally,
     encode_shards,
     find_scale,
     measure_scale,
     open_store,
     plan_job,
 )
+from elastic.data.latents import Encoder, Scale, chunk_size
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
 from elastic.data.places import parent
@@ -58,6 +59,7 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.kernels import compiled_encoder, compiles_encoder
 from elastic.latent_pins import check_pinned
 from elastic.ray_encode import MOST_SHARDS, in_groups
 from elastic.ray_nodes import decoders_of_a_task
@@ -222,7 +224,7 @@ def test_encoding_that_was_cut_off_goes_on_with_what_is_missing(
     planned = store.missing()
     # Shards of 3: 9, 2, 7 and 2 clips.
     assert len(planned) == 3 + 1 + 3 + 1
-    assert encode_shards(job, [planned[0]]) == 0
+    assert encode_shards(job, [planned[0]]).num_absent == 0
     assert open_store(job).missing() == planned[1:]
     decoded: list[str] = []
 
@@ -427,8 +429,11 @@ def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
     clips[LONG.name][4] = gone._replace(path=str(tmp_path / "gone.mp4"))
     hurt = replace(job, members=Members(clips))
     store = open_store(hurt)
-    absent = sum(encode_shards(hurt, [shard]) for shard in store.missing())
-    assert absent == 2
+    done = [encode_shards(hurt, [shard]) for shard in store.missing()]
+    assert sum(one.num_absent for one in done) == 2
+    # 9 and 2 short clips, 7 and 2 long ones.
+    assert sum(one.num_frames for one in done) == 11 * 4 + (9 - 2) * 8
+    assert all(one.seconds > 0 for one in done)
     reasons = store.quarantined()
     assert set(reasons) == {broken.sample_id, gone.sample_id}
     assert all(reasons.values())
@@ -542,7 +547,9 @@ def test_a_whole_store_of_before_gets_its_null_text_when_it_is_opened_again(
     again = ray_encode.encode_on_ray(job, 0, watch)
     assert watch.begun[1:] == [(num, num, 0)]
     assert watch.committed_shards == told
-    assert again == first._replace(clips=0)
+    assert first.frames_per_s is not None
+    assert first.frames_per_s > 0
+    assert again == first._replace(clips=0, frames_per_s=None)
     assert SealedStore.open(job.root, job.fingerprint, again.digest).null_text is not None
 
 
@@ -624,7 +631,7 @@ def test_bad_input_in_one_shard_is_not_repeated_by_those_that_have_not_begun(
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
     tried: list[tuple[str, int]] = []
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> Tally:
         tried.extend(shards)
         if interrupted:
             signal.raise_signal(signal.SIGINT)  # how Ray cancels a task that runs
@@ -651,7 +658,7 @@ def test_another_error_in_a_shard_is_raised_when_the_others_are_committed(
 ) -> None:
     monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
 
-    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
+    def failing(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> Tally:
         if shards == open_store(job).shard_ids()[:1]:
             raise OSError("disk full")
         return encode_shards(job, shards, again, *more)
@@ -735,7 +742,7 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert set(verdict.shards) == {(LONG.name, 0)}
     encoded: list[tuple[str, int]] = []
 
-    def counting(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> int:
+    def counting(job: EncodeJob, shards: list[ShardId], again: bool, *more: Any) -> Tally:
         encoded.extend(shards)
         return encode_shards(job, shards, again, *more)
 
@@ -865,6 +872,71 @@ def test_tiled_clips_are_encoded_one_at_a_time(
     z_BCTHW = _sealed(job).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
     expected_BCTHW = _sealed(whole).read_batch(LONG.name, range(NUM_LONG)).latents_BCTHW
     torch.testing.assert_close(z_BCTHW, expected_BCTHW, rtol=2 * BF16_ROUNDING, atol=1e-4)
+
+
+def _drawn_clips(count: int, frames: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(count)
+    shape = (3, frames, 32, 32)
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw) for _ in range(count)]
+
+
+def test_only_whole_chunks_are_compiled_once_for_each_size(
+    codec: CodecModule, scale: Scale, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    compiled_encoder.cache_clear()
+    counter = CompileCounterWithBackend("aot_eager")  # what is traced; no compiler is needed
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, options, **how: compiled(f, backend=counter, **how)
+    )
+    encoder = Encoder(CODEC, codec, scale)
+    for frames in (4, 8):
+        for count in (8, 8, 3):
+            clips = _drawn_clips(count, frames)
+            found, eager = (
+                encoder.begin(clips, ends=False, compiled=compiled).wait()
+                for compiled in (True, False)
+            )
+            for one, other in zip(found, eager, strict=True):
+                torch.testing.assert_close(
+                    one.latent_CTHW, other.latent_CTHW, rtol=2 * BF16_ROUNDING, atol=1e-4
+                )
+    assert counter.frame_count == 2, "a graph for each bucket"
+    compiled_encoder.cache_clear()
+
+
+def test_an_encoder_is_compiled_where_that_is_asked_for_or_worth_it() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    large = Bucket("256px", frames=32, batch=2)
+    assert not compiles_encoder(STAGE, large, 10**6, cpu)
+    assert not compiles_encoder(STAGE, large, 10**4, gpu)
+    assert compiles_encoder(STAGE, large, 10**5, gpu)
+    assert compiles_encoder(STAGE.replace(compile=True), SHORT, 1, cpu)
+    assert not compiles_encoder(STAGE.replace(compile=False), large, 10**6, gpu)
+    other = STAGE.replace(
+        vae=HUNYUAN,
+        compile=True,
+        schedule=[Phase(until=40, buckets=(Bucket("32px", frames=5, batch=2),))],
+    )
+    assert not compiles_encoder(other, large, 10**6, gpu)
+
+
+def test_a_stage_that_asks_for_it_encodes_compiled(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    begin = Encoder.begin
+
+    def told(self: Encoder, clips: Any, ends: bool, compiled: bool = False) -> Any:
+        asked.append(compiled)
+        return begin(self, clips, ends)
+
+    monkeypatch.setattr(Encoder, "begin", told)
+    shards = open_store(job).shard_ids()
+    encode_shards(job, shards[:1])
+    encode_shards(replace(job, stage=STAGE.replace(compile=True)), shards[1:2])
+    assert asked == [False, True]
 
 
 def test_weights_of_another_shape_are_named(weights: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import STAGE
 
-from elastic.data.encode import Scale
+from elastic.data.latents import Scale
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.latent_pins import AHEAD, forget_stale, note_ahead, scale_ahead
 from elastic.ray_ahead import absolute, after

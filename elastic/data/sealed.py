@@ -207,6 +207,10 @@ class SealedStore:
         rows = self._rows[bucket]
         return rows.ids(np.arange(len(rows)) if indices is None else np.asarray(indices, np.int64))
 
+    def text_lengths(self, bucket: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Text tokens of some samples of the bucket."""
+        return self._rows[bucket].text_lengths(np.asarray(indices, np.int64))
+
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""
         place = self._place(bucket, index)

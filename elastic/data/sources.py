@@ -49,6 +49,10 @@ class VideoSource:
         """The ids of the clips at these indices."""
         return self._clips[bucket.name].ids_at(indices)
 
+    def text_lengths(self, bucket: Bucket, indices: Indices) -> Indices:
+        """Zeros: an autoencoder reads no text."""
+        return np.zeros(len(indices), np.int64)
+
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
         """Decode the clips of each round, and of those that come next; a broken one is grey.
 
@@ -128,6 +132,10 @@ class LatentSource:
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """The ids of the samples at these indices."""
         return self._store.sample_ids(self._names[bucket.name], indices)
+
+    def text_lengths(self, bucket: Bucket, indices: Indices) -> Indices:
+        """Text tokens of the samples at these indices."""
+        return self._store.text_lengths(self._names[bucket.name], indices)
 
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
         """Read the samples of each round, and of those that come next."""

@@ -160,6 +160,9 @@ class Latents:
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return self._ids[indices]
 
+    def text_lengths(self, bucket: Bucket, indices: Indices) -> Indices:
+        return np.array([len(self._text[i].embedding_LD) for i in indices])
+
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
         for _, indices in rounds:
             text = pad([self._text[i] for i in indices])
