@@ -32,6 +32,7 @@ from elastic.data.growth import load_growths
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.errors import InputError, StageBlocked, last_line
+from elastic.folders import MEMBERS
 from elastic.link import Ended, Failed, Link, Measured, Order, Told
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
@@ -43,7 +44,6 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-MEMBERS = "clips.arrow"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
 _STORE = timedelta(seconds=300)  # longer than a supervisor waits for a fork host
 # Of a storage that takes nothing more: another life would meet it again. Checkpoints have a

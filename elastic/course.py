@@ -9,20 +9,19 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from elastic.attempt import MEMBERS, Latents, WorkerJob
+from elastic.attempt import Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.clips import Clips
-from elastic.data.encode import EncodeJob, plan_job
-from elastic.data.growth import load_growths
-from elastic.data.latents import Scale
-from elastic.data.places import join, parent
+from elastic.data.encode import EncodeJob
+from elastic.data.places import join
 from elastic.data.probes import Probed, probe_all
 from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
@@ -30,13 +29,20 @@ from elastic.data.store_folder import folder_at
 from elastic.data.table import read_tables
 from elastic.data.verify import FIELDS, Verdict
 from elastic.errors import InputError
-from elastic.files import write_atomic
-from elastic.folders import LATENT_PINS, RunFolder
+from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.journal import read_events
+from elastic.latent_pins import (
+    codec_weights,
+    forget_stale,
+    jobs_of,
+    pin_latents,
+    pinned_latents,
+    read_scale,
+)
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Limits, fit_stage
-from elastic.record import difference, start_stage
+from elastic.record import start_stage
 from elastic.sample import (
     SampleRequest,
     longest_bucket,
@@ -47,7 +53,7 @@ from elastic.sample import (
 from elastic.start import INIT, check_origin
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
-from stages.init import Align, Continue, FromFile, Init, parent_of
+from stages.init import Align, FromFile, Init, parent_of
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -73,6 +79,8 @@ class Course:
     packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
+    # What goes on while a stage trains.
+    beside: "Callable[[Course, Stage], AbstractContextManager[None]]" = lambda *_: nullcontext()
 
     @property
     def gpus(self) -> float:
@@ -105,11 +113,6 @@ def encode_plan(course: Course) -> None:
             encode_stage(course, stage, pin_members(course, stage))
 
 
-def pin_of(folder: RunFolder, stage: Stage) -> Path:
-    """The file that says which latents a stage uses; there once they are encoded."""
-    return folder.stage(stage.name) / LATENT_PINS
-
-
 def train_one(course: Course, stage: Stage) -> None:
     """Train one stage to its budget."""
     course.trains.set()
@@ -129,7 +132,8 @@ def train_one(course: Course, stage: Stage) -> None:
         keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
-    fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
+    with course.beside(course, stage):
+        fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 
@@ -145,7 +149,8 @@ def with_absolute_weights(stage: Stage) -> Stage:
 
 
 def pin_members(course: Course, stage: Stage) -> Members:
-    """The clips of the stage, chosen at its first start."""
+    """The clips of the stage, chosen at its first start, or before it (elastic.ray_ahead)."""
+    forget_stale(course.folder, stage)
     path = course.folder.stage(stage.name) / MEMBERS
     if path.exists():
         return load_members(path)
@@ -198,17 +203,6 @@ def probe_clips(course: Course, stage: Stage, clips: Clips) -> Probed:
     return probed
 
 
-def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
-    """The file with the weights of the stage's codec."""
-    if isinstance(stage.vae, AutoencoderStage):
-        return folder.stage(stage.vae.name) / WEIGHTS
-    assert stage.vae.weights is not None, "checked when the stage was made"
-    path = Path(stage.vae.weights).absolute()
-    if not path.is_file():
-        raise InputError(f"stage {stage.name!r}: vae.weights {str(path)!r}: no such file")
-    return path
-
-
 def encode_stage(
     course: Course,
     stage: DiffusionStage,
@@ -220,34 +214,16 @@ def encode_stage(
     There is one of what it began with, and one of each growth. InputError if the stage was pinned
     to other latents than it would get now.
     """
-    weights = codec_weights(course.folder, stage)
-    pinned = pin_of(course.folder, stage)
-    scale = read_scale(pinned)
-    if scale is None and isinstance(stage.init, Continue):
-        # The parameters that go on know latents of this scale.
-        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENT_PINS)
-    if scale is None:
-        scale = find_scale_on_ray(stage, weights, members, course.gpus)
-    growths = load_growths(course.folder.stage(stage.name))
-    found: list[Latents] = []
-    for part in (members, *(growth.members for growth in growths)):
-        job = plan_job(stage, weights, scale, part, course.folder.latents)
-        job = replace(job, packed=course.packs)
-        check_pinned(job, pinned, len(found))
-        found.append(_encode_store(course, job, (damaged or {}).get(job.root)))
-    first, *later = ({"fingerprint": name, "digest": digest} for _, name, digest in found)
-    content = {
-        **first,
-        "scale": {"mean": scale.mean, "std": scale.std},
-        "weights": str(weights),
-        "weights_sha256": job.weights_digest,
-        **({"later": later} if later else {}),
-    }
-    write_atomic(pinned, json.dumps(content, indent=1).encode())
-    return tuple(found)
+    jobs = jobs_of(
+        course.folder, stage, members,
+        lambda weights: find_scale_on_ray(stage, weights, members, course.gpus),
+        course.packs,
+    )  # fmt: skip
+    digests = [_encode_store(course, job, (damaged or {}).get(job.root)) for job in jobs]
+    return pin_latents(course.folder, jobs, digests)
 
 
-def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> Latents:
+def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> str:
     name = job.stage.name
     course.tracker.event("encode_start", name, None, f"to {job.fingerprint}")
     began, teller = time.monotonic(), EncodeTeller(course.tracker.name, name)
@@ -257,57 +233,12 @@ def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> La
         clips=job.members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
         seconds=round(time.monotonic() - began, 3), device_frames_per_s=done.frames_per_s,
     )  # fmt: skip
-    return Latents(job.root, job.fingerprint, done.digest)
-
-
-def pinned_latents(folder: RunFolder, stage: str) -> tuple[Latents, ...]:
-    """The latents that a stage is pinned to; none before they are encoded."""
-    path = folder.stage(stage) / LATENT_PINS
-    if not path.exists():
-        return ()
-    pinned = json.loads(path.read_text())
-    return tuple(
-        Latents(join(folder.latents, one["fingerprint"]), one["fingerprint"], one["digest"])
-        for one in (pinned, *pinned.get("later", []))
-    )
+    return done.digest
 
 
 def _paired_latents(folder: RunFolder, init: Init) -> tuple[Latents, ...]:
     """Those that the parent was trained on, where the policy pairs them with the stage's."""
     return pinned_latents(folder, init.stage.name) if isinstance(init, Align) else ()
-
-
-def check_pinned(job: EncodeJob, pinned: Path, number: int = 0) -> None:
-    """InputError, with what differs, if the stage was pinned to other latents than the job's.
-
-    The first store is of what the stage began with; `number` counts those after it.
-    """
-    if not pinned.exists():
-        return
-    known = json.loads(pinned.read_text())
-    stores = (known, *known.get("later", []))
-    if number >= len(stores) or stores[number]["fingerprint"] == job.fingerprint:
-        return
-    before = stores[number]["fingerprint"]
-    new = json.loads(folder_at(job.root).read(FIELDS))
-    try:
-        fields = json.loads(folder_at(join(parent(job.root), before)).read(FIELDS))
-        changes = difference(fields, new)
-    except FileNotFoundError:
-        changes = ["those are gone, so what differs is not known"]
-    raise InputError(
-        f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
-        f"{'; '.join(changes)}. Put back what was there, or give the stage another "
-        f"name; while it has not been trained, {pinned} may be deleted instead"
-    )
-
-
-def read_scale(path: Path) -> Scale | None:
-    """The normalisation that a stage's latents were stored with, if it is known."""
-    if not path.exists():
-        return None
-    scale = json.loads(path.read_text())["scale"]
-    return Scale(tuple(scale["mean"]), tuple(scale["std"]))
 
 
 def _samples_done(course: Course, stage: Stage) -> bool:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 
-from elastic.attempt import MEMBERS
 from elastic.checkpoint_fence import Fence
 from elastic.checkpoint_place import Register, storage_of
 from elastic.course import Course, encode_stage, pin_members, probe_clips, train_plan
@@ -16,6 +15,7 @@ from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource
 from elastic.data.table import read_tables
 from elastic.errors import InputError
+from elastic.folders import MEMBERS
 from elastic.weights import finished
 from stages.stage import DiffusionStage, Stage
 

@@ -40,8 +40,13 @@ def write_record(folder: RunFolder, plan: Plan) -> None:
 def start_stage(folder: RunFolder, stage: Stage) -> None:
     """Record a stage as it starts."""
     record = _read(folder)
-    record["started"][stage.name] = _described(stage)
+    record["started"][stage.name] = described(stage)
     write_atomic(folder.record, json.dumps(record, indent=1).encode())
+
+
+def has_started(folder: RunFolder, stage: Stage) -> bool:
+    """Whether the stage has started in this run, and so may not change any more."""
+    return stage.name in _read(folder)["started"]
 
 
 def check_unchanged(folder: RunFolder, plan: Plan) -> None:
@@ -51,7 +56,7 @@ def check_unchanged(folder: RunFolder, plan: Plan) -> None:
         if stage.name not in started:
             continue
         # Through JSON, so that both sides have lists where records have tuples.
-        now = json.loads(json.dumps(_described(stage)))
+        now = json.loads(json.dumps(described(stage)))
         perceptual = now.get("perceptual")
         if perceptual and perceptual.get("weights_sha256", "") is None:
             # The file is gone; a stage that is under way misses it elsewhere, a finished one never.
@@ -79,7 +84,7 @@ def read_plan(folder: RunFolder) -> Plan:
         ) from None
 
 
-def _described(stage: Stage) -> dict[str, Any]:
+def described(stage: Stage) -> dict[str, Any]:
     """What identifies the stage; where its table lies is said from the root, not from here.
 
     LPIPS weights are what the file holds, wherever it lies; a file that is gone holds None.

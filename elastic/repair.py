@@ -1,10 +1,11 @@
 """Encodes again what is damaged of the latents of a plan."""
 
-from elastic.course import Course, encode_stage, pin_members, pinned_latents
+from elastic.course import Course, encode_stage, pin_members
 from elastic.data.schema import PLAN
 from elastic.data.store_folder import folder_at
 from elastic.data.verify import Verdict, verdict_lines, verify
 from elastic.errors import InputError
+from elastic.latent_pins import pinned_latents
 from stages.stage import DiffusionStage, Stage
 
 

@@ -27,7 +27,7 @@ from videos_fixture import level_video
 
 from elastic import ray_encode
 from elastic.checkpoint_place import Register
-from elastic.course import check_pinned, encode_stage, pin_members, pinned_latents
+from elastic.course import encode_stage, pin_members
 from elastic.data import encode
 from elastic.data.assign import (
     Members,
@@ -64,6 +64,7 @@ from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.grow import grow_stage
 from elastic.kernels import compiled_encoder, compiles_encoder
+from elastic.latent_pins import check_pinned, pinned_latents
 from elastic.ray_encode import MOST_SHARDS, Done, in_groups
 from elastic.ray_nodes import decoders_of_a_task
 from elastic.repair import repair_plan

@@ -17,8 +17,6 @@ import pytest
 from s3_server import s3_server  # noqa: F401  # a fixture
 from store_places import Place, a_bucket  # noqa: F401  # a fixture
 
-from elastic.attempt import MEMBERS
-from elastic.course import pinned_latents
 from elastic.data.assign import load_members
 from elastic.data.decoders import shared_decoders
 from elastic.data.growth import load_growths
@@ -27,8 +25,9 @@ from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
 from elastic.data.permutation import Indices
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
-from elastic.folders import RunFolder
+from elastic.folders import MEMBERS, RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
+from elastic.latent_pins import pinned_latents
 from elastic.record import read_plan
 from stages.stage import AutoencoderStage, Stage
 
@@ -42,7 +41,7 @@ from pathlib import Path
 from elastic import demo
 from elastic.course import train_plan
 from elastic.drive import run_course, start_cluster
-from elastic.folders import RunFolder
+from elastic.folders import MEMBERS, RunFolder
 from elastic.settings import read_settings
 from stages.plan import load_plan
 
