@@ -2,6 +2,7 @@
 
 # B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
 
+import io
 import json
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -35,6 +37,7 @@ from elastic.data.assign import (
     held_out_name,
     load_members,
 )
+from elastic.data.captions import captions_file
 from elastic.data.clips import Clip
 from elastic.data.decode import Unreachable, decode_clip, to_unit
 from elastic.data.decoders import Decoders, Wanted, shared_decoders
@@ -961,6 +964,26 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert encoded == [(LONG.name, 0)]
     assert [store.read(name) for name in files] == before
     assert verify(job.root).is_whole
+
+
+def test_captions_lie_beside_the_latents_in_the_order_of_their_slots(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
+    digest = ray_encode.encode_on_ray(job, 0, Watched()).digest
+    store, name = Place(job.root), captions_file(LONG.name)
+    table = pq.read_table(io.BytesIO(store.read(name))).to_pydict()
+    clips = job.members.clips[LONG.name]
+    assert table["sample_id"] == [clip.sample_id for clip in clips]
+    assert table["text"] == [clip.text for clip in clips]
+    before = store.read(name)
+    store.flip(name, 40, 1)
+    verdict = verify(job.root)
+    assert [fault.name for fault in verdict.faults] == [name]
+    assert ray_encode.encode_on_ray(job, 0, Watched(), verdict).digest == digest
+    assert store.read(name) == before
+    store.remove(name)
+    assert verify(job.root).is_whole, "a store of before had none, and nothing here reads them"
 
 
 def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(
