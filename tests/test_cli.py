@@ -334,6 +334,19 @@ def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
     assert "latent 128x4x1x1, 4 tokens" in text  # one a latent frame
 
 
+def test_the_guide_to_stage_files_is_a_stage_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (PLAN.parent.parent / "stages" / "README.md").read_text()
+    path = tmp_path / "guide.py"
+    path.write_text(guide.split("```python\n")[1].split("```")[0])
+    plan = load_plan(path)
+    starts = {type(stage.init).__name__ for stage in plan.stages}
+    assert starts == {"Fresh", "Continue", "KeepTrunk", "Align", "FromFile"}
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
+    assert "7. from-flux (DiffusionStage, to do)" in capsys.readouterr().out
+
+
 def test_the_stage_file_of_the_readme_is_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
