@@ -108,13 +108,26 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
         *(_conditions(stage) if isinstance(stage, DiffusionStage) else []),
         f"parameters  {count:,}",
         *_start(stage),
-        f"workers     {low} to {high}",
+        f"workers     {low} to {high}{_layout(stage, workers)}",
         *memory_lines(stage, module, gpus),
         f"checkpoint  {shown(_saved_bytes(stage))} every {stage.save_every:,} samples, with "
-        f"{shown(_saved_bytes(stage) / workers)} of host memory on each of {workers} workers",
+        f"{shown(_saved_bytes(stage) / stage.holders(workers))} of host memory on each of "
+        f"{workers} workers",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
         *_phases(stage, gpus),
     ]
+
+
+def _layout(stage: Stage, workers: int) -> str:
+    """What so many workers share, where that is more than the model."""
+    if stage.multiple == 1 and stage.shard_within is None:
+        return ""
+    holders, context = stage.holders(workers), stage.context
+    said = [f", in multiples of {stage.multiple}; of {workers}, {workers // holders} x {holders}"]
+    said.append("hold the model" if holders < workers else "hold the model together")
+    if context > 1:
+        said.append(f"and {workers // context} x {context} share the tokens of a sample")
+    return " ".join(said)
 
 
 def _start(stage: Stage) -> list[str]:

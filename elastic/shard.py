@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from elastic.ema import local
 from elastic.world import World
+from models.dit import MMDiT
 from models.fresh import fresh_parameters, named_generator
 
 # Each group of fully_shard costs a gather and a few milliseconds of bookkeeping a step, so small
@@ -21,8 +22,11 @@ SMALLEST_GROUP = 5_000_000
 def shard(model: nn.Module, world: World, precision: Literal["fp32", "bf16"] = "fp32") -> nn.Module:
     """Shard a model built on the meta device and give it memory; values are undefined.
 
-    With bf16 the gathered parameters are bf16; the shards, and gradients once summed, stay fp32.
+    A DiT shares its tokens as the world says. With bf16 the gathered parameters are bf16; the
+    shards, and gradients once summed, stay fp32.
     """
+    if isinstance(model, MMDiT):
+        model.context = world.context
     # Inputs are left as they are: a timestep or a rotary angle in bf16 would be another one.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
