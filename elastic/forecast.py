@@ -18,6 +18,7 @@ from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
 from elastic.start import check_origin
+from elastic.traffic import update_traffic
 from elastic.weights import finished
 from models.flow import time_shift
 from models.t5_clip import T5Clip
@@ -114,7 +115,7 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
         f"{shown(_saved_bytes(stage) / stage.holders(workers))} of host memory on each of "
         f"{workers} workers",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
-        *_phases(stage, gpus),
+        *_phases(stage, module, gpus),
     ]
 
 
@@ -182,30 +183,32 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _phases(stage: Stage, gpus: int | None) -> list[str]:
+def _phases(stage: Stage, module: nn.Module, gpus: int | None) -> list[str]:
     lines, start = [], 0
     for phase in stage.schedule:
         cycles = (phase.until - start) // phase.cycle
         lines.append(f"samples     {start:,} to {phase.until:,}: {cycles:,} rounds of")
         for bucket in phase.buckets:
             lines.append(
-                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, bucket, gpus)}"
+                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, module, bucket, gpus)}"
             )
         start = phase.until
     return lines
 
 
-def _shape(stage: Stage, bucket: Bucket, gpus: int | None) -> str:
+def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -> str:
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     shape = f"latent {stage.codec.channels}x{'x'.join(map(str, grid))}"
     if not isinstance(stage, DiffusionStage):
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
-        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, "
+        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
+        f"sends {shown(sent / workers)}, "
         f"{shown(_latent_bytes(stage, bucket))} stored a clip"
     )
 

@@ -32,13 +32,14 @@ def shard(model: nn.Module, world: World, precision: Literal["fp32", "bf16"] = "
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # Innermost first: FSDP2 gives to a module what its inner groups have left.
-    for block in reversed(_blocks(model)):
+    for block in reversed(gathered_apart(model)):
         fully_shard(block, mesh=world.mesh, mp_policy=policy)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     return model.to_empty(device=world.device)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def gathered_apart(model: nn.Module) -> list[nn.Module]:
+    """The blocks whose parameters are gathered when they compute, and again for the way back."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in lists for block in blocks]
     return [b for b in blocks if sum(p.numel() for p in b.parameters()) >= SMALLEST_GROUP]

@@ -15,14 +15,16 @@ from safetensors import safe_open
 from test_adversarial import STAGE as JUDGED
 from test_loop import TOLERANCE
 from test_muon import MUON
-from tiny import STAGE, Attempt, Turn, in_turn, train
+from tiny import CLIP, STAGE, STILL, Attempt, Turn, attempt, in_turn, objective, train
 from torch._dynamo.testing import CompileCounterWithBackend
+from wire import SameCaption, Wire, total
 from worlds import run_world
 
 from elastic.errors import InputError
 from elastic.fit import check_fit, workers_on
 from elastic.forecast import forecast
 from elastic.memory import HEADROOM, activations, state_memory
+from elastic.traffic import update_traffic
 from elastic.world import World
 from models.context import Context
 from stages import Bucket, DiffusionStage, Given, Phase, Plan
@@ -56,7 +58,8 @@ LAYOUTS = {
     "plain, replicas": (2, shared(1, 1)),
     "muon, HSDP 2 x 2, context 2": (4, shared(2, 2, WITH_MUON)),
 }
-RESTS = {"alone": (1, WIDE), "context 2": (2, shared(2)), "HSDP 2 x 2": (4, shared(1, 2))}
+COUNTED = shared(2, 2, WITH_MUON, text_dropout=0.0)
+RESTS = {"alone": (1, WIDE), "HSDP 2 x 2": (4, shared(1, 2))}
 
 
 def _copied(world: World, source: Path, folder: Path, stage: DiffusionStage) -> Attempt:
@@ -84,12 +87,22 @@ def _compiled(world: World, folder: Path, stage: DiffusionStage) -> tuple[Attemp
         torch.compile = compiled
 
 
+def _counted(world: World, folder: Path, stage: DiffusionStage) -> tuple[float, set[str]]:
+    """Bytes that all ranks together send in the third update, which is one of clips."""
+    goal = objective(stage)
+    goal.source = SameCaption(stage, {CLIP: 23, STILL: 17}, 100)
+    with Wire() as wire:
+        attempt(world, folder, stage, goal, stop_after=4, beat=wire.beat)
+    return total(wire.at_updates[3] - wire.at_updates[2]), wire.unknown
+
+
 class Course(NamedTuple):
     """What the first rank got of each turn, and the folder."""
 
     attempts: dict[str, Attempt]
     refused: str
     compiled: tuple[Attempt, int]
+    counted: tuple[float, set[str]]
     folder: Path
 
 
@@ -107,9 +120,11 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
         turns[name] = Turn(size, _copied, (half, folder / name, stage))
     turns["refused"] = Turn(3, _refused, (folder / "refused",))
     turns["compiled"] = Turn(2, _compiled, (folder / "compiled", shared(2, compile=True)))
+    turns["counted"] = Turn(4, _counted, (folder / "counted", COUNTED))
     results = dict(zip(turns, run_world(in_turn, 4, folder, list(turns.values()))[0], strict=True))
     attempts = {name: value for name, value in results.items() if isinstance(value, Attempt)}
-    return Course(attempts, results["refused"], results["compiled"], folder)
+    others = (results[name] for name in ("refused", "compiled", "counted"))
+    return Course(attempts, *others, folder)
 
 
 def require_equal(attempt: Attempt, reference: Attempt) -> None:
@@ -162,6 +177,15 @@ def test_compiled_blocks_exchange_within_one_graph(course: Course) -> None:
     attempt, num_graphs = course.compiled
     assert num_graphs >= 4, "two kinds of blocks, with gradients and without"
     require_equal(attempt, course.attempts["plain"])
+
+
+def test_what_an_update_sends_is_what_the_formula_says(course: Course) -> None:
+    sent, unknown = course.counted
+    assert not unknown
+    expected = update_traffic(COUNTED, COUNTED.build(), COUNTED.buckets[0], 3, 4)
+    assert min(vars(expected).values()) > 0
+    # Beside it go a few numbers, and what fills up rows that two ranks cannot halve.
+    assert sent == pytest.approx(expected.total, rel=0.01)
 
 
 @given(text=st.integers(0, 40), video=st.integers(1, 200), size=st.integers(1, 9))
