@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 from elastic.data.load import Micro, Round, Samples
-from elastic.data.order import Indices
+from elastic.data.order import Layout
+from elastic.data.permutation import Indices
 from elastic.exact import reproducible
 from elastic.files import write_atomic
 from elastic.fit import kept_for, local_device_bytes
@@ -110,6 +111,9 @@ class _Nothing:
     """A source that nobody reads from."""
 
     def counts(self) -> dict[str, int]:
+        return {}
+
+    def layouts(self) -> dict[str, Layout]:
         return {}
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
@@ -216,7 +220,11 @@ class Trainer:
 def measure_stage(
     stage: Stage, workers: int, room: float, tell: Callable[[str], None] = lambda text: None
 ) -> list[Found]:
-    """Try sizes for every bucket of a stage; `room` is the memory that a device has."""
+    """Try sizes for every bucket of a stage; `room` is the memory that a device has.
+
+    Not for a stage whose workers share the tokens of a sample: one device computes no such share.
+    """
+    assert stage.context == 1, f"stage {stage.name}: context {stage.context}"
     order = attention_order(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with alone() as world, reproducible(stage.exact), attention(order):
         trainer = Trainer(stage, world)

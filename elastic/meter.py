@@ -208,9 +208,11 @@ class Meter:
 
     def _speed(self, elapsed: float) -> dict[str, float]:
         """How fast the devices of all ranks train, and what of it is of use."""
-        done = [(self._buckets[name], lengths) for name, lengths in self._lengths.items()]
+        # Ranks of one context compute the same samples together: they are counted once.
+        counted = self._lengths if self._world.counts else {}
+        done = [(self._buckets[name], lengths) for name, lengths in counted.items()]
         mine = [
-            self._num_computed,
+            self._num_computed if self._world.counts else 0,
             sum(useful_tokens(self._stage, bucket, lengths) for bucket, lengths in done),
             sum(model_flops(self._stage, bucket, lengths) for bucket, lengths in done),
             self._peak_flops or math.nan,

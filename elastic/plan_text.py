@@ -47,6 +47,9 @@ def _faults(flags: argparse.Namespace) -> Faults | None:
 
 def measured_lines(stage: Stage, gpus: int | None, folder: Path) -> Iterator[str]:
     """A table for each bucket of a stage, and the values to write into the stage file."""
+    if stage.context > 1:
+        yield f"\n{stage.name}: not measured: {stage.context} workers share the tokens of a sample"
+        return
     workers = workers_on(stage, gpus)
     found, path, is_kept = measured(stage, workers, folder, _show)
     yield ""

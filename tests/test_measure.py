@@ -167,6 +167,11 @@ def test_what_is_found_is_said_and_the_stage_stays_as_it_is(
     assert again[2:] == said[2:]
 
 
+def test_a_stage_whose_workers_share_tokens_is_left_out(tmp_path: Path) -> None:
+    (said,) = measured_lines(SMALL.replace(context=2, workers=(2, 2)), 2, tmp_path)
+    assert said == "\ntiny: not measured: 2 workers share the tokens of a sample"
+
+
 def test_an_autoencoder_with_its_critic_is_measured_too() -> None:
     stage = AUTOENCODER.replace(
         vae=DCAE(

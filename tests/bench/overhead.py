@@ -34,7 +34,8 @@ from worlds import run_world
 from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.load import Round, Samples, rounds_of
 from elastic.data.moving_shapes import write_demo_videos
-from elastic.data.order import BatchPlan, Indices, batch_at
+from elastic.data.order import BatchPlan, Layout, batch_at
+from elastic.data.permutation import Indices
 from elastic.journal import read_events, read_metrics
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
@@ -105,6 +106,10 @@ class Held:
     def counts(self) -> dict[str, int]:
         """Samples by bucket."""
         return self._drawn.counts()
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where they lie."""
+        return self._drawn.layouts()
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """Ids of samples."""
