@@ -158,7 +158,7 @@ def _supervise(
         settings.pack_latents,
     )
     hosts = Hosts()
-    tracker.event("run_start", reason=f"process {os.getpid()}")
+    tracker.event("run_start", reason=f"process {os.getpid()}", gpus=use_gpu)
     failure: list[BaseException] = []
 
     def body() -> None:

@@ -126,7 +126,7 @@ def timeline_figure(history: History, identifier: str) -> Figure:
         "yaxis": {**world, "dtick": max(1, _most_workers(history.events) // 5)},
         "yaxis2": {"title": {"text": "samples / s"}, "domain": [0, 0.42], "rangemode": "tozero"},
         "yaxis3": {"domain": [0.48, 0.55], "visible": False, "fixedrange": True},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "showlegend": False,  # the page has a key
         "margin": {"t": 10, "r": 10, "b": 45, "l": 55},
         "shapes": lines,
     }
@@ -210,7 +210,7 @@ def time_figure(account: Account, identifier: str) -> Figure:
         "barmode": "stack",
         "xaxis": {"title": {"text": "seconds"}},
         "yaxis": {"autorange": "reversed", "type": "category"},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "showlegend": False,
         "margin": {"t": 10, "r": 10, "b": 45, "l": 10},
     }
     return {"id": identifier, "data": data, "layout": layout}
