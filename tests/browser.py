@@ -54,6 +54,7 @@ def chromium_page(width: int, height: int = 900) -> Iterator[tuple[Any, Told]]: 
         )
         try:
             page = context.pages[0]
+            page.set_default_timeout(120_000)  # a busy machine is no fault of a page
             yield page, Told(page)
         finally:
             context.close()
