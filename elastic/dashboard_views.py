@@ -50,7 +50,7 @@ def _metrics(
         "stroke": [],
         "chart": ["name"],
         "isApplied": {"color": True, "stroke": True, "chart": True},
-        "paletteIndex": 1,  # the one of 16 colours
+        "paletteIndex": int(colour == "activity"),  # of 16 colours: Aim's first has 8
     }
     return View(name, description, "metrics", {"select": _select(query), "grouping": grouping})
 

@@ -40,6 +40,7 @@ _ACTIVITY_COLOURS = {
     OTHER: "#8a8f98",
     DOWN: "#3b4048",
 }
+STRIP_AXIS = "y3"  # of what went on, in the timeline
 _MOST_POINTS = 2000  # of one line; a phone draws no more in good time
 
 # Kind of event: symbol, colour, label.
@@ -154,7 +155,7 @@ def _strip(account: Account, zero: float) -> list[Trace]:
                 "type": "bar",
                 "orientation": "h",
                 "name": activity,
-                "yaxis": "y3",
+                "yaxis": STRIP_AXIS,
                 "y": [0] * len(mine),
                 "base": [_minutes(span.begin, zero) for span in mine],
                 "x": [round(span.seconds / 60, 4) for span in mine],

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from elastic.figures import Figure, safe
+from elastic.figures import STRIP_AXIS, Figure, safe
 
 _SIGNS = {  # of Plotly's markers, for the key
     "x": "&#10005;",
@@ -46,14 +46,20 @@ def folded(title: str, content: str) -> str:
 
 
 def key(figure: Figure) -> str:
-    """What the colours of a plot stand for, in words that wrap on a phone as Plotly's would not."""
-    entries: dict[str, str] = {}
+    """What the colours of a plot stand for, in words that wrap on a phone as Plotly's would not.
+
+    The strip of a plot, on an axis of its own, has colours of its own too.
+    """
+    told: dict[str, dict[str, str]] = {}  # by axis, the entry of each name
     for trace in figure["data"]:
         if trace.get("showlegend", True):
             marker = trace.get("marker", {})
             sign = _SIGNS.get(marker.get("symbol", ""), "&#9632;")
             colour = marker.get("color") or trace["line"]["color"]
-            entries.setdefault(
-                trace["name"], f'<span><i style="color: {colour}">{sign}</i> {trace["name"]}</span>'
-            )
-    return f'<p class="key">{"".join(entries.values())}</p>'
+            entry = f'<span><i style="color: {colour}">{sign}</i> {trace["name"]}</span>'
+            axis = "the strip:" if trace.get("yaxis") == STRIP_AXIS else ""
+            told.setdefault(axis, {}).setdefault(trace["name"], entry)
+    return "".join(
+        f'<p class="key">{axis and f"<span>{axis}</span>"}{"".join(entries.values())}</p>'
+        for axis, entries in told.items()
+    )
