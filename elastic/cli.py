@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("file", help="stage file")
         one.add_argument("--videos", metavar="DIR", help="use the clips of this folder instead")
         one.add_argument(
-            "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
+            "--captions", metavar="FILE", help="their table (default: NAME.txt beside)"
         )
         if name != "plan":
             cluster_flags(one)
@@ -176,11 +176,12 @@ def read_plan_file(flags: argparse.Namespace) -> Plan:
     for name in ("videos", "captions"):
         if getattr(flags, name) == "":
             raise InputError(f"--{name} '': empty; give a path, or leave --{name} out")
-    if (flags.videos is None) != (flags.captions is None):
-        given, other = ("videos", "captions") if flags.videos else ("captions", "videos")
-        raise InputError(f"--{given} was given without --{other}; give both or neither")
+    if flags.captions is not None and flags.videos is None:
+        raise InputError("--captions was given without --videos; give both or neither")
     if flags.videos is None:
         return plan
+    if flags.captions is None:
+        return with_videos(plan, Videos(f"{flags.videos.rstrip('/')}/"))
     return with_videos(plan, Videos(flags.captions, folder=flags.videos))
 
 
@@ -245,8 +246,8 @@ def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan_file(flags)
     folder = RunFolder.of(settings.storage_path, plan)
     check_inputs(plan, folder)
-    from elastic.course import repair_plan
     from elastic.drive import run_course
+    from elastic.repair import repair_plan
 
     run_course(plan, settings, repair_plan)
     print(f"latents: {folder.latents}")
@@ -268,9 +269,10 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan
     from elastic.drive import run_course
+    from elastic.grow import grow_and_train
     from elastic.report import print_table, summarise, write_report
 
-    folder = run_course(plan, settings, train_plan)
+    folder = run_course(plan, settings, grow_and_train if flags.grow else train_plan)
     print_table(summarise(folder.root))
     print(f"samples: {folder.root / 'samples'}\nreport:  {write_report(folder.root)}")
     return DONE
@@ -278,19 +280,12 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
-    from elastic.data.places import is_there
-    from elastic.data.table import read_table
+    from elastic.data.table import check_videos
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
-    for videos in dict.fromkeys(stage.data for stage in plan.stages):
-        clips = read_table(videos)
-        # One that is there will do: files that are missing are quarantined one by one.
-        if not any(is_there(clip.path) for clip in clips):
-            raise InputError(
-                f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
-                f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
-            )
+    for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
+        check_videos(videos)
     for stage in plan.stages:
         if finished(folder.stage(stage.name)) is not None:
             continue  # its latents may go on being encoded; what it was trained with may be gone
@@ -363,6 +358,7 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.data.growth import growth_lines
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
@@ -378,6 +374,8 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     for line in encoding_lines(folder.root, names, history.events):
         print(line)
     for stage in plan.stages:
+        for line in growth_lines(folder.stage(stage.name)):
+            print(line)
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")
     return DONE

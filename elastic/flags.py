@@ -34,6 +34,11 @@ def latents_flag(parser: argparse.ArgumentParser) -> None:
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """What training alone takes: when it moves, what is a hang, where checkpoints are written."""
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help="take in what was added to the tables of stages that are under way",
+    )
     parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
     parser.add_argument(
         "--leave-before", help="seconds before a node with notice goes to leave it (default: 60)"

@@ -71,7 +71,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
 
 def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
-    world = run.world
+    world = run.world.arranged(stage.context, stage.shard_within)
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
     with run.phase("build"):
         model = shard(objective.build(), world, precision)
@@ -263,4 +263,4 @@ def _square_sum(gradients: list[Tensor], world: World) -> Tensor:
     if gradients:
         norms = torch._foreach_norm(gradients, dtype=torch.float64)
         squares = torch.stack(norms).square().sum()
-    return world.sum(squares)
+    return world.sum(squares) / world.replicas

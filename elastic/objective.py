@@ -215,7 +215,7 @@ class FlowMatching:
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         for bucket in buckets:
-            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
                 weight_B = micro.samples.weight_B.to(world.device).double()
                 with torch.no_grad():
                     loss_B = self._loss_B(model, micro, "held-out", choice)
@@ -307,7 +307,7 @@ class Reconstructing:
         """
         measured: list[list[Tensor]] = [[], [], [], []]
         for bucket in self._video_buckets():
-            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
                 x_BCTHW = micro.samples.x_BCTHW.to(world.device)
                 with torch.no_grad():
                     output = model(x_BCTHW, None)

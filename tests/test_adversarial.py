@@ -19,7 +19,8 @@ from elastic.checkpoint import published
 from elastic.checkpoint_place import Register
 from elastic.critic import Critic
 from elastic.data.load import Micro, Round, Samples, rounds_of
-from elastic.data.order import Indices, batch_at, updates_before
+from elastic.data.order import Layout, batch_at, layout_of, updates_before
+from elastic.data.permutation import Indices
 from elastic.loop import Outcome
 from elastic.meter import NonFiniteLoss
 from elastic.objective import Reconstructing
@@ -70,6 +71,9 @@ class DrawnClips:
 
     def counts(self) -> dict[str, int]:
         return {bucket.name: self._count for bucket in STAGE.buckets}
+
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of([count]) for name, count in self.counts().items()}
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return indices + self._first_id

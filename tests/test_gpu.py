@@ -610,7 +610,7 @@ def _devices_of(pid: int) -> set[str]:
 def _require_traceless(address: Path, folder: Path, use_gpu: bool) -> None:
     """A run that nobody disturbs, and one that is killed, goes on, is stopped and goes on."""
     latents = _sealed(folder / "latents", FORKED)
-    jobs = [WorkerJob(FORKED, folder / name, latents) for name in ("whole", "cut")]
+    jobs = [WorkerJob(FORKED, folder / name, (latents,)) for name in ("whole", "cut")]
     undisturbed = _live(address, jobs[0], use_gpu)
     lives = [_live(address, jobs[1], use_gpu, cut) for cut in ("killed", "stopped", "")]
     assert [life.end for life in [undisturbed, *lives]] == [
@@ -635,7 +635,7 @@ def test_forked_processes_train_on_the_gpu_and_a_kill_and_a_stop_leave_no_trace(
 @pytest.mark.parametrize("use_gpu", [pytest.param(True, marks=ON_GPU)])
 def test_a_forked_process_compiles_its_blocks(address: Path, tmp_path: Path, use_gpu: bool) -> None:
     stage = WIDE.replace(compile=True)
-    job = WorkerJob(stage, tmp_path / "stage", _sealed(tmp_path / "latents", stage))
+    job = WorkerJob(stage, tmp_path / "stage", (_sealed(tmp_path / "latents", stage),))
     life = _live(address, job, use_gpu)
     assert life.end == "finished"
     (start,) = [event for event in life.events if event.kind == "start"]

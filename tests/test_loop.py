@@ -37,7 +37,8 @@ from worlds import run_world
 
 from elastic.checkpoint import published
 from elastic.data.load import Samples
-from elastic.data.order import Indices, batch_at, updates_before
+from elastic.data.order import batch_at, updates_before
+from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights, local
 from elastic.loop import Outcome
 from elastic.meter import NonFiniteLoss

@@ -200,6 +200,10 @@ class SealedStore:
         """How many samples the bucket has."""
         return len(self._rows[bucket])
 
+    def present_before(self, bucket: str, slot: int) -> int:
+        """How many of the samples that are planned before a slot of the bucket are present."""
+        return self._rows[bucket].present_before(slot)
+
     def sample_ids(
         self, bucket: str, indices: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
