@@ -6,17 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from elastic.checkpoint_place import check_place
-from elastic.checkpoint_store import Keep
 from elastic.errors import InputError, StageBlocked
 from elastic.flags import (
     at_least_one,
     cluster_flags,
+    device_flags,
     fault_flags,
     finite,
-    gib,
     keep_flags,
     latents_flag,
     training_flags,
@@ -28,9 +26,6 @@ from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
-
-if TYPE_CHECKING:
-    from elastic.outlook import Faults
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
 
@@ -90,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("file", help="stage file")
         one.add_argument("--videos", metavar="DIR", help="use the clips of this folder instead")
         one.add_argument(
-            "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
+            "--captions", metavar="FILE", help="their table (default: NAME.txt beside)"
         )
         if name != "plan":
             cluster_flags(one)
@@ -100,14 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
                 keep_flags(one)
             continue
         keep_flags(one)
-        one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+        device_flags(one)
         fault_flags(one)
-        one.add_argument(
-            "--gpu-memory",
-            type=gib,
-            metavar="GIB",
-            help="refuse what a GPU of this size cannot hold (default: the one here)",
-        )
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")
@@ -168,11 +157,12 @@ def read_plan_file(flags: argparse.Namespace) -> Plan:
     for name in ("videos", "captions"):
         if getattr(flags, name) == "":
             raise InputError(f"--{name} '': empty; give a path, or leave --{name} out")
-    if (flags.videos is None) != (flags.captions is None):
-        given, other = ("videos", "captions") if flags.videos else ("captions", "videos")
-        raise InputError(f"--{given} was given without --{other}; give both or neither")
+    if flags.captions is not None and flags.videos is None:
+        raise InputError("--captions was given without --videos; give both or neither")
     if flags.videos is None:
         return plan
+    if flags.captions is None:
+        return with_videos(plan, Videos(f"{flags.videos.rstrip('/')}/"))
     return with_videos(plan, Videos(flags.captions, folder=flags.videos))
 
 
@@ -190,32 +180,13 @@ def with_videos(plan: Plan, videos: Videos) -> Plan:
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
-    from elastic.fit import GIB, check_fit, local_device_bytes
-    from elastic.forecast import forecast
+    from elastic.plan_text import print_plan
 
-    faults = _faults(flags)
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
-    keep = Keep(settings.keep_last, settings.keep_every)
-    print(forecast(plan, settings.storage_path, flags.gpus, faults, keep))
-    device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
-    if device_bytes:
-        for stage in plan.stages:
-            check_fit(stage, device_bytes)
+    print_plan(plan, flags, settings)
     return DONE
-
-
-def _faults(flags: argparse.Namespace) -> "Faults | None":
-    """What is said about faults; InputError where it is said of none."""
-    from elastic.outlook import Faults
-
-    if flags.failure_rate is not None:
-        return Faults(flags.failure_rate, flags.announced or 0.0, flags.spares or 0)
-    for name in ("announced", "spares"):
-        if getattr(flags, name) is not None:
-            raise InputError(f"--{name} was given without --failure-rate; give both or neither")
-    return None
 
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -237,8 +208,8 @@ def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan_file(flags)
     folder = RunFolder.of(settings.storage_path, plan)
     check_inputs(plan, folder)
-    from elastic.course import repair_plan
     from elastic.drive import run_course
+    from elastic.repair import repair_plan
 
     run_course(plan, settings, repair_plan)
     print(f"latents: {folder.latents}")
@@ -260,9 +231,10 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan
     from elastic.drive import run_course
+    from elastic.grow import grow_and_train
     from elastic.report import print_table, summarise, write_report
 
-    folder = run_course(plan, settings, train_plan)
+    folder = run_course(plan, settings, grow_and_train if flags.grow else train_plan)
     print_table(summarise(folder.root))
     print(f"samples: {folder.root / 'samples'}\nreport:  {write_report(folder.root)}")
     return DONE
@@ -270,19 +242,12 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
-    from elastic.data.places import is_there
-    from elastic.data.table import read_table
+    from elastic.data.table import check_videos
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
-    for videos in dict.fromkeys(stage.data for stage in plan.stages):
-        clips = read_table(videos)
-        # One that is there will do: files that are missing are quarantined one by one.
-        if not any(is_there(clip.path) for clip in clips):
-            raise InputError(
-                f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
-                f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
-            )
+    for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
+        check_videos(videos)
     for stage in plan.stages:
         if finished(folder.stage(stage.name)) is not None:
             continue  # its latents may go on being encoded; what it was trained with may be gone
@@ -355,9 +320,11 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.data.growth import growth_lines
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
+    from elastic.speed import speed_lines
     from elastic.summary import print_table, read_history, summarise_history
     from elastic.weights import finished
 
@@ -365,11 +332,13 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan(folder)
     history = read_history(folder.root)
     print_table(summarise_history(history))
-    print("\n".join(account_lines(history.account)))
+    print("\n".join([*speed_lines(history), *account_lines(history.account)]))
     names = [stage.name for stage in plan.stages]
     for line in encoding_lines(folder.root, names, history.events):
         print(line)
     for stage in plan.stages:
+        for line in growth_lines(folder.stage(stage.name)):
+            print(line)
         if finished(folder.stage(stage.name)) is None:
             print(f"not finished: {stage.name} ({stage.budget:,} samples)")
     return DONE

@@ -24,6 +24,7 @@ from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.latent_place import settle_latents
 from elastic.progress import ProgressLine
+from elastic.ray_ahead import EncodeAhead
 from elastic.ray_host import Hosts
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import Limits
@@ -146,7 +147,7 @@ def _supervise(
     budgets = {stage.name: stage.budget for stage in plan.stages}
     name = f"tracker-{uuid.uuid4().hex[:12]}"
     tracker = TrackerHandle.launch(name, folder.root, plan.name, budgets, settings.aim)
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    use_gpu, ahead = ray.cluster_resources().get("GPU", 0) > 0, EncodeAhead()
     course = Course(
         plan,
         folder,
@@ -156,6 +157,7 @@ def _supervise(
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
         settings.pack_latents,
+        beside=ahead,
     )
     hosts = Hosts()
     tracker.event("run_start", reason=f"process {os.getpid()}")
@@ -183,6 +185,7 @@ def _supervise(
         reason = f"failed: {failure[0]}" if failure else "finished"
     finally:
         line.end()
+        ahead.close()
         tracker.event("run_end", reason=reason)
         problem = tracker.close()
         if problem and settings.aim:

@@ -88,14 +88,17 @@ def encoding_lines(run_dir: Path, stages: Sequence[str], events: Sequence[Event]
     """What is known of the latents of a run: encoded, or being encoded, and what is left out."""
     lines = []
     for stage in stages:
-        ends = [e for e in events if e["stage"] == stage and e["kind"] == "encode_end"]
+        mine = [event for event in events if event["stage"] == stage]
+        ends = [event for event in mine if event["kind"] == "encode_end"]
         if ends:
-            encoded = sum(event.get("encoded", 0) for event in ends)
-            seconds = sum(event.get("seconds", 0.0) for event in ends)
+            ahead = [event for event in mine if event["kind"] == "encode_ahead_end"]
+            encoded = sum(event.get("encoded", 0) for event in ends + ahead)
+            seconds = sum(event.get("seconds", 0.0) for event in ends + ahead)
+            probed = [event.get("count", 0) for event in mine if event["kind"] == "quarantine"]
             lines.append(
-                f"latents of {stage}: {ends[-1].get('clips', 0):,} clips, "
-                f"{ends[-1].get('quarantined', 0):,} quarantined; "
-                f"{encoded:,} encoded in {seconds:,.0f} s"
+                f"latents of {stage}: {ends[-1].get('clips', 0):,} clips; quarantined: "
+                f"{sum(probed[-1:]):,} when probed, {ends[-1].get('quarantined', 0):,} when "
+                f"encoded; {encoded:,} encoded in {seconds:,.0f} s"
             )
         path = run_dir / "stages" / stage / ENCODING
         if path.exists():

@@ -34,6 +34,11 @@ def latents_flag(parser: argparse.ArgumentParser) -> None:
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """What training alone takes: when it moves, what is a hang, where checkpoints are written."""
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help="take in what was added to the tables of stages that are under way",
+    )
     parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
     parser.add_argument(
         "--leave-before", help="seconds before a node with notice goes to leave it (default: 60)"
@@ -49,6 +54,22 @@ def keep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-last", type=at_least_one, help="kept a stage (default 2)")
     parser.add_argument(
         "--keep-every", type=at_least_one, metavar="SAMPLES", help="and one in so many for good"
+    )
+
+
+def device_flags(parser: argparse.ArgumentParser) -> None:
+    """The GPUs that a plan is meant for, and whether the one here is tried."""
+    parser.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+    parser.add_argument(
+        "--gpu-memory",
+        type=gib,
+        metavar="GIB",
+        help="refuse what a GPU of this size cannot hold (default: the one here)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time micro-batches of growing size on this device, and say which is fastest",
     )
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
+from elastic.data.clips import Clips
 from elastic.data.places import is_there
 from elastic.data.schema import TEXT_BLOCK
-from elastic.data.table import read_table
+from elastic.data.table import read_tables
 from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
@@ -73,11 +74,12 @@ def _disk(plan: Plan, keep: Keep) -> str:
     stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
     if not stages:
         return "; ".join(parts)
-    if not all(is_there(stage.data.table) for stage in stages):
+    sources = [videos for stage in stages for videos in stage.data.sources]
+    if not all(is_there(videos.table) for videos in sources):
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
     latents = 0
     for stage in stages:
-        clips = read_table(stage.data)
+        clips = Clips.joined(read_tables(stage.data))
         a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
         a_clip += len(stage.buckets) * text_bytes(stage, clips.texts())
         latents += len(clips) * a_clip
@@ -105,6 +107,7 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
     module = stage.build()
     count = _count(stage)
     return [
+        *_data(stage),
         f"codec       {_codec(stage)}",
         *(_conditions(stage) if isinstance(stage, DiffusionStage) else []),
         f"parameters  {count:,}",
@@ -117,6 +120,14 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
         *_phases(stage, module, gpus),
     ]
+
+
+def _data(stage: Stage) -> list[str]:
+    """Of a mix, what each source has of the samples."""
+    if len(stage.data.sources) == 1:
+        return []
+    each = zip(stage.data.shares, stage.data.sources, strict=True)
+    return [f"data        {', '.join(f'{float(s):.4g} {v.table}' for s, v in each)}"]
 
 
 def _layout(stage: Stage, workers: int) -> str:

@@ -36,8 +36,10 @@ class Event(TypedDict):
     what: NotRequired[str]
     nodes: NotRequired[int]
     clips: NotRequired[int]
+    shards: NotRequired[int]
     quarantined: NotRequired[int]
     encoded: NotRequired[int]  # clips of all buckets that this encoding has done itself
+    device_frames_per_s: NotRequired[float | None]  # into a codec, mean over the devices
     paths: NotRequired[list[str]]
     captions: NotRequired[list[str]]
     count: NotRequired[int]

@@ -1,18 +1,22 @@
-"""Which kernels a step runs on this device: the attention backend, and whether blocks are compiled.
+"""Which kernels run on this device: the attention backend, and what is compiled.
 
 Torch tries its attention backends in an order that depends on its version, so the order is said
 here. On Hopper cuDNN's kernel comes first (tests/bench/mfu.py measures both).
 """
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.blocks import Block
+from models.codec import CodecModule
+from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
 Backend = Literal["cudnn", "flash", "efficient", "math"]
@@ -26,6 +30,9 @@ _HOPPER = (9, 0)  # measured; what came later has the same kernels or newer ones
 # Of one class of blocks: a graph for each bucket, with gradients and without.
 # More than torch's limit is an error with fullgraph=True.
 _MOST_GRAPHS = 2048
+# Every process compiles an encoder for every bucket, for half a minute or more. From so many pixels
+# on, an hour of one GPU with DC-AE (0.4 TFLOP a megapixel), that is made up for on a dozen of them.
+_WORTH_PIXELS = 1 << 36
 
 
 def attention_order(device: torch.device) -> tuple[Backend, ...]:
@@ -51,10 +58,52 @@ def compiles(stage: Stage, device: torch.device) -> bool:
     return stage.compile
 
 
+def text_room(longest: int, video_tokens: int, most: int) -> int:
+    """Text tokens that compiled blocks compute for texts of up to `longest`, of at most `most`.
+
+    One of few lengths, since each is compiled for: steps of a 25th of the video's tokens, or of 16,
+    so that little of what is computed is padding.
+    """
+    step = max(16, 1 << int(math.log2(max(1.0, video_tokens / 25))))
+    return max(longest, min(most, -(-longest // step) * step))
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compile every block of a model, sharded or not; it happens when the first batch comes."""
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
-    torch._dynamo.config.accumulated_recompile_limit = _MOST_GRAPHS
+    _allow_graphs()
     for module in model.modules():
         if isinstance(module, Block):
             module.compile_inside()
+
+
+def compiles_encoder(
+    stage: DiffusionStage, bucket: Bucket, num_clips: int, device: torch.device
+) -> bool:
+    """Whether the codec's encoder is compiled for so many clips of a bucket.
+
+    The same on every machine of one kind, as what is compiled rounds differently: so a shard that
+    is encoded again has the same bits.
+    """
+    if not stage.codec.can_compile or not compiles(stage, device):
+        return False
+    pixels = num_clips * bucket.frames * bucket.height * bucket.width
+    return bool(stage.compile) or pixels >= _WORTH_PIXELS
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_encoder(module: CodecModule) -> Callable[[Tensor], Tensor]:
+    """`module.encode`, compiled for each size on its own when that comes first."""
+    _allow_graphs()
+    whole = torch.compile(
+        module.encode_whole,
+        fullgraph=True,
+        dynamic=False,
+        # Otherwise kernels are chosen by timing them, and the bits depend on the moment.
+        options={"deterministic": True},
+    )
+    return functools.partial(module.encode, whole=whole)
+
+
+def _allow_graphs() -> None:
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = _MOST_GRAPHS

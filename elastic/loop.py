@@ -104,7 +104,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     run.meter.begin(progress.samples)
 
     stream = Stream(stage, objective.source, world, progress.samples)
-    unseen = {bucket.name for bucket in stage.buckets} if compiled else set()
+    compiled_for: set[tuple[str, int]] = set()
     saved_at = progress.samples
     evaluated_at = progress.samples or -1  # a fresh stage is measured before its first update
     while True:
@@ -130,9 +130,10 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         step = run.meter.waiting(stream.step, progress.samples)
         # Who trains may not be silent for long, and would be while another rank still reads.
         world.most(0)
-        # All ranks have this bucket now; whoever compiles first keeps the others waiting.
-        run.beat("compile" if step.plan.bucket.name in unseen else "train", progress.samples)
-        unseen.discard(step.plan.bucket.name)
+        # Whoever compiles keeps the others waiting.
+        is_new = compiled and not objective.graphs(step) <= compiled_for
+        run.beat("compile" if is_new else "train", progress.samples)
+        compiled_for |= objective.graphs(step)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
         held_rate = rate_at(stage, progress.samples + batch, held=True)

@@ -1,5 +1,6 @@
 """What a stage minimises: reconstruction for an autoencoder, flow matching for a DiT."""
 
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic.critic import Critic
-from elastic.data.load import Micro, Source, held_out_rounds
+from elastic.data.load import Micro, Source, Step, held_out_rounds
 from elastic.errors import InputError
 from elastic.exact import totals
-from elastic.kernels import compiles
+from elastic.kernels import compiles, text_room
 from elastic.randomness import normals, sample_generator, uniforms
+from elastic.workload import Workload, workload
 from elastic.world import World, on_device
 from models.codec import Reconstruction
 from models.flow import conditioned, flow_loss_B, time_shift, timesteps
@@ -32,6 +34,7 @@ class Losses(NamedTuple):
 
     model_B: Tensor
     """What the model minimises, and what is called the loss."""
+    work: Workload
     critic_B: Tensor | None = None
     """What the critic minimises; its gradients reach the critic alone, and no other does."""
     parts_B: Mapping[str, Tensor] = MappingProxyType({})
@@ -57,6 +60,10 @@ class Objective(Protocol):
         """The losses of each sample of a micro-batch, unweighted."""
         ...
 
+    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+        """What would be compiled for a step on any rank; the same on every rank."""
+        ...
+
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Means over the held-out samples; every rank calls it."""
         ...
@@ -80,7 +87,7 @@ class FlowMatching:
     ) -> None:
         """`text_tokens` are those of the longest text that the sources hold, if it is known."""
         self.source = source
-        self._text_tokens = max(text_tokens, len(null.embedding_LD))
+        self._text_tokens = text_tokens or sys.maxsize
         self.critic: Critic | None = None
         self._held_out = held_out
         self._stage = stage
@@ -97,11 +104,11 @@ class FlowMatching:
 
     def losses(self, model: nn.Module, micro: Micro) -> Losses:
         """Squared error of the velocity, per sample."""
-        return Losses(self._loss_B(model, micro, "train"))
+        return self._losses(model, micro, "train")
 
-    def _loss_B(
+    def _losses(
         self, model: nn.Module, micro: Micro, use: Use, choice: Choice | None = None
-    ) -> Tensor:
+    ) -> Losses:
         """The loss of each sample, given the frames of `choice`; None draws it for each."""
         samples = micro.samples
         generators = self._generators(micro, use)
@@ -113,9 +120,13 @@ class FlowMatching:
         text = without_text(samples.text, self._null, *dropped)
         given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
-        # Of one length for all batches, as every length of its own would be compiled for.
-        text = padded(text, self._text_tokens) if compiles(self._stage, device) else trimmed(text)
-        return flow_loss_B(
+        is_compiled = compiles(self._stage, device)
+        text = (
+            padded(text, self._room(micro.bucket, micro.text_tokens))
+            if is_compiled
+            else trimmed(text)
+        )
+        loss_B = flow_loss_B(
             conditioned(
                 model,
                 1.0 if self._stage.model.guidance else None,
@@ -126,6 +137,20 @@ class FlowMatching:
             on_device(t_B, device),
             TextBatch(*(None if x is None else on_device(x, device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
         )
+        return Losses(loss_B, workload(self._stage, micro, text))
+
+    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+        """What would be compiled for a step, by any rank: each bucket and length of text."""
+        bucket = step.plan.bucket
+        lengths = step.micros[0].all_text_tokens
+        return frozenset((bucket.name, self._room(bucket, length)) for length in lengths)
+
+    def _room(self, bucket: Bucket, longest: int) -> int:
+        """Text tokens that are computed for; the null text may take the place of any other."""
+        grid = self._stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+        tokens = self._stage.model.tokens(grid)
+        null = len(self._null.embedding_LD)
+        return text_room(max(longest, null), tokens, max(self._text_tokens, null))
 
     def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
         """The randomness of each sample of the micro-batch for one use."""
@@ -193,10 +218,10 @@ class FlowMatching:
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         for bucket in buckets:
-            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
                 weight_B = micro.samples.weight_B.to(world.device).double()
                 with torch.no_grad():
-                    loss_B = self._loss_B(model, micro, "held-out", choice)
+                    loss_B = self._losses(model, micro, "held-out", choice).model_B
                 losses.append((loss_B * weight_B).sum())
                 weights.append(weight_B.sum())
         total, count = totals([losses, weights], world)
@@ -261,7 +286,8 @@ class Reconstructing:
         loss_B = torch.stack(list(parts_B.values())).sum(0)
         if critic_B is not None:
             parts_B["loss_critic"] = critic_B
-        return Losses(loss_B, critic_B, parts_B if len(parts_B) > 1 else {})
+        work = workload(stage, micro)
+        return Losses(loss_B, work, critic_B, parts_B if len(parts_B) > 1 else {})
 
     def _parts_B(self, x_BCTHW: Tensor, reconstruction: Reconstruction) -> dict[str, Tensor]:
         """The addends of the loss by name, without the critic's."""
@@ -274,6 +300,10 @@ class Reconstructing:
             parts_B["loss_perceptual"] = self._stage.perceptual.weight * distance_B
         return parts_B
 
+    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+        """Nothing of an autoencoder is compiled."""
+        return frozenset()
+
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
         """Means over held-out clips of PSNR in dB, SSIM and the loss, the latent at its mean.
 
@@ -281,7 +311,7 @@ class Reconstructing:
         """
         measured: list[list[Tensor]] = [[], [], [], []]
         for bucket in self._video_buckets():
-            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
                 x_BCTHW = micro.samples.x_BCTHW.to(world.device)
                 with torch.no_grad():
                     output = model(x_BCTHW, None)

@@ -10,13 +10,14 @@ from ray.exceptions import RayTaskError
 from elastic.data.assign import Members
 from elastic.data.encode import (
     EncodeJob,
-    Scale,
     ShardId,
+    Tally,
     encode_null_text,
     encode_shards,
     find_scale,
     open_store,
 )
+from elastic.data.latents import Scale
 from elastic.data.store import LatentStore
 from elastic.data.verify import Verdict
 from elastic.errors import InputError, StageBlocked
@@ -34,6 +35,8 @@ class Done(NamedTuple):
     digest: str
     quarantined: dict[int, str]
     clips: int
+    frames_per_s: float | None
+    """Of one device: frames that went into its codec; None where nothing was to be encoded."""
 
 
 class Watch(Protocol):
@@ -89,7 +92,7 @@ def encode_on_ray(
     A task that fails for a reason of its own, such as a full disk, is raised after the others.
     InputError, which every other shard would only repeat, cancels what has not begun.
     """
-    store = open_store(job)
+    store = open_store(job, [fault.name for fault in damaged.seal] if damaged else ())
     again = set(damaged.shards) if damaged else set()
     wanted = {*store.missing(), *again}
     missing = [shard for shard in store.shard_ids() if shard in wanted]
@@ -105,11 +108,12 @@ def encode_on_ray(
     groups += [[shard] for shard in missing if shard in again]
     num_clips = begin(watch, store, missing)
     running = [task.remote(shared, group, group[0] in again, decoders, watch) for group in groups]
+    encoded: list[Tally] = []
     failure: Exception | None = None
     while running:
         (done,), running = ray.wait(running, num_returns=1)
         try:
-            result_of(done)
+            encoded.append(result_of(done))
         except InputError as error:
             _drain(running)
             raise error from failure
@@ -117,7 +121,12 @@ def encode_on_ray(
             failure = failure or error
     if failure is not None:
         raise failure
-    return Done(store.seal(), store.quarantined(), num_clips)
+    return Done(store.seal(), store.quarantined(), num_clips, _frames_per_s(encoded))
+
+
+def _frames_per_s(encoded: list[Tally]) -> float | None:
+    seconds = sum(one.seconds for one in encoded)
+    return round(sum(one.num_frames for one in encoded) / seconds, 1) if seconds else None
 
 
 def begin(watch: Watch, store: LatentStore, missing: list[ShardId]) -> int:
@@ -130,7 +139,7 @@ def begin(watch: Watch, store: LatentStore, missing: list[ShardId]) -> int:
 
 def _encode_whole(
     job: EncodeJob, shards: list[ShardId], again: bool, decoders: int, watch: Watch
-) -> int:
+) -> Tally:
     """`encode_shards`, undisturbed: Ray cancels a task that runs by an interrupt."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

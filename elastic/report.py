@@ -21,6 +21,7 @@ from elastic.figures import (
 from elastic.files import write_atomic
 from elastic.goodput import DEFINITION, Account, duration, shown_goodput
 from elastic.journal import Event, latest_values
+from elastic.speed import speed_lines
 from elastic.summary import (
     TABLE_HEAD,
     History,
@@ -66,6 +67,7 @@ def write_report(run_dir: str | Path) -> Path:
             "World size and throughput",
             '<div class="card"><div class="plot tall" id="timeline"></div></div>',
         ),
+        _section("Speed", _speed_table(history)),
         _section("Restarts", _restart_table(history)),
         _section("Where the time went", _time_table(history.account)),
         _section("Events", _event_table(history.events)),
@@ -156,6 +158,13 @@ def _losses(history: History) -> tuple[str, list[Figure]]:
                 f'<div class="plot" id="{figure["id"]}"></div></div>'
             )
     return f'<div class="plots">{"".join(cards)}</div>', figures
+
+
+def _speed_table(history: History) -> str:
+    lines = speed_lines(history)
+    if not lines:
+        return '<p class="soft">No stage has been trained.</p>'
+    return "".join(f"<p>{safe(line)}</p>" for line in lines)
 
 
 def _restart_table(history: History) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic.data.clips import Clip
 from elastic.data.decode import BadVideo, decode_clip, to_unit
-from elastic.data.encode import Scale, chunk_size, encode_still, load_codec
+from elastic.data.latents import Scale, chunk_size, encode_still, load_codec
 from elastic.errors import InputError, StageBlocked
 from elastic.film import contact_sheet, write_mp4
 from elastic.record import difference
@@ -75,7 +75,7 @@ def make_samples(request: SampleRequest) -> list[Path]:
     given_BCTHW = None
     if image_CTHW is not None:
         x_BCTHW = to_unit(image_CTHW)[None].to(device)
-        still_BCTHW = encode_still(stage.codec, codec, request.scale, x_BCTHW)
+        still_BCTHW = encode_still(codec, request.scale, x_BCTHW)
         ends_BCTHW = still_BCTHW.expand(-1, -1, 2, -1, -1)
         yes_B = torch.ones(1, dtype=torch.bool, device=device)
         given_BCTHW = given_frames(ends_BCTHW, yes_B, ~yes_B, frames)

@@ -51,12 +51,12 @@ class CodecModule(nn.Module):
         super().__init__()
         self.codec = codec
 
-    def encode(self, x_BCTHW: Tensor) -> Tensor:
+    def encode(self, x_BCTHW: Tensor, whole: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Latents of clips in [-1, 1]: deterministic, not normalised; ValueError for a wrong shape.
 
-        Tiled as the codec says.
+        Tiled as the codec says. `whole` stands for `encode_whole`: the same, compiled.
         """
-        return self._tiled(self.encode_whole, x_BCTHW)
+        return self._tiled(whole or self.encode_whole, x_BCTHW)
 
     def moments(self, x_BCTHW: Tensor) -> Tensor:
         """Mean and standard deviation of the posterior, (B, 2C, T, H, W); not normalised, tiled.
@@ -128,6 +128,8 @@ class Codec(Record):
 
     can_recompute: ClassVar[bool] = False
     """Whether training may compute layers again instead of keeping their inner values."""
+    can_compile: ClassVar[bool] = False
+    """Whether encoding gains by being compiled."""
 
     weights: str | None = None
     channels: int = Field(ge=1)

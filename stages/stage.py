@@ -22,7 +22,7 @@ from stages.layout import check_heads, check_layout, multiple
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
 from stages.schedule import Bucket, Phase, Windows, check_schedule
-from stages.videos import Videos
+from stages.videos import Data, Mix, Videos
 
 # A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
 AnyCodec = Annotated[
@@ -42,7 +42,7 @@ RUNTIME_FIELDS = frozenset(
 
 class _Stage(Record):
     name: SafeName
-    data: Videos
+    data: Data
     init: Fresh | Continue | KeepTrunk | Align | FromFile = Fresh()
     schedule: tuple[Phase, ...]
     optimizer: AdamW | Muon
@@ -80,13 +80,28 @@ class _Stage(Record):
     "selective", for a DiT, keeps what is dear for its bytes: attention and the products after it.
     """
     compile: bool | None = None
-    """Whether the blocks of a DiT are compiled; None compiles them on a GPU, unless `exact`."""
+    """Whether the blocks of a DiT are compiled; None compiles them on a GPU, unless `exact`.
+
+    And the encoder of a DC-AE that makes its latents: with None on a GPU where there are so many
+    clips that it pays, with True always. Some latents then differ in the last bit of bf16.
+    """
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
 
     Through every resize and restart, with one kind of processor and one version of torch. The
     micro-batch of a bucket is then a part of the result.
     """
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _check_data(cls, data: object) -> object:
+        """One message instead of one for each branch of the union."""
+        if isinstance(data, Videos | Mix | dict):  # a dict: read back from JSON
+            return data
+        raise ValueError(
+            f"{data!r} is no source of clips; give Videos('clips.parquet'), Videos('folder/'), or "
+            "Mix((Videos(...), 0.7), (Videos(...), 0.3))"
+        )
 
     @property
     def budget(self) -> int:

@@ -89,7 +89,7 @@ def _compiled(world: World) -> tuple[list[tuple[float, float]], int]:
     initialise(model, 0, "any")
     for parameter in model.parameters():
         local(parameter.detach()).add_(0.02)  # or the layers that start at zero hide the others
-    micro = next(held_out_rounds(goal.source, WIDE.buckets[0], 2, world))
+    micro = next(held_out_rounds(goal.source, WIDE.replace(held_out=2), WIDE.buckets[0], world))
     counter = CompileCounterWithBackend("aot_eager")  # what is traced; no compiler is needed
     found = []
     for is_compiled in (False, True):

@@ -7,7 +7,8 @@ import pytest
 
 from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clip
-from elastic.data.encode import Scale, open_store, plan_job
+from elastic.data.encode import open_store, plan_job
+from elastic.data.latents import Scale
 from elastic.forecast import forecast, text_bytes
 from models import DiT, HunyuanVAE, WordHash
 from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Plan, Videos

@@ -32,6 +32,7 @@ from test_adversarial import DrawnClips
 from test_exact import _said
 from tiny import STAGE, Attempt, DrawnLatents, attempt, objective
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
@@ -40,18 +41,21 @@ from worlds import run_world
 from elastic import shard
 from elastic.attempt import Latents, WorkerJob
 from elastic.data.assign import held_out_name
+from elastic.data.decode import to_unit
+from elastic.data.latents import Encoder, Pending, Scale
 from elastic.data.store import BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
 from elastic.ema import local
 from elastic.exact import reproducible
-from elastic.kernels import attention, attention_order
+from elastic.kernels import attention, attention_order, compiled_encoder
 from elastic.lease import fork, start_host, wait_for_host
 from elastic.link import SETTLED, STOP, Ended, Failed, Measured, Order, Settle, Told
 from elastic.loop import Outcome
+from elastic.meter import OF_THE_MACHINES
 from elastic.objective import Objective, Reconstructing
 from elastic.state import Progress, TrainState
 from elastic.weights import WEIGHTS
 from elastic.world import World
-from models import DiT, HunyuanVAE
+from models import DCAE, DiT, HunyuanVAE
 from models.perceptual import LpipsModule
 from stages import AdamW, Adversarial, AutoencoderStage, Bucket, DiffusionStage, Muon, Phase, Stage
 
@@ -65,7 +69,6 @@ gpu = [pytest.param("nccl", marks=ON_GPU)]
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60.0
 STOP_AFTER = 4  # updates
-TIMES = {"samples_per_s", "tokens_per_s", "data_wait"}
 
 # 320 tokens in heads of 64 channels: several blocks of keys in every attention kernel.
 WIDE = STAGE.replace(
@@ -210,7 +213,7 @@ def _furthest(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple
         for key in ("position", "context", "order_digest"):
             assert one[key] == other[key], "the runs saw other samples"
         assert one["values"].keys() == other["values"].keys()
-        for name in one["values"].keys() - TIMES:
+        for name in one["values"].keys() - OF_THE_MACHINES:
             a, b = one["values"][name], other["values"][name]
             where = f"{name} {a} and {b} at {one['position']} {one['context']}"
             furthest = max(furthest, (abs(a - b) / max(abs(a), abs(b), SMALLEST), where))
@@ -417,6 +420,87 @@ def test_kernels_at_full_size_give_the_same_bits_each_time(name: str, device: st
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@contextmanager
+def _waiting_refused(device: str) -> Iterator[None]:
+    """An error for whatever waits for the GPU, as far as torch knows of it."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _encoder(device: str) -> Encoder:
+    codec = DCAE(
+        channels=16,
+        widths=(16, 16, 32, 32, 64, 64),
+        encoder_depths=(1, 1, 1, 1, 1, 1),
+        decoder_depths=(1, 1, 1, 1, 1, 1),
+        head_width=8,
+    )
+    torch.manual_seed(0)
+    module = codec.build()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return Encoder(codec, module.to(device), Scale((0.0,) * 16, (1.0,) * 16))
+
+
+def _chunk(frames: int, seed: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shape = (3, frames, 64, 64)
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw) for _ in range(8)]
+
+
+def _latents(pending: Pending) -> Tensor:
+    return torch.stack([one.latent_CTHW for one in pending.wait()]).float()
+
+
+@pytest.mark.filterwarnings("default")  # what the compiler says of itself and of the card
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+def test_a_compiled_encoder_gives_what_an_eager_one_gives_and_the_same_bits_again(
+    device: str,
+) -> None:
+    torch._dynamo.reset()
+    compiled_encoder.cache_clear()
+    before = counters["stats"]["unique_graphs"]
+    encoder = _encoder(device)
+    for frames in (4, 8):
+        chunks = [_chunk(frames, seed) for seed in (0, 1, 0)]
+        eager = [_latents(encoder.begin(chunk, ends=False)) for chunk in chunks]
+        first, other, again = [
+            _latents(encoder.begin(chunk, ends=False, compiled=True)) for chunk in chunks
+        ]
+        torch.testing.assert_close(first, eager[0], rtol=2**-7, atol=1e-3)
+        torch.testing.assert_close(other, eager[1], rtol=2**-7, atol=1e-3)
+        assert (eager[0] - eager[1]).abs().mean() > 0.01, "equal latents would prove little"
+        assert torch.equal(first, again)
+    assert counters["stats"]["unique_graphs"] - before == 2, "one for each size"
+    compiled_encoder.cache_clear()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+def test_chunks_are_begun_without_waiting_and_do_not_disturb_each_other(device: str) -> None:
+    encoder, chunks = _encoder(device), [_chunk(8, seed) for seed in range(3)]
+    alone = [encoder.begin(chunk, ends=True).wait() for chunk in chunks]
+    with _waiting_refused(device):
+        begun = [encoder.begin(chunk, ends=True) for chunk in chunks]
+    for one, other in zip(alone, [pending.wait() for pending in begun], strict=True):
+        assert len(one) == len(other) == 8
+        for stored, same in zip(one, other, strict=True):
+            torch.testing.assert_close(stored.latent_CTHW, same.latent_CTHW, rtol=0, atol=0)
+            torch.testing.assert_close(stored.given_CTHW, same.given_CTHW, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+def test_pixels_are_the_same_to_the_bit_on_a_gpu(device: str) -> None:
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_unit(x.to(device)).cpu(), to_unit(x))
+    assert torch.equal(to_unit(x), x.float() / 127.5 - 1)
+
+
 FORKED = WIDE.replace(
     exact=True, schedule=[Phase(until=330, buckets=WIDE.schedule[0].buckets)], save_every=55
 )
@@ -526,7 +610,7 @@ def _devices_of(pid: int) -> set[str]:
 def _require_traceless(address: Path, folder: Path, use_gpu: bool) -> None:
     """A run that nobody disturbs, and one that is killed, goes on, is stopped and goes on."""
     latents = _sealed(folder / "latents", FORKED)
-    jobs = [WorkerJob(FORKED, folder / name, latents) for name in ("whole", "cut")]
+    jobs = [WorkerJob(FORKED, folder / name, (latents,)) for name in ("whole", "cut")]
     undisturbed = _live(address, jobs[0], use_gpu)
     lives = [_live(address, jobs[1], use_gpu, cut) for cut in ("killed", "stopped", "")]
     assert [life.end for life in [undisturbed, *lives]] == [
@@ -551,7 +635,7 @@ def test_forked_processes_train_on_the_gpu_and_a_kill_and_a_stop_leave_no_trace(
 @pytest.mark.parametrize("use_gpu", [pytest.param(True, marks=ON_GPU)])
 def test_a_forked_process_compiles_its_blocks(address: Path, tmp_path: Path, use_gpu: bool) -> None:
     stage = WIDE.replace(compile=True)
-    job = WorkerJob(stage, tmp_path / "stage", _sealed(tmp_path / "latents", stage))
+    job = WorkerJob(stage, tmp_path / "stage", (_sealed(tmp_path / "latents", stage),))
     life = _live(address, job, use_gpu)
     assert life.end == "finished"
     (start,) = [event for event in life.events if event.kind == "start"]

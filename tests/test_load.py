@@ -15,8 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLIP, STAGE, STILL, DrawnLatents
 
-from elastic.data.load import Samples, Source, Stream, deal, held_out_rounds, rounds_of
-from elastic.data.order import Indices, batch_at
+from elastic.data.load import (
+    Samples,
+    Source,
+    Stream,
+    by_text,
+    deal,
+    held_out_rounds,
+    rounds_of,
+)
+from elastic.data.order import BatchPlan, batch_at
+from elastic.data.permutation import Indices
 from elastic.world import World
 from models.context import Context
 from stages import Bucket
@@ -100,17 +109,57 @@ def test_held_out_samples_are_each_measured_once_and_no_more_than_asked(
     source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
     for most, expected in ((64, 23), (7, 7)):
         weights: Counter[int] = Counter()
+        stage = STAGE.replace(held_out=most)
         for rank in range(size):
-            for micro in held_out_rounds(source, bucket, most, _world(rank, size, context)):
+            for micro in held_out_rounds(source, stage, bucket, _world(rank, size, context)):
                 pairs = zip(micro.samples.ids, micro.samples.weight_B.tolist(), strict=True)
                 weights.update({int(number): 1 for number, weight in pairs if weight})
         assert weights == Counter(range(100, 100 + expected))
 
 
+@given(
+    lengths=st.lists(st.integers(1, 512), min_size=1, max_size=64),
+    micro=st.integers(1, 16),
+    world=st.integers(1, 6),
+)
+def test_texts_of_like_length_are_padded_together_whatever_the_world(
+    lengths: list[int], micro: int, world: int
+) -> None:
+    count = len(lengths)
+    plan = BatchPlan(0, STAGE.buckets[0], np.arange(count), np.arange(count) * 3)
+    ordered, in_order = by_text(plan, np.array(lengths))
+    assert sorted(ordered.indices.tolist()) == list(range(count))
+    assert np.array_equal(ordered.epochs, ordered.indices * 3)
+    assert in_order.tolist() == sorted(lengths)
+    again, _ = by_text(plan, np.array(lengths))
+    assert np.array_equal(again.indices, ordered.indices)
+
+    def computed(order: list[int]) -> int:
+        """Text tokens of all micro-batches, each padded to its longest."""
+        dealt = [deal(count, micro, rank, world) for rank in range(world)]
+        cuts = [[order[o] for o in offsets] for rounds in dealt for offsets, _ in rounds]
+        return sum(len(cut) * max(cut) for cut in cuts)
+
+    assert computed(sorted(lengths)) <= computed(lengths)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_knows_which_lengths_of_text_any_rank_computes(size: int) -> None:
+    source = DrawnLatents(STAGE, COUNTS, 100)
+    plan = batch_at(STAGE, 165, COUNTS)
+    ranks = [list(rounds_of([plan], source, rank, size)) for rank in range(size)]
+    computed = {micro.text_tokens for micros in ranks for micro in micros}
+    for micros in ranks:
+        for micro in micros:
+            assert micro.samples.text is not None
+            assert micro.samples.text.text_BLD.shape[1] == micro.text_tokens
+            assert computed <= micro.all_text_tokens
+
+
 def test_ranks_of_one_context_read_the_same_samples_and_one_of_them_counts() -> None:
     source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
     first, second, other = (
-        list(held_out_rounds(source, bucket, 64, _world(rank, 4, 2))) for rank in (0, 1, 2)
+        list(held_out_rounds(source, STAGE, bucket, _world(rank, 4, 2))) for rank in (0, 1, 2)
     )
     for mine, theirs, elsewhere in zip(first, second, other, strict=True):
         assert torch.equal(mine.samples.x_BCTHW, theirs.samples.x_BCTHW)
@@ -139,10 +188,8 @@ def test_steps_come_in_order_from_any_position_to_the_end(position: int) -> None
         step = stream.step(position)
         plan = batch_at(STAGE, position, COUNTS)
         assert np.array_equal(step.sample_ids, source.sample_ids(plan.bucket, plan.indices))
-        assert np.array_equal(
-            np.concatenate([m.samples.ids[m.samples.weight_B.bool()] for m in step.micros]),
-            step.sample_ids,
-        )
+        trained = np.concatenate([m.samples.ids[m.samples.weight_B.bool()] for m in step.micros])
+        assert np.array_equal(np.sort(trained), np.sort(step.sample_ids))
         position += plan.bucket.batch
     stream.close()
 

@@ -21,7 +21,8 @@ from elastic import sample
 from elastic.cli import main
 from elastic.course import sample_request
 from elastic.data.decode import to_unit
-from elastic.data.encode import FIELDS, Scale
+from elastic.data.encode import FIELDS
+from elastic.data.latents import Scale
 from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -16,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.load import Round, Samples
-from elastic.data.order import Indices
+from elastic.data.order import Layout, layout_of
+from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights
 from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
@@ -74,8 +76,16 @@ class DrawnLatents:
     def counts(self) -> dict[str, int]:
         return self._counts
 
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of([count]) for name, count in self.counts().items()}
+
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return indices + self._first_id + (1000 if bucket.name == STILL else 0)
+
+    def text_lengths(self, bucket: Bucket, indices: Indices) -> Indices:
+        ids = self.sample_ids(bucket, indices).tolist()
+        texts = self._stage.text.encode([_caption(number) for number in ids])
+        return np.array([len(text.embedding_LD) for text in texts])
 
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
         return (self.fetch(bucket, indices) for bucket, indices in rounds)
@@ -89,13 +99,16 @@ class DrawnLatents:
         x_BCTHW = 0.1 * normals(draws, shape) + normals(kinds, (shape[0], 1, 1, 1))
         x_BCTHW[torch.from_numpy(ids == self._poisoned)] = torch.inf
         # Captions of different lengths, so that padding matters.
-        captions = ["a moving shape"[: 1 + int(number) % 14] for number in ids]
-        text = pad(self._stage.text.encode(captions))
+        text = pad(self._stage.text.encode([_caption(int(number)) for number in ids]))
         ends_BCTHW = None
         if self._stage.gives(bucket):
             draws = [sample_generator(0, "drawn", "ends", "", 0, int(number)) for number in ids]
             ends_BCTHW = normals(draws, (codec.channels, 2, *shape[2:]))
         return Samples(x_BCTHW, text, ids, torch.ones(len(ids)), ends_BCTHW)
+
+
+def _caption(number: int) -> str:
+    return "a moving shape"[: 1 + number % 14]
 
 
 def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching:

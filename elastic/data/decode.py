@@ -221,8 +221,10 @@ def decode_clip(path: str, frames: int, rate: Fraction | float, height: int, wid
 
 
 def to_unit(x_uint8: Tensor) -> Tensor:
-    """Pixel values 0 to 255 as float32 from -1 to 1."""
-    return x_uint8.to(torch.float32) / 127.5 - 1.0
+    """Pixel values 0 to 255 as float32 from -1 to 1: the same to the bit on every device."""
+    x = x_uint8.to(torch.float32)
+    # By a tensor: a GPU multiplies by the inverse of a plain number, which rounds otherwise.
+    return x.div_(x.new_full((), 127.5)).sub_(1.0)
 
 
 def _at_times(

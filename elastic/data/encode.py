@@ -3,14 +3,15 @@
 Nothing here knows where it runs: a shard is the unit of work, and any process may do any of them.
 """
 
-import functools
 import hashlib
 import itertools
 import json
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,26 @@ import torch
 from torch import Tensor
 
 from elastic.data.assign import Members
+from elastic.data.captions import captions_file, publish_captions
 from elastic.data.clips import Clip, ids_of
 from elastic.data.decode import DECODE_VERSION, BadVideo, to_unit
 from elastic.data.decoders import Wanted, shared_decoders
+from elastic.data.latents import (
+    Encoder,
+    Pending,
+    Scale,
+    Stored,
+    chunk_size,
+    load_codec,
+    posterior,
+)
 from elastic.data.places import join, name_of
 from elastic.data.store import Absent, BucketPlan, LatentStore, Sample, StoreSchema, fingerprint
 from elastic.data.store_folder import folder_at
 from elastic.data.verify import FIELDS
 from elastic.errors import InputError
-from elastic.weights import file_digest, load_weights
+from elastic.kernels import compiles_encoder
+from elastic.weights import file_digest
 from models.codec import Codec, CodecModule
 from models.text import TextEncoder
 from stages.schedule import Bucket
@@ -36,35 +48,8 @@ from stages.stage import DiffusionStage
 SHARD_BYTES = 64_000_000
 SHARD_SAMPLES = 64  # most; so that a small data set still spreads over the workers
 STATISTICS_CLIPS = 128
-_CHUNK = 8
 
 ShardId = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Mean and standard deviation of each latent channel: stored latents are normalised by it."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def normalise(self, z_BCTHW: Tensor) -> Tensor:
-        """Latents of the codec to latents of the store."""
-        mean, std = self._shaped(z_BCTHW)
-        return (z_BCTHW - mean) / std
-
-    def spread(self, deviation_BCTHW: Tensor) -> Tensor:
-        """Deviations of the codec to deviations of the store."""
-        return deviation_BCTHW / self._shaped(deviation_BCTHW)[1]
-
-    def restore(self, z_BCTHW: Tensor) -> Tensor:
-        """Latents of the store to latents of the codec."""
-        mean, std = self._shaped(z_BCTHW)
-        return z_BCTHW * std + mean
-
-    def _shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1, 1)
-        return like.new_tensor(self.mean).view(shape), like.new_tensor(self.std).view(shape)
 
 
 @dataclass(frozen=True)
@@ -85,6 +70,21 @@ class EncodeJob:
     def fingerprint(self) -> str:
         """The name of the store: changes whenever a stored number could change."""
         return name_of(self.root)
+
+    def bucket(self, shard: ShardId) -> Bucket:
+        """The bucket whose clips a shard holds, of either split."""
+        name = shard[0].split(".")[0]
+        return next(bucket for bucket in self.stage.buckets if bucket.name == name)
+
+
+class Tally(NamedTuple):
+    """What one process, and so one device, has encoded."""
+
+    num_absent: int
+    """Clips that could not be decoded."""
+    num_frames: int
+    """Frames that went into the codec."""
+    seconds: float
 
 
 def plan_job(
@@ -119,8 +119,8 @@ def plan_job(
     return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
 
-def open_store(job: EncodeJob) -> LatentStore:
-    """The store of the job, started if it is not there."""
+def open_store(job: EncodeJob, damaged: Collection[str] = ()) -> LatentStore:
+    """The store of the job, started if it is not there; damaged captions are written again."""
     stage, buckets, largest = job.stage, [], 1
     for bucket in stage.buckets:
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
@@ -143,7 +143,12 @@ def open_store(job: EncodeJob) -> LatentStore:
         pooled_width=stage.text.pooled_width,
         packed=job.packed,
     )
-    return LatentStore.create(job.root, schema)
+    store = LatentStore.create(job.root, schema)
+    for name, clips in job.members.clips.items():
+        is_there = store.folder.size(captions_file(name)) is not None
+        if not is_there or captions_file(name) in damaged:
+            publish_captions(store.folder, name, clips)
+    return store
 
 
 def encode_shards(
@@ -152,24 +157,24 @@ def encode_shards(
     again: bool = False,
     decoders: int = 1,
     committed: Callable[[ShardId, int, int], None] = lambda shard, clips, absent: None,
-) -> int:
-    """Encode and commit some shards; returns how many of their clips could not be decoded.
+) -> Tally:
+    """Encode and commit some shards; returns what that was, and how long it took.
 
     `committed` is told each shard, its clips, and how many of them could not be decoded.
-
     While the codec works so many processes decode what comes next, and the shard before is written.
     Whoever comes first also publishes the text that stands for no text. `again` is for shards that
     were committed before and are damaged: InputError, and nothing is changed, where a clip that
     one held cannot be decoded any more. Otherwise a shard that fails is raised when the others have
     been tried, and one that is committed already is left as it is.
     """
+    began = time.perf_counter()
     encode_null_text(job)
     store = LatentStore.open(job.root)
     codec = load_codec(job.stage.codec, job.weights, job.weights_digest)
     left = list(shards) if again else store.not_there(shards)
     for shard in sorted({*shards} - {*left}):  # whoever has committed it may not have lived to tell
         committed(shard, len(store.planned(shard)), 0)
-    num_absent, failure = 0, None
+    num_absent, num_frames, failure = 0, 0, None
     while left:
         done: list[ShardId] = []
         try:
@@ -178,6 +183,7 @@ def encode_shards(
                 absent = sum(isinstance(sample, Absent) for sample in samples)
                 committed(shard, len(samples), absent)
                 num_absent += absent
+                num_frames += (len(samples) - absent) * job.bucket(shard).frames
             break
         except InputError:
             raise
@@ -188,7 +194,7 @@ def encode_shards(
             left = left[len(done) + 1 :]
     if failure is not None:
         raise failure
-    return num_absent
+    return Tally(num_absent, num_frames, time.perf_counter() - began)
 
 
 def _written(
@@ -223,18 +229,14 @@ def _encode_all(
     decoders: int,
 ) -> Iterator[tuple[ShardId, list[Sample | Absent]]]:
     """What each of the shards holds."""
-    buckets = {bucket.name: bucket for bucket in job.stage.buckets}
     parts = [
-        Part(buckets[shard[0].split(".")[0]], job.members.clips[shard[0]][store.slots(shard)])
-        for shard in shards
+        Part(job.bucket(shard), job.members.clips[shard[0]][store.slots(shard)]) for shard in shards
     ]
+    encoder = Encoder(job.stage.codec, codec, job.scale)
     chunks = decode_ahead(job.stage.codec, parts, job.stage.rate, decoders)
     for shard, part in zip(shards, parts, strict=True):
-        samples: list[Sample | Absent] = []
-        while len(samples) < len(part.clips):
-            clips, pictures = next(chunks)
-            samples += _encode(job, codec, part.bucket, clips, pictures)
-        yield shard, samples
+        num_chunks = -(-len(part.clips) // chunk_size(job.stage.codec))
+        yield shard, _encode(job, encoder, part, itertools.islice(chunks, num_chunks))
 
 
 def _require_held(
@@ -274,12 +276,6 @@ def encode_null_text(job: EncodeJob, again: bool = False) -> None:
         raise InputError(f"stage {job.stage.name!r}: {error}") from None
 
 
-def chunk_size(codec: Codec) -> int:
-    """How many clips are encoded or decoded at once."""
-    # Clips that need tiles are large themselves, and tiles go through one sample at a time.
-    return _CHUNK if codec.tiling is None else 1
-
-
 class Part(NamedTuple):
     """Clips that are decoded for one bucket."""
 
@@ -306,64 +302,35 @@ def decode_ahead(
 
 def _encode(
     job: EncodeJob,
-    codec: CodecModule,
-    bucket: Bucket,
-    clips: Sequence[Clip],
-    decoded: list[Tensor | BadVideo],
+    encoder: Encoder,
+    part: Part,
+    chunks: Iterable[tuple[Sequence[Clip], list[Tensor | BadVideo]]],
 ) -> list[Sample | Absent]:
-    good = [x for x in decoded if isinstance(x, Tensor)]
-    latents: list[Tensor] = []
-    stills: list[Tensor] | list[None] = [None] * len(good)
-    if good:
-        device = next(codec.parameters()).device
-        x_BCTHW = to_unit(torch.stack(good)).to(device)
-        latents = list(stored_latents(job.stage.codec, codec, job.scale, x_BCTHW))
-        if job.stage.gives(bucket):
-            ends = [
-                encode_still(job.stage.codec, codec, job.scale, x_BCTHW[:, :, [at]])
-                for at in (0, -1)
-            ]
-            stills = list(torch.cat(ends, dim=2).to(torch.bfloat16).cpu())
-    texts = job.text.encode([clip.text for clip in clips])
+    """What a shard holds; while its device works on a chunk, the one before is fetched."""
+    # All at once: text is waited for, and on a GPU it stands behind the chunks that are begun.
+    texts = job.text.encode([clip.text for clip in part.clips])
+    ends = job.stage.gives(part.bucket)
+    num_clips = len(job.members.clips[part.bucket.name])
+    compiled = compiles_encoder(job.stage, part.bucket, num_clips, encoder.device)
+    reasons: list[str | None] = []  # why a clip has no pictures
+    stored: list[Stored] = []
+    before: Pending | None = None
+    for _, decoded in chunks:
+        good = [x for x in decoded if isinstance(x, Tensor)]
+        begun = encoder.begin(good, ends, compiled) if good else None
+        stored += before.wait() if before is not None else []
+        before = begun
+        reasons += [x.reason if isinstance(x, BadVideo) else None for x in decoded]
+    stored += before.wait() if before is not None else []
     samples: list[Sample | Absent] = []
-    for clip, x, text in zip(clips, decoded, texts, strict=True):
-        if isinstance(x, BadVideo):
-            samples.append(Absent(clip.sample_id, x.reason))
+    for clip, reason, text in zip(part.clips, reasons, texts, strict=True):
+        if reason is not None:
+            samples.append(Absent(clip.sample_id, reason))
             continue
         text_LD, pooled_P = text.embedding_LD.bfloat16(), text.pooled_D.bfloat16()
-        latent_CTHW = latents.pop(0).contiguous()
-        samples.append(Sample(clip.sample_id, latent_CTHW, text_LD, pooled_P, stills.pop(0)))
+        latent_CTHW, given_CTHW = stored.pop(0)
+        samples.append(Sample(clip.sample_id, latent_CTHW, text_LD, pooled_P, given_CTHW))
     return samples
-
-
-def stored_latents(codec: Codec, module: CodecModule, scale: Scale, x_BCTHW: Tensor) -> Tensor:
-    """What a store holds of clips in [-1, 1]: bf16 on the CPU, (B, stored channels, T, H, W)."""
-    mean_BCTHW, deviation_BCTHW = _posterior(codec, module, x_BCTHW)
-    z_BCTHW = scale.normalise(mean_BCTHW)
-    if deviation_BCTHW is not None:
-        z_BCTHW = torch.cat([z_BCTHW, scale.spread(deviation_BCTHW)], dim=1)
-    return z_BCTHW.to(torch.bfloat16)
-
-
-@torch.no_grad()
-def encode_still(codec: Codec, module: CodecModule, scale: Scale, x_BC1HW: Tensor) -> Tensor:
-    """One picture as a store normalises it, (B, C, 1, H, W): the posterior's mean, always.
-
-    Encoded as the shortest clip that the codec takes, the picture in every frame of it.
-    """
-    num_frames = codec.nearest_frames(0)
-    z_BC1HW = module.encode(x_BC1HW.expand(-1, -1, num_frames, -1, -1))
-    assert z_BC1HW.shape[2] == 1, f"{codec.name}: {num_frames} frames gave {z_BC1HW.shape}"
-    return scale.normalise(z_BC1HW)
-
-
-@torch.no_grad()
-def _posterior(codec: Codec, module: CodecModule, x_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Latents on the CPU, not normalised; with their deviation if samples are asked for."""
-    if codec.mode == "mean":
-        return module.encode(x_BCTHW).cpu(), None
-    mean_BCTHW, deviation_BCTHW = module.moments(x_BCTHW).cpu().chunk(2, dim=1)
-    return mean_BCTHW, deviation_BCTHW
 
 
 def find_scale(stage: DiffusionStage, weights: Path, members: Members, decoders: int = 1) -> Scale:
@@ -379,24 +346,26 @@ def measure_scale(
 ) -> Scale:
     """Mean and deviation of each channel over the first clips of the stage's longest bucket.
 
-    Of what a DiT is trained on: the variance of the posterior counts where that is sampled.
+    Of what a DiT is trained on: the variance of the posterior counts where that is sampled. Of a
+    mix as many of each source, so that stages which differ in its weights have the same latents.
     """
     bucket = max(stage.buckets, key=lambda b: b.frames)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
     sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
-    clips = members.clips[bucket.name][:STATISTICS_CLIPS]
+    alike = [Fraction(1)] * len(stage.data.sources)
+    clips = members.some(bucket.name, alike, STATISTICS_CLIPS)
     for _, decoded in decode_ahead(stage.codec, [Part(bucket, clips)], stage.rate, decoders):
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:
             continue
-        x_BCTHW = to_unit(torch.stack(good)).to(device)
-        z_BCTHW, deviation_BCTHW = _posterior(stage.codec, codec, x_BCTHW)
+        found_BCTHW = posterior(codec, to_unit(torch.stack(good).to(device))).cpu()
+        z_BCTHW, deviation_BCTHW = found_BCTHW.tensor_split([stage.codec.channels], dim=1)
         z_CN = z_BCTHW.double().transpose(0, 1).flatten(1)
         sums += torch.stack(
             [torch.full_like(sums[0], z_CN.shape[1]), z_CN.sum(1), z_CN.square().sum(1)]
         )
-        if deviation_BCTHW is not None:
+        if stage.codec.mode == "sample":
             sums[2] += deviation_BCTHW.double().square().sum(dim=(0, 2, 3, 4))
     count, total, squares = sums
     if not count.any():
@@ -407,13 +376,3 @@ def measure_scale(
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
     return Scale(tuple(mean.tolist()), tuple(std.tolist()))
-
-
-@functools.lru_cache(maxsize=1)
-def load_codec(codec: Codec, weights: Path, digest: str) -> CodecModule:
-    """The codec with its weights, once a process; the digest makes other weights another codec."""
-    assert file_digest(weights) == digest, f"{weights} changed while it was being used"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = load_weights(codec.build(), weights).to(device)
-    assert isinstance(module, CodecModule), f"{codec.name} built {type(module)}"
-    return module

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic.data.order import BatchPlan, Indices, batch_at
+from elastic.data.order import BatchPlan, Layout, batch_at, first_of
+from elastic.data.permutation import Indices
 from elastic.world import World
 from models.text import TextBatch
 from stages.schedule import Bucket
@@ -38,7 +39,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch of a step; `batch` is the global batch that its weights refer to."""
+    """One micro-batch of a step; `batch` is the global batch that its weights refer to.
+
+    `text_tokens` are those of its longest text, and `all_text_tokens` of the longest of each
+    micro-batch that any rank may have in this step.
+    """
 
     position: int
     bucket: Bucket
@@ -46,6 +51,8 @@ class Micro:
     epochs: Indices
     is_last: bool
     batch: int
+    text_tokens: int = 0
+    all_text_tokens: frozenset[int] = frozenset()
 
 
 Round = tuple[Bucket, Indices]
@@ -58,8 +65,16 @@ class Source(Protocol):
         """Samples of each bucket, by its name."""
         ...
 
+    def layouts(self) -> dict[str, Layout]:
+        """Where the samples of each source of the stage lie in each bucket, by its name."""
+        ...
+
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         """The ids of the samples at these indices."""
+        ...
+
+    def text_lengths(self, bucket: Bucket, indices: Indices) -> Indices:
+        """Text tokens of the samples at these indices; zeros where there is no text."""
         ...
 
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
@@ -86,26 +101,44 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
 
 
 class _Turn(NamedTuple):
-    """One of this rank's rounds of a batch."""
+    """One of this rank's rounds of a batch, whose samples are in the order of their texts."""
 
     plan: BatchPlan
     offsets: list[int]
     num_real: int
     is_last: bool
+    text_tokens: int
+    all_text_tokens: frozenset[int]
 
 
-def _turns(plans: Iterable[BatchPlan], rank: int, world: int) -> Iterator[_Turn]:
-    for plan in plans:
-        dealt = deal(len(plan.indices), plan.bucket.micro, rank, world)
+def by_text(plan: BatchPlan, lengths: Indices) -> tuple[BatchPlan, Indices]:
+    """The batch in the order of its texts' lengths, and those: what is padded together is alike.
+
+    An update is a sum over its batch, which no order changes but in the rounding.
+    """
+    order = np.argsort(lengths, kind="stable")
+    sorted_plan = plan._replace(indices=plan.indices[order], epochs=plan.epochs[order])
+    return sorted_plan, lengths[order]
+
+
+def _turns(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[_Turn]:
+    for given in plans:
+        plan, lengths = by_text(given, source.text_lengths(given.bucket, given.indices))
+        micro = plan.bucket.micro
+        # The last of each cut is its longest; what fills a round up is the first of the batch.
+        longest = {*lengths[micro - 1 :: micro].tolist(), int(lengths[0]), int(lengths[-1])}
+        dealt = deal(len(plan.indices), micro, rank, world)
         for turn, (offsets, num_real) in enumerate(dealt):
-            yield _Turn(plan, offsets, num_real, turn == len(dealt) - 1)
+            is_last, own = turn == len(dealt) - 1, int(lengths[offsets].max())
+            yield _Turn(plan, offsets, num_real, is_last, own, frozenset(longest))
 
 
 def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[Micro]:
     """This rank's micro-batches of global batches."""
-    turns, asked = itertools.tee(_turns(plans, rank, world))
+    turns, asked = itertools.tee(_turns(plans, source, rank, world))
     found = source.fetch_all((turn.plan.bucket, turn.plan.indices[turn.offsets]) for turn in asked)
-    for (plan, offsets, num_real, is_last), samples in zip(turns, found, strict=True):
+    for turn, samples in zip(turns, found, strict=True):
+        plan, offsets, num_real, is_last, text_tokens, all_text_tokens = turn
         real_B = torch.arange(len(offsets)) < num_real
         weighted = replace(samples, weight_B=samples.weight_B * real_B.float())
         yield Micro(
@@ -115,6 +148,8 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
             epochs=plan.epochs[offsets],
             is_last=is_last,
             batch=len(plan.indices),
+            text_tokens=text_tokens,
+            all_text_tokens=all_text_tokens,
         )
 
 
@@ -189,9 +224,9 @@ class Stream:
                 raise
 
     def _plans(self, position: int) -> Iterator[BatchPlan]:
-        counts = self._source.counts()
+        layouts = self._source.layouts()
         while position < self._stage.budget:
-            plan = batch_at(self._stage, position, counts)
+            plan = batch_at(self._stage, position, layouts)
             yield plan
             position += plan.bucket.batch
 
@@ -209,9 +244,8 @@ class Stream:
                 continue
 
 
-def held_out_rounds(source: Source, bucket: Bucket, most: int, world: World) -> Iterator[Micro]:
-    """This rank's micro-batches of a fixed set of held-out samples."""
-    count = min(source.counts()[bucket.name], most)
-    indices = np.arange(count)
+def held_out_rounds(source: Source, stage: Stage, bucket: Bucket, world: World) -> Iterator[Micro]:
+    """This rank's micro-batches of a fixed set of held-out samples, from each source its share."""
+    indices = first_of(stage.data.shares, source.layouts()[bucket.name], stage.held_out)
     plan = BatchPlan(0, bucket, indices, np.zeros_like(indices))
     return own_rounds([plan], source, world)

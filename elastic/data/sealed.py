@@ -200,12 +200,20 @@ class SealedStore:
         """How many samples the bucket has."""
         return len(self._rows[bucket])
 
+    def present_before(self, bucket: str, slot: int) -> int:
+        """How many of the samples that are planned before a slot of the bucket are present."""
+        return self._rows[bucket].present_before(slot)
+
     def sample_ids(
         self, bucket: str, indices: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
         """The ids of some samples of the bucket, or of all."""
         rows = self._rows[bucket]
         return rows.ids(np.arange(len(rows)) if indices is None else np.asarray(indices, np.int64))
+
+    def text_lengths(self, bucket: str, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Text tokens of some samples of the bucket."""
+        return self._rows[bucket].text_lengths(np.asarray(indices, np.int64))
 
     def read(self, bucket: str, index: int, out: Tensor) -> None:
         """Fill `out` (bf16 C,T,H,W, contiguous, on the CPU) with one latent."""

@@ -2,7 +2,12 @@
 
 Speed: one worker as a Ray task is one, a core for the codec and a process that decodes. Clips a
 second of decoding alone (a process that does nothing else), of the codec alone (the pictures are
-there), and of the whole, which also embeds text, writes, flushes and commits; in turns.
+there), and of the whole, which also embeds text, writes, flushes and commits; in turns. Beside them
+seconds of the processor, which other work on the machine does not change: of the encoding process
+`busy` is the share of time in which it computes, `codec_of_cpu` what the codec alone takes of that.
+
+Compiled: frames a second of a Video DC-AE's encoder compiled and eager, in turns; on a GPU that of
+the published size.
 
 Kills: `python -m elastic encode` on a cluster of its own, whose processes are killed at random by
 SIGKILL: one that encodes, one that decodes for it, the raylet, or the driver, which is then given
@@ -23,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -35,27 +40,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from figure import record
 
 from elastic.data.assign import assign
-from elastic.data.decode import to_unit
 from elastic.data.decoders import Wanted, shared_decoders
-from elastic.data.encode import (
-    EncodeJob,
-    chunk_size,
-    encode_shards,
-    load_codec,
-    measure_scale,
-    open_store,
-    plan_job,
-    stored_latents,
-)
+from elastic.data.encode import EncodeJob, encode_shards, measure_scale, open_store, plan_job
+from elastic.data.latents import Encoder, Scale, chunk_size, load_codec
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.probes import probe_all
 from elastic.data.schema import shard_file
 from elastic.data.table import read_table
+from models import DCAE
 from models.fresh import fresh_parameters, named_generator
 
 HOME = Path(__file__).resolve().parents[2]
 OF_SLOWER, KILLS = 0.85, 20
 CLIPS, ROUNDS = 256, 5
+MID = DCAE(
+    channels=32,
+    widths=(16, 32, 64, 64, 128, 128),
+    encoder_depths=(2, 2, 2, 3, 3, 3),
+    decoder_depths=(1, 1, 1, 1, 1, 1),
+)
 # Those that cost most are killed less often, as they are in life.
 WEIGHTS = {"a worker": 4, "a decoder": 6, "the raylet": 2, "the driver": 2}
 _LATEST_S = 600.0
@@ -73,6 +76,7 @@ def main() -> None:
         os.environ["ENCODE_WEIGHTS"] = str(folder / "codec.safetensors")
         write_weights(folder / "codec.safetensors")
         figures = speeds(folder, rounds)
+        figures |= {"encoder": compiled(rounds)}
         figures |= killed(folder, kills)
     record(
         "encode",
@@ -99,26 +103,102 @@ def write_weights(path: Path) -> None:
 
 def speeds(folder: Path, rounds: int) -> dict[str, Any]:
     """Clips a second of each part and of the whole, one after the other in every round."""
+    from encode_plan import BUCKET
+
     torch.set_num_threads(1)
     ways = _ways(_job(folder), folder)
     for way in ways.values():
         way()  # imports, caches, a process that decodes
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[Spent]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
-            num = way()
-            found[name].append(num / (time.perf_counter() - began))
+            found[name].append(spent(way))
+    decode, codec, whole = (found[name] for name in ("decode_alone", "codec_alone", "whole"))
     shares = [
-        whole / min(decode, codec)
-        for whole, decode, codec in zip(
-            found["whole"], found["decode_alone"], found["codec_alone"], strict=True
-        )
+        w.clips_per_s / min(d.clips_per_s, c.clips_per_s)
+        for d, c, w in zip(decode, codec, whole, strict=True)
     ]
     return {
-        "clips_per_s": {name: _spread(values) for name, values in found.items()},
+        "clips_per_s": {n: _spread([one.clips_per_s for one in f]) for n, f in found.items()},
+        "frames_per_s": _spread([one.clips_per_s * BUCKET.frames for one in whole]),
         "of_slower_part": _spread(shares),
+        "cpu_ms_a_clip": {
+            name: {
+                "own": _spread([one.own_ms for one in f]),
+                "decoders": _spread([one.decoders_ms for one in f]),
+            }
+            for name, f in found.items()
+        },
+        "busy": _spread([w.own_ms * w.clips_per_s / 1000 for w in whole]),
+        "codec_of_cpu": _spread([c.own_ms / w.own_ms for c, w in zip(codec, whole, strict=True)]),
     }
+
+
+class Spent(NamedTuple):
+    """What one way took: by the clock, and of the processor for each clip."""
+
+    clips_per_s: float
+    own_ms: float
+    decoders_ms: float
+
+
+def spent(way: Callable[[], int]) -> Spent:
+    """Do it and see."""
+    before, began = _cpu_s(), time.perf_counter()
+    num = way()
+    seconds, after = time.perf_counter() - began, _cpu_s()
+    own, decoders = (1000 * (b - a) / num for a, b in zip(before, after, strict=True))
+    return Spent(num / seconds, own, decoders)
+
+
+def _cpu_s() -> tuple[float, float]:
+    """Of this process, and of those that it and its fork server have started."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return time.process_time(), sum(one.user + one.system for one in times)
+
+
+def compiled(rounds: int) -> dict[str, Any]:
+    """Frames a second of an encoder compiled and eager, and how far apart their latents are."""
+    is_gpu = torch.cuda.is_available()
+    now = time.perf_counter if is_gpu else time.process_time
+    encoder = _drawn_encoder(DCAE() if is_gpu else MID, "cuda" if is_gpu else "cpu")
+    shape = (3, 32, 256, 256) if is_gpu else (3, 16, 128, 128)
+    clips = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(8)]
+
+    def encode(is_compiled: bool) -> torch.Tensor:
+        pending = encoder.begin(clips, ends=False, compiled=is_compiled)
+        return torch.stack([one.latent_CTHW for one in pending.wait()]).float()
+
+    began = time.perf_counter()
+    first = encode(True)
+    first_s = time.perf_counter() - began
+    eager = encode(False)
+    found: dict[str, list[float]] = {"eager": [], "compiled": []}
+    for _ in range(rounds):
+        for name, values in found.items():
+            began = now()
+            again = encode(name == "compiled")
+            values.append(len(clips) * shape[1] / (now() - began))
+    return {
+        "encoder_parameters": sum(value.numel() for value in encoder.module.encoder.parameters()),
+        "frames_per_s": {name: _spread(values) for name, values in found.items()},
+        "times": _spread([b / a for a, b in zip(*found.values(), strict=True)]),
+        "first_s": round(first_s, 1),
+        "share_of_values_that_differ": float((first != eager).float().mean()),
+        "most_relative": float((first - eager).abs().max() / eager.abs().max()),
+        "same_bits_again": torch.equal(first, again),
+    }
+
+
+def _drawn_encoder(codec: DCAE, device: str) -> Encoder:
+    """One whose every layer says something: fresh branches begin with a factor of zero."""
+    torch.manual_seed(0)
+    module = codec.build()
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            value.normal_(std=0.5 if name.endswith("norm.weight") else 1 / value[0].numel() ** 0.5)
+    scale = Scale((0.0,) * codec.channels, (1.0,) * codec.channels)
+    return Encoder(codec, module.to(device), scale)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -147,14 +227,14 @@ def _ways(job: EncodeJob, folder: Path) -> dict[str, Callable[[], int]]:
     size = chunk_size(CODEC)
     pictures = [x for x in shared_decoders(1).decode(wanted, ahead=size) if torch.is_tensor(x)]
     module = load_codec(CODEC, job.weights, job.weights_digest)
+    encoder = Encoder(CODEC, module, job.scale)
 
     def decode_alone() -> int:
         return sum(1 for _ in shared_decoders(1).decode(wanted, ahead=2 * size))
 
     def codec_alone() -> int:
         for first in range(0, len(pictures), size):
-            x_BCTHW = to_unit(torch.stack(pictures[first : first + size]))
-            stored_latents(CODEC, module, job.scale, x_BCTHW)
+            encoder.begin(pictures[first : first + size], ends=False).wait()
         return len(pictures)
 
     def whole() -> int:
@@ -187,7 +267,7 @@ def killed(folder: Path, kills: int) -> dict[str, Any]:
                 hurt.lose_half(draw)
             hurt.start()
             continue
-        what = hurt.kill_one(draw)
+        what = hurt.kill_one(draw, done)
         if what:
             done[what] += 1
             print(f"killed {what}: {sum(done.values())} of {kills}", file=sys.stderr, flush=True)
@@ -237,8 +317,11 @@ class Encoding:
                 raise TimeoutError(self.storage.with_suffix(".log").read_text()[-2000:])
             self.start()
 
-    def kill_one(self, draw: random.Random) -> str:
-        """SIGKILL one of its processes; what it was, or nothing if there is none to kill yet."""
+    def kill_one(self, draw: random.Random, done: Counter[str]) -> str:
+        """SIGKILL one of its processes; what it was, or nothing if there is none to kill yet.
+
+        A kind that was not killed yet comes before the others.
+        """
         kinds: dict[str, list[psutil.Process]] = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -251,7 +334,8 @@ class Encoding:
         if "a worker" not in kinds:
             return ""
         kinds["the driver"] = [psutil.Process(self.process.pid)]
-        kind = draw.choices(sorted(kinds), [WEIGHTS[name] for name in sorted(kinds)])[0]
+        names = sorted(kinds.keys() - done.keys()) or sorted(kinds)
+        kind = draw.choices(names, [WEIGHTS[name] for name in names])[0]
         draw.choice(kinds[kind]).send_signal(signal.SIGKILL)
         if kind == "the driver":
             self.process.wait()

@@ -34,7 +34,8 @@ from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.load import Round, Samples
 from elastic.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, render_at
-from elastic.data.order import Indices
+from elastic.data.order import Layout, layout_of
+from elastic.data.permutation import Indices
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching
@@ -157,8 +158,14 @@ class Latents:
     def counts(self) -> dict[str, int]:
         return {self._bucket: len(self._ids)}
 
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of([count]) for name, count in self.counts().items()}
+
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return self._ids[indices]
+
+    def text_lengths(self, bucket: Bucket, indices: Indices) -> Indices:
+        return np.array([len(self._text[i].embedding_LD) for i in indices])
 
     def fetch_all(self, rounds: Iterable[Round]) -> Iterator[Samples]:
         for _, indices in rounds:

@@ -33,7 +33,8 @@ from elastic.data import probes
 from elastic.data.assign import assign, load_members
 from elastic.data.decode import decode_clip
 from elastic.data.decoders import Decoders, shared_decoders
-from elastic.data.encode import Scale, encode_shards, open_store, plan_job
+from elastic.data.encode import encode_shards, open_store, plan_job
+from elastic.data.latents import Scale
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.places import Stamp
 from elastic.data.probe import probe
