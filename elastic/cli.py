@@ -17,6 +17,7 @@ from elastic.flags import (
     finite,
     keep_flags,
     latents_flag,
+    port,
     training_flags,
 )
 from elastic.folders import RunFolder
@@ -124,6 +125,13 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
+    one = _verb(verbs, "dashboard", dashboard_verb, "show a run in Aim's pages, on this machine",
+                "dashboard runs/demo")  # fmt: skip
+    one.add_argument("run", help="run folder")
+    one.add_argument("--port", type=port, default=0, help="default: any that is free")
+    one.add_argument(
+        "--rebuild", action="store_true", help="first make Aim's repository anew from the journals"
+    )
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
     one.add_argument("--json", action="store_true", help="one JSON list instead of text")
@@ -352,6 +360,14 @@ def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     folder = run_folder(flags.run)
     read_plan(folder)
     print(write_report(folder.root))
+    return DONE
+
+
+def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Serve Aim's pages until Ctrl-C."""
+    from elastic.dashboard import show
+
+    show(run_folder(flags.run), flags.port, flags.rebuild)
     return DONE
 
 

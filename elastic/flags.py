@@ -100,6 +100,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A TCP port; 0 is any that is free."""
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a port, 0 to 65535")
+    return int(text)
+
+
 def gib(text: str) -> float:
     """GiB, more than 0."""
     try:
