@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from written_run import write_run
 
 from elastic.cli import BAD_INPUT, main
 from elastic.dashboard import Guarded
+from elastic.tracking import Tracker
 
 ATTACK = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
 
@@ -190,3 +192,31 @@ def test_crashes_and_resizes_are_told_on_the_page_of_the_plan(opened: tuple[Any,
     page.get_by_text("worker 1 died: signal 9").first.wait_for()
     page.get_by_text(re.compile("resize requested.*2 -> 3")).first.wait_for()
     page.get_by_text(re.compile("stage start")).first.wait_for()
+
+
+@needs_chromium
+def test_it_follows_a_run_that_is_being_written(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    tracker = Tracker(tmp_path, "demo", {"a": 100})
+
+    def log(positions: range) -> None:
+        for position in positions:
+            tracker.log({"wall": 1.0, "stage": "a", "attempt": 1, "position": position, "world": 2,
+                         "context": {}, "values": {"loss": 1 / (position + 1)}})  # fmt: skip
+
+    def points(page: Any) -> int:
+        open_view(page, "Training")
+        line = page.locator("path.Line").first
+        line.wait_for(state="attached")
+        return len(re.findall("[,L]", line.get_attribute("d")))
+
+    log(range(10))
+    with dashboard(tmp_path) as (address, _), chromium_page(1400) as (page, _):
+        page.goto(address)
+        few = points(page)
+        log(range(10, 60))
+        deadline = time.monotonic() + 60  # its index looks every few seconds
+        while points(page) < 3 * few:
+            assert time.monotonic() < deadline, "the new points did not come"
+    tracker.close()
+    assert tracker.aim_problem() is None
