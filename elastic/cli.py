@@ -6,17 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from elastic.checkpoint_place import check_place
-from elastic.checkpoint_store import Keep
 from elastic.errors import InputError, StageBlocked
 from elastic.flags import (
     at_least_one,
     cluster_flags,
+    device_flags,
     fault_flags,
     finite,
-    gib,
     keep_flags,
     latents_flag,
     port,
@@ -29,9 +27,6 @@ from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
-
-if TYPE_CHECKING:
-    from elastic.outlook import Faults
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
 
@@ -101,14 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
                 keep_flags(one)
             continue
         keep_flags(one)
-        one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+        device_flags(one)
         fault_flags(one)
-        one.add_argument(
-            "--gpu-memory",
-            type=gib,
-            metavar="GIB",
-            help="refuse what a GPU of this size cannot hold (default: the one here)",
-        )
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")
@@ -199,32 +188,13 @@ def with_videos(plan: Plan, videos: Videos) -> Plan:
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
-    from elastic.fit import GIB, check_fit, local_device_bytes
-    from elastic.forecast import forecast
+    from elastic.plan_text import print_plan
 
-    faults = _faults(flags)
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
-    keep = Keep(settings.keep_last, settings.keep_every)
-    print(forecast(plan, settings.storage_path, flags.gpus, faults, keep))
-    device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
-    if device_bytes:
-        for stage in plan.stages:
-            check_fit(stage, device_bytes)
+    print_plan(plan, flags, settings)
     return DONE
-
-
-def _faults(flags: argparse.Namespace) -> "Faults | None":
-    """What is said about faults; InputError where it is said of none."""
-    from elastic.outlook import Faults
-
-    if flags.failure_rate is not None:
-        return Faults(flags.failure_rate, flags.announced or 0.0, flags.spares or 0)
-    for name in ("announced", "spares"):
-        if getattr(flags, name) is not None:
-            raise InputError(f"--{name} was given without --failure-rate; give both or neither")
-    return None
 
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -362,6 +332,7 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
+    from elastic.speed import speed_lines
     from elastic.summary import print_table, read_history, summarise_history
     from elastic.weights import finished
 
@@ -369,7 +340,7 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan(folder)
     history = read_history(folder.root)
     print_table(summarise_history(history))
-    print("\n".join(account_lines(history.account)))
+    print("\n".join([*speed_lines(history), *account_lines(history.account)]))
     names = [stage.name for stage in plan.stages]
     for line in encoding_lines(folder.root, names, history.events):
         print(line)

@@ -57,6 +57,22 @@ def keep_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def device_flags(parser: argparse.ArgumentParser) -> None:
+    """The GPUs that a plan is meant for, and whether the one here is tried."""
+    parser.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+    parser.add_argument(
+        "--gpu-memory",
+        type=gib,
+        metavar="GIB",
+        help="refuse what a GPU of this size cannot hold (default: the one here)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time micro-batches of growing size on this device, and say which is fastest",
+    )
+
+
 def fault_flags(parser: argparse.ArgumentParser) -> None:
     """What befalls the machines, for the goodput that is expected of a plan."""
     parser.add_argument(

@@ -30,6 +30,7 @@ from elastic.report_record import (
     versions,
     whole_record,
 )
+from elastic.speed import speed_lines
 from elastic.summary import (
     TABLE_HEAD,
     History,
@@ -73,6 +74,7 @@ def write_report(run_dir: str | Path) -> Path:
         section("Samples", _samples(run_dir, history, autoencoders(run))),
         section("Loss over samples", losses),
         section("World size, events and throughput", _plot(times[0], "tall")),
+        section("Speed", _speed_table(history)),
         section("Restarts", _restart_table(history)),
         section("Where the time went", _time_table(history.account, times[1])),
         section("What it cost", _cost_table(history)),
@@ -153,6 +155,13 @@ def _losses(history: History) -> tuple[str, list[Figure]]:
                 f'<div class="plot" id="{figure["id"]}"></div></div>'
             )
     return f'<div class="plots">{"".join(cards)}</div>', figures
+
+
+def _speed_table(history: History) -> str:
+    lines = speed_lines(history)
+    if not lines:
+        return soft("No stage has been trained.")
+    return "".join(f"<p>{safe(line)}</p>" for line in lines)
 
 
 def _restart_table(history: History) -> str:
