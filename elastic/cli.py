@@ -1,6 +1,7 @@
 """The command line: one verb each, with an example; what it prints is for people."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,14 +15,17 @@ from elastic.errors import InputError, StageBlocked
 from elastic.flags import (
     at_least_one,
     cluster_flags,
+    doctor_flags,
     fault_flags,
     finite,
     gib,
+    json_flag,
     keep_flags,
     latents_flag,
     training_flags,
 )
 from elastic.folders import RunFolder
+from elastic.look_verbs import doctor_verb, run_folder, status_verb
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
@@ -99,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
                 training_flags(one)
                 keep_flags(one)
             continue
+        json_flag(one)
         keep_flags(one)
         one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
         fault_flags(one)
@@ -135,10 +140,13 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
+        if name == "status":
+            json_flag(one)
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
-    one.add_argument("--json", action="store_true", help="one JSON list instead of text")
-    _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    json_flag(one)
+    one = _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    doctor_flags(one)
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
@@ -193,13 +201,15 @@ def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
     from elastic.fit import GIB, check_fit, local_device_bytes
     from elastic.forecast import forecast
+    from elastic.forecast_json import forecast_json
 
     faults = _faults(flags)
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     keep = Keep(settings.keep_last, settings.keep_every)
-    print(forecast(plan, settings.storage_path, flags.gpus, faults, keep))
+    asked = (plan, settings.storage_path, flags.gpus, faults, keep)
+    print(json.dumps(forecast_json(*asked)) if flags.json else forecast(*asked))
     device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
     if device_bytes:
         for stage in plan.stages:
@@ -348,31 +358,6 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Say how far a run has come."""
-    from elastic.data.growth import growth_lines
-    from elastic.encode_progress import encoding_lines
-    from elastic.goodput import account_lines
-    from elastic.record import read_plan
-    from elastic.summary import print_table, read_history, summarise_history
-    from elastic.weights import finished
-
-    folder = run_folder(flags.run)
-    plan = read_plan(folder)
-    history = read_history(folder.root)
-    print_table(summarise_history(history))
-    print("\n".join(account_lines(history.account)))
-    names = [stage.name for stage in plan.stages]
-    for line in encoding_lines(folder.root, names, history.events):
-        print(line)
-    for stage in plan.stages:
-        for line in growth_lines(folder.stage(stage.name)):
-            print(line)
-        if finished(folder.stage(stage.name)) is None:
-            print(f"not finished: {stage.name} ({stage.budget:,} samples)")
-    return DONE
-
-
 def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Write report.html."""
     from elastic.record import read_plan
@@ -382,20 +367,6 @@ def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     read_plan(folder)
     print(write_report(folder.root))
     return DONE
-
-
-def run_folder(path: str) -> RunFolder:
-    """The run folder at a path."""
-    return RunFolder(Path(path).absolute())
-
-
-def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Look at this machine."""
-    from elastic.doctor import exit_code, findings, render
-
-    found = findings(settings.storage_path)
-    print(render(found))
-    return exit_code(found)
 
 
 def demo_verb(flags: argparse.Namespace, settings: Settings) -> int:
