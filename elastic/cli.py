@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from elastic.checkpoint_place import check_place
 from elastic.checkpoint_store import Keep
+from elastic.completion import SHELLS, script
 from elastic.errors import InputError, StageBlocked
 from elastic.flags import (
     at_least_one,
@@ -147,6 +148,11 @@ def make_parser() -> argparse.ArgumentParser:
     json_flag(one)
     one = _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
     doctor_flags(one)
+    example = "completion bash"
+    one = _verb(
+        verbs, "completion", completion_verb, "print what a shell needs to complete", example
+    )
+    one.add_argument("shell", choices=SHELLS, help="its output is read by that shell")
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
@@ -366,6 +372,12 @@ def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     folder = run_folder(flags.run)
     read_plan(folder)
     print(write_report(folder.root))
+    return DONE
+
+
+def completion_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Print a completion script."""
+    print(script(make_parser(), flags.shell), end="")
     return DONE
 
 
