@@ -89,7 +89,7 @@ def ray_ports() -> Finding:
             for one in psutil.net_connections("tcp")
             if one.status == psutil.CONN_LISTEN
             and one.laddr.port in PORTS
-            and not _is_loopback(one.laddr.ip)
+            and not is_loopback(one.laddr.ip)
         }
     )
     if not found:
@@ -124,7 +124,8 @@ def _owner(pid: int | None) -> str:
     return f" by process {pid}"
 
 
-def _is_loopback(text: str) -> bool:
+def is_loopback(text: str) -> bool:
+    """Whether an address is of this machine alone."""
     address = ipaddress.ip_address(text.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
