@@ -1,28 +1,26 @@
 """The command line: one verb each, with an example; what it prints is for people."""
 
 import argparse
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from elastic.checkpoint_place import check_place
-from elastic.checkpoint_store import Keep
 from elastic.completion import SHELLS, script
 from elastic.errors import InputError, StageBlocked
 from elastic.flags import (
     at_least_one,
     cluster_flags,
+    device_flags,
     doctor_flags,
     fault_flags,
     finite,
-    gib,
     json_flag,
     keep_flags,
     latents_flag,
+    port,
     training_flags,
 )
 from elastic.folders import RunFolder
@@ -33,9 +31,6 @@ from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
-
-if TYPE_CHECKING:
-    from elastic.outlook import Faults
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
 
@@ -106,14 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
             continue
         json_flag(one)
         keep_flags(one)
-        one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+        device_flags(one)
         fault_flags(one)
-        one.add_argument(
-            "--gpu-memory",
-            type=gib,
-            metavar="GIB",
-            help="refuse what a GPU of this size cannot hold (default: the one here)",
-        )
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")
@@ -143,6 +132,13 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("run", help="run folder")
         if name == "status":
             json_flag(one)
+    one = _verb(verbs, "dashboard", dashboard_verb, "show a run in Aim's pages, on this machine",
+                "dashboard runs/demo")  # fmt: skip
+    one.add_argument("run", help="run folder")
+    one.add_argument("--port", type=port, default=0, help="default: any that is free")
+    one.add_argument(
+        "--rebuild", action="store_true", help="first make Aim's repository anew from the journals"
+    )
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
     json_flag(one)
@@ -205,34 +201,13 @@ def with_videos(plan: Plan, videos: Videos) -> Plan:
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
-    from elastic.fit import GIB, check_fit, local_device_bytes
-    from elastic.forecast import forecast
-    from elastic.forecast_json import forecast_json
+    from elastic.plan_text import print_plan
 
-    faults = _faults(flags)
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
-    keep = Keep(settings.keep_last, settings.keep_every)
-    asked = (plan, settings.storage_path, flags.gpus, faults, keep)
-    print(json.dumps(forecast_json(*asked)) if flags.json else forecast(*asked))
-    device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
-    if device_bytes:
-        for stage in plan.stages:
-            check_fit(stage, device_bytes)
+    print_plan(plan, flags, settings)
     return DONE
-
-
-def _faults(flags: argparse.Namespace) -> "Faults | None":
-    """What is said about faults; InputError where it is said of none."""
-    from elastic.outlook import Faults
-
-    if flags.failure_rate is not None:
-        return Faults(flags.failure_rate, flags.announced or 0.0, flags.spares or 0)
-    for name in ("announced", "spares"):
-        if getattr(flags, name) is not None:
-            raise InputError(f"--{name} was given without --failure-rate; give both or neither")
-    return None
 
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -378,6 +353,14 @@ def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
 def completion_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print a completion script."""
     print(script(make_parser(), flags.shell), end="")
+    return DONE
+
+
+def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Serve Aim's pages until Ctrl-C."""
+    from elastic.dashboard import show
+
+    show(run_folder(flags.run), flags.port, flags.rebuild)
     return DONE
 
 

@@ -161,7 +161,7 @@ def _supervise(
         beside=ahead,
     )
     hosts = Hosts()
-    tracker.event("run_start", reason=f"process {os.getpid()}")
+    tracker.event("run_start", reason=f"process {os.getpid()}", gpus=use_gpu)
     failure: list[BaseException] = []
 
     def body() -> None:

@@ -57,6 +57,22 @@ def keep_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def device_flags(parser: argparse.ArgumentParser) -> None:
+    """The GPUs that a plan is meant for, and whether the one here is tried."""
+    parser.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+    parser.add_argument(
+        "--gpu-memory",
+        type=gib,
+        metavar="GIB",
+        help="refuse what a GPU of this size cannot hold (default: the one here)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time micro-batches of growing size on this device, and say which is fastest",
+    )
+
+
 def fault_flags(parser: argparse.ArgumentParser) -> None:
     """What befalls the machines, for the goodput that is expected of a plan."""
     parser.add_argument(
@@ -84,7 +100,7 @@ def doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", help="HOST:PORT of a cluster, whose nodes are looked at")
     parser.add_argument(
         "--port",
-        type=at_least_one,
+        type=port,
         action="append",
         default=[],
         help="that should be free; may be given many times",
@@ -103,6 +119,13 @@ def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 is any that is free."""
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a port, 0 to 65535")
     return int(text)
 
 

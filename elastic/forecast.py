@@ -19,6 +19,7 @@ from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
 from elastic.start import check_origin
+from elastic.traffic import update_traffic
 from elastic.weights import finished
 from models.flow import time_shift
 from models.t5_clip import T5Clip
@@ -119,12 +120,13 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
         *(_conditions(stage) if isinstance(stage, DiffusionStage) else []),
         f"parameters  {count:,}",
         *_start(stage),
-        f"workers     {low} to {high}",
+        f"workers     {low} to {high}{_layout(stage, workers)}",
         *memory_lines(stage, module, gpus),
         f"checkpoint  {shown(saved_bytes(stage))} every {stage.save_every:,} samples, with "
-        f"{shown(saved_bytes(stage) / workers)} of host memory on each of {workers} workers",
+        f"{shown(saved_bytes(stage) / stage.holders(workers))} of host memory on each of "
+        f"{workers} workers",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
-        *_phases(stage, gpus),
+        *_phases(stage, module, gpus),
     ]
 
 
@@ -134,6 +136,18 @@ def _data(stage: Stage) -> list[str]:
         return []
     each = zip(stage.data.shares, stage.data.sources, strict=True)
     return [f"data        {', '.join(f'{float(s):.4g} {v.table}' for s, v in each)}"]
+
+
+def _layout(stage: Stage, workers: int) -> str:
+    """What so many workers share, where that is more than the model."""
+    if stage.multiple == 1 and stage.shard_within is None:
+        return ""
+    holders, context = stage.holders(workers), stage.context
+    said = [f", in multiples of {stage.multiple}; of {workers}, {workers // holders} x {holders}"]
+    said.append("hold the model" if holders < workers else "hold the model together")
+    if context > 1:
+        said.append(f"and {workers // context} x {context} share the tokens of a sample")
+    return " ".join(said)
 
 
 def _start(stage: Stage) -> list[str]:
@@ -189,30 +203,32 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _phases(stage: Stage, gpus: int | None) -> list[str]:
+def _phases(stage: Stage, module: nn.Module, gpus: int | None) -> list[str]:
     lines, start = [], 0
     for phase in stage.schedule:
         cycles = (phase.until - start) // phase.cycle
         lines.append(f"samples     {start:,} to {phase.until:,}: {cycles:,} rounds of")
         for bucket in phase.buckets:
             lines.append(
-                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, bucket, gpus)}"
+                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, module, bucket, gpus)}"
             )
         start = phase.until
     return lines
 
 
-def _shape(stage: Stage, bucket: Bucket, gpus: int | None) -> str:
+def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -> str:
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     shape = f"latent {stage.codec.channels}x{'x'.join(map(str, grid))}"
     if not isinstance(stage, DiffusionStage):
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
-        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, "
+        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
+        f"sends {shown(sent / workers)}, "
         f"{shown(latent_bytes(stage, bucket))} stored a clip"
     )
 

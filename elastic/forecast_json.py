@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from elastic.checkpoint_store import Keep
 from elastic.fit import kept_for, policies, workers_on
 from elastic.folders import RunFolder
@@ -15,6 +17,7 @@ from elastic.forecast import (
 )
 from elastic.memory import state_memory
 from elastic.outlook import Faults, outlook, sample_flops, seconds_a_sample
+from elastic.traffic import update_traffic
 from elastic.weights import finished
 from models.flow import time_shift
 from stages.plan import Plan
@@ -56,7 +59,7 @@ def _stage(
                 "from": start,
                 "until": phase.until,
                 "rounds": (phase.until - start) // phase.cycle,
-                "buckets": [_bucket(stage, bucket, workers) for bucket in phase.buckets],
+                "buckets": [_bucket(stage, module, bucket, workers) for bucket in phase.buckets],
             }
         )
         start = phase.until
@@ -82,7 +85,7 @@ def _stage(
     }
 
 
-def _bucket(stage: Stage, bucket: Bucket, workers: int) -> dict[str, Any]:
+def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> dict[str, Any]:
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     found: dict[str, Any] = {
         "bucket": bucket.name,
@@ -96,12 +99,14 @@ def _bucket(stage: Stage, bucket: Bucket, workers: int) -> dict[str, Any]:
     if not isinstance(stage, DiffusionStage):
         return found
     frames, height, width = stage.model.token_grid(grid)
-    flops = sample_flops(stage, bucket)
+    flops, text = sample_flops(stage, bucket), stage.text.most_tokens(())
+    sent = update_traffic(stage, module, bucket, text, workers).total
     return found | {
         "tokens": frames * height * width,
         "time_shift": time_shift(height * width, frames),
         "flops_a_sample": flops,
         "flops_an_update_a_worker": flops * bucket.batch / workers,
+        "sent_bytes_an_update_a_worker": sent / workers,
         "latent_bytes_a_clip": latent_bytes(stage, bucket),
     }
 

@@ -34,6 +34,7 @@ class Event(TypedDict):
     world_to: NotRequired[int]
     lost_samples: NotRequired[int]
     what: NotRequired[str]
+    gpus: NotRequired[bool]  # of a run_start: whether each worker computes on a GPU
     nodes: NotRequired[int]
     clips: NotRequired[int]
     shards: NotRequired[int]

@@ -37,6 +37,7 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
+    from elastic.speed import speed_lines
     from elastic.status_json import status_json
     from elastic.summary import print_table, read_history, summarise_history
     from elastic.weights import finished
@@ -48,7 +49,7 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
         print(json.dumps(status_json(folder, plan, history)))
         return 0
     print_table(summarise_history(history))
-    print("\n".join(account_lines(history.account)))
+    print("\n".join([*speed_lines(history), *account_lines(history.account)]))
     names = [stage.name for stage in plan.stages]
     for line in encoding_lines(folder.root, names, history.events):
         print(line)

@@ -105,7 +105,9 @@ def fit_stage(
         elastic_resize_monitor_interval_s=_LOOK_EVERY_S,
     )
     policies = {
-        "scaling_policy": CapacityPolicy(scaling, limits.min_stay, limits.leave_before, tell),
+        "scaling_policy": CapacityPolicy(
+            scaling, limits.min_stay, limits.leave_before, tell, stage.multiple
+        ),
         "failure_policy": CrashPolicy(run, stage.name, tell),
     }
     failure: BaseException | None = None

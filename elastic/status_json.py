@@ -5,6 +5,7 @@ from typing import Any
 from elastic.data.growth import load_growths
 from elastic.encode_progress import read_encoding
 from elastic.folders import RunFolder
+from elastic.speed import speeds
 from elastic.summary import History, StageSummary, summarise_history
 from elastic.timeline import ACTIVITIES
 from elastic.weights import finished
@@ -20,7 +21,14 @@ def status_json(
 ) -> dict[str, Any]:  # Any: a JSON tree
     """How far a run has come."""
     begun = {one.stage: one for one in summarise_history(history)}
-    stages = [_stage(folder, stage, history, begun.get(stage.name)) for stage in plan.stages]
+    fast = {one.stage: {"workers": one.world, **one.values} for one in speeds(history)}
+    stages = [
+        {
+            **_stage(folder, stage, history, begun.get(stage.name)),
+            "speed": fast.get(stage.name),
+        }
+        for stage in plan.stages
+    ]
     return {
         "plan": plan.name,
         "folder": str(folder.root),

@@ -22,7 +22,7 @@ from elastic.data.load import Micro, Round, Samples, rounds_of
 from elastic.data.order import Layout, batch_at, layout_of, updates_before
 from elastic.data.permutation import Indices
 from elastic.loop import Outcome
-from elastic.meter import NonFiniteLoss
+from elastic.meter import OF_THE_MACHINES, NonFiniteLoss
 from elastic.objective import Reconstructing
 from elastic.randomness import normals, sample_generator
 from elastic.weights import WEIGHTS
@@ -176,12 +176,11 @@ def world() -> Iterator[World]:
 
 def _values(attempt: Attempt, after: int = -1) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
     """Position, context and values of each line, without times and speeds."""
-    timed = {"samples_per_s", "tokens_per_s", "data_wait"}
     return [
         (
             line["position"],
             line["context"],
-            {k: v for k, v in line["values"].items() if k not in timed},
+            {k: v for k, v in line["values"].items() if k not in OF_THE_MACHINES},
         )
         for line in attempt.lines
         if line["position"] > after

@@ -50,6 +50,7 @@ from elastic.kernels import attention, attention_order, compiled_encoder
 from elastic.lease import fork, start_host, wait_for_host
 from elastic.link import SETTLED, STOP, Ended, Failed, Measured, Order, Settle, Told
 from elastic.loop import Outcome
+from elastic.meter import OF_THE_MACHINES
 from elastic.objective import Objective, Reconstructing
 from elastic.state import Progress, TrainState
 from elastic.weights import WEIGHTS
@@ -68,7 +69,6 @@ gpu = [pytest.param("nccl", marks=ON_GPU)]
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60.0
 STOP_AFTER = 4  # updates
-TIMES = {"samples_per_s", "tokens_per_s", "data_wait"}
 
 # 320 tokens in heads of 64 channels: several blocks of keys in every attention kernel.
 WIDE = STAGE.replace(
@@ -213,7 +213,7 @@ def _furthest(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple
         for key in ("position", "context", "order_digest"):
             assert one[key] == other[key], "the runs saw other samples"
         assert one["values"].keys() == other["values"].keys()
-        for name in one["values"].keys() - TIMES:
+        for name in one["values"].keys() - OF_THE_MACHINES:
             a, b = one["values"][name], other["values"][name]
             where = f"{name} {a} and {b} at {one['position']} {one['context']}"
             furthest = max(furthest, (abs(a - b) / max(abs(a), abs(b), SMALLEST), where))

@@ -17,6 +17,7 @@ from elastic.data.verify import Verdict
 from elastic.encode_progress import ENCODING
 from elastic.finding import Finding, as_json
 from elastic.folders import RunFolder
+from elastic.journal import METRICS, Journal
 from elastic.latent_verbs import as_json as store_json
 from elastic.record import write_record
 from stages.plan import load_plan
@@ -79,14 +80,32 @@ def test_status_prints_the_figures_that_it_promises(
     clips = Clips.of([Clip(7, "/clips/a.mp4", "a circle", held_out=False)])
     new = Assignment(clips, {"32px-5f": np.array([0])}, [1])
     record_growth(folder.stage(name), 12, {"32px-5f": [0]}, new)
+    names = ("samples_per_s", "tokens_per_s", "tokens_per_s_per_worker", "useful_tokens")
+    names += ("data_wait", "flops_per_device", "mfu", "memory_peak")
+    journal = Journal(folder.root / METRICS)
+    journal.append(
+        wall=1.0, stage=name, position=8, attempt=1, world=3, context={},
+        values=dict.fromkeys(names, 0.5),
+    )  # fmt: skip
+    journal.close()
     shown = printed(capsys, "status", folder.root, "--json")
     assert names_in(shown, ("seconds",)) == promised("status RUN")
     assert shown["finished"] is False
     stages = {one["stage"]: one for one in shown["stages"]}
     assert list(stages) == [stage.name for stage in plan.stages]
     assert stages[name]["encoding"]["seconds_left"] == 3.0
+    assert stages[name]["samples"] == 8
+    assert stages[name]["speed"] == {"workers": 3, **dict.fromkeys(names, 0.5)}
     assert stages[name]["grown"] == [{"position": 12, "clips": 1}]
     assert stages[plan.stages[0].name]["encoding"] is None
+
+
+def test_tables_of_measurements_and_one_object_are_not_asked_for_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--storage", str(tmp_path), "--json", "--measure"]
+    assert main(["plan", str(PLAN), *flags]) == 2
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_a_verdict_has_the_names_that_verify_promises() -> None:

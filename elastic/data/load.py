@@ -153,6 +153,16 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
         )
 
 
+def own_rounds(plans: Iterable[BatchPlan], source: Source, world: World) -> Iterator[Micro]:
+    """This rank's micro-batches; what others of its context count as well has weight 0 here."""
+    for micro in rounds_of(plans, source, world.reader, world.readers):
+        if world.counts:
+            yield micro
+        else:
+            samples = replace(micro.samples, weight_B=torch.zeros_like(micro.samples.weight_B))
+            yield replace(micro, samples=samples)
+
+
 @dataclass(frozen=True)
 class Step:
     """The batch of one update: what this rank computes, and the ids of all of it."""
@@ -202,7 +212,7 @@ class Stream:
     def _read_ahead(self, position: int) -> None:
         try:
             shown, planned = itertools.tee(self._plans(position))
-            micros = rounds_of(planned, self._source, self._world.rank, self._world.size)
+            micros = own_rounds(planned, self._source, self._world)
             for plan in shown:
                 if self._closing.is_set():
                     break
@@ -238,4 +248,4 @@ def held_out_rounds(source: Source, stage: Stage, bucket: Bucket, world: World) 
     """This rank's micro-batches of a fixed set of held-out samples, from each source its share."""
     indices = first_of(stage.data.shares, source.layouts()[bucket.name], stage.held_out)
     plan = BatchPlan(0, bucket, indices, np.zeros_like(indices))
-    return rounds_of([plan], source, world.rank, world.size)
+    return own_rounds([plan], source, world)
