@@ -8,19 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elastic.checkpoint_place import check_place
+from elastic.completion import SHELLS, script
 from elastic.errors import InputError, StageBlocked
 from elastic.flags import (
     at_least_one,
     cluster_flags,
     device_flags,
+    doctor_flags,
     fault_flags,
     finite,
+    json_flag,
     keep_flags,
     latents_flag,
     port,
     training_flags,
 )
 from elastic.folders import RunFolder
+from elastic.look_verbs import doctor_verb, run_folder, status_verb
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
@@ -95,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
                 training_flags(one)
                 keep_flags(one)
             continue
+        json_flag(one)
         keep_flags(one)
         device_flags(one)
         fault_flags(one)
@@ -125,6 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
+        if name == "status":
+            json_flag(one)
     one = _verb(verbs, "dashboard", dashboard_verb, "show a run in Aim's pages, on this machine",
                 "dashboard runs/demo")  # fmt: skip
     one.add_argument("run", help="run folder")
@@ -134,8 +141,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
-    one.add_argument("--json", action="store_true", help="one JSON list instead of text")
-    _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    json_flag(one)
+    one = _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
+    doctor_flags(one)
+    example = "completion bash"
+    one = _verb(
+        verbs, "completion", completion_verb, "print what a shell needs to complete", example
+    )
+    one.add_argument("shell", choices=SHELLS, help="its output is read by that shell")
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
@@ -326,32 +339,6 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Say how far a run has come."""
-    from elastic.data.growth import growth_lines
-    from elastic.encode_progress import encoding_lines
-    from elastic.goodput import account_lines
-    from elastic.record import read_plan
-    from elastic.speed import speed_lines
-    from elastic.summary import print_table, read_history, summarise_history
-    from elastic.weights import finished
-
-    folder = run_folder(flags.run)
-    plan = read_plan(folder)
-    history = read_history(folder.root)
-    print_table(summarise_history(history))
-    print("\n".join([*speed_lines(history), *account_lines(history.account)]))
-    names = [stage.name for stage in plan.stages]
-    for line in encoding_lines(folder.root, names, history.events):
-        print(line)
-    for stage in plan.stages:
-        for line in growth_lines(folder.stage(stage.name)):
-            print(line)
-        if finished(folder.stage(stage.name)) is None:
-            print(f"not finished: {stage.name} ({stage.budget:,} samples)")
-    return DONE
-
-
 def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Write report.html."""
     from elastic.record import read_plan
@@ -363,26 +350,18 @@ def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
+def completion_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Print a completion script."""
+    print(script(make_parser(), flags.shell), end="")
+    return DONE
+
+
 def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Serve Aim's pages until Ctrl-C."""
     from elastic.dashboard import show
 
     show(run_folder(flags.run), flags.port, flags.rebuild)
     return DONE
-
-
-def run_folder(path: str) -> RunFolder:
-    """The run folder at a path."""
-    return RunFolder(Path(path).absolute())
-
-
-def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Look at this machine."""
-    from elastic.doctor import exit_code, findings, render
-
-    found = findings(settings.storage_path)
-    print(render(found))
-    return exit_code(found)
 
 
 def demo_verb(flags: argparse.Namespace, settings: Settings) -> int:

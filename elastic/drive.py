@@ -60,7 +60,7 @@ def run_course(
         settle_latents(folder, settings.latents)
         own = None if cluster or _attached(settings) else start_cluster(settings)
         try:
-            _connect(settings, cluster or own)
+            connect(settings, cluster or own)
             _supervise(plan, settings, folder, work, watch)
         finally:
             ray.shutdown()
@@ -101,7 +101,8 @@ def check_address(settings: Settings) -> None:
         raise InputError(f"Ray address {address!r}: nothing answers ({error}); {advice}") from None
 
 
-def _connect(settings: Settings, cluster: LocalCluster | None) -> None:
+def connect(settings: Settings, cluster: LocalCluster | None) -> None:
+    """Make this process a driver of the given cluster, or of that of the settings."""
     if cluster is not None:
         cluster.connect()
         return

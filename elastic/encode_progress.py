@@ -26,6 +26,16 @@ class Encoded(NamedTuple):
         """At this rate; None where there is none."""
         return (self.total - self.done) / self.rate if self.rate else None
 
+    def as_json(self) -> dict[str, float | None]:
+        """For programs, as docs/json.md says."""
+        return {
+            "clips": self.total,
+            "done": self.done,
+            "quarantined": self.quarantined,
+            "clips_per_s": self.rate,
+            "seconds_left": self.seconds_left,
+        }
+
     def text(self) -> str:
         """For a line of progress."""
         share = self.done / self.total if self.total else 1.0
@@ -100,9 +110,17 @@ def encoding_lines(run_dir: Path, stages: Sequence[str], events: Sequence[Event]
                 f"{sum(probed[-1:]):,} when probed, {ends[-1].get('quarantined', 0):,} when "
                 f"encoded; {encoded:,} encoded in {seconds:,.0f} s"
             )
-        path = run_dir / "stages" / stage / ENCODING
-        if path.exists():
-            found = json.loads(path.read_text())
-            at = time.strftime("%H:%M:%S", time.localtime(found.pop("wall")))
-            lines.append(f"encoding {stage}: {Encoded(**found).text()} (at {at})")
+        encoding = read_encoding(run_dir, stage)
+        if encoding is not None:
+            at = time.strftime("%H:%M:%S", time.localtime(encoding[0]))
+            lines.append(f"encoding {stage}: {encoding[1].text()} (at {at})")
     return lines
+
+
+def read_encoding(run_dir: Path, stage: str) -> tuple[float, Encoded] | None:
+    """When, in seconds of the epoch, the encoding of a stage was how far; None without one."""
+    path = run_dir / "stages" / stage / ENCODING
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return found.pop("wall"), Encoded(**found)

@@ -93,6 +93,28 @@ def fault_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def doctor_flags(parser: argparse.ArgumentParser) -> None:
+    """What is looked at beside this machine and its storage."""
+    parser.add_argument("--checkpoints", metavar="URL", help="folder or s3:// URL to look at")
+    parser.add_argument("--latents", metavar="URL", help="folder or s3:// URL to look at")
+    parser.add_argument("--ray-address", help="HOST:PORT of a cluster, whose nodes are looked at")
+    parser.add_argument(
+        "--port",
+        type=port,
+        action="append",
+        default=[],
+        help="that should be free; may be given many times",
+    )
+    json_flag(parser)
+
+
+def json_flag(parser: argparse.ArgumentParser) -> None:
+    """What verbs that report take."""
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object instead of text (docs/json.md)"
+    )
+
+
 def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:

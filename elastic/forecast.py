@@ -30,7 +30,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 _BYTES_SAVED = 16  # fp32: value, two moments, average
 _BYTES_SAVED_OF_CRITIC = 12  # fp32: value, two moments
-_BYTES_A_WEIGHT = 4
+BYTES_A_WEIGHT = 4
 
 
 def forecast(
@@ -52,41 +52,49 @@ def forecast(
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
         lines += [f"   {line}" for line in _stage(stage, gpus)]
         if faults is not None:
-            workers, size = workers_on(stage, gpus), _saved_bytes(stage)
+            workers, size = workers_on(stage, gpus), saved_bytes(stage)
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
     if faults is not None:
-        largest = max(_saved_bytes(stage) for stage in plan.stages)
+        largest = max(saved_bytes(stage) for stage in plan.stages)
         lines += ["", *scale_lines(faults, largest, gpus)]
     return "\n".join(lines)
 
 
 def _disk(plan: Plan, keep: Keep) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
-    counts = [_count(stage) for stage in plan.stages]
-    saved = [_saved_bytes(stage) for stage in plan.stages]
+    counts = [count_parameters(stage) for stage in plan.stages]
+    saved = [saved_bytes(stage) for stage in plan.stages]
     held = [keep.most(stage.budget) for stage in plan.stages]
     parts = [
-        f"weights {shown(sum(counts) * _BYTES_A_WEIGHT)}",
+        f"weights {shown(sum(counts) * BYTES_A_WEIGHT)}",
         f"checkpoints {shown(sum(map(mul, held, saved)))} ({keep}), "
         f"{shown(max(saved))} more while one is written",
     ]
-    stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
-    if not stages:
+    if not any(isinstance(stage, DiffusionStage) for stage in plan.stages):
         return "; ".join(parts)
-    sources = [videos for stage in stages for videos in stage.data.sources]
-    if not all(is_there(videos.table) for videos in sources):
+    latents = most_latent_bytes(plan)
+    if latents is None:
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
-    latents = 0
-    for stage in stages:
-        clips = Clips.joined(read_tables(stage.data))
-        a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
-        a_clip += len(stage.buckets) * text_bytes(stage, clips.texts())
-        latents += len(clips) * a_clip
     return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
 
 
-def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
+def most_latent_bytes(plan: Plan) -> int | None:
+    """What is stored of all clips if each fills each bucket; None before the tables are there."""
+    stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
+    sources = [videos for stage in stages for videos in stage.data.sources]
+    if not all(is_there(videos.table) for videos in sources):
+        return None
+    latents = 0
+    for stage in stages:
+        clips = Clips.joined(read_tables(stage.data))
+        a_clip = sum(latent_bytes(stage, bucket) for bucket in stage.buckets)
+        a_clip += len(stage.buckets) * text_bytes(stage, clips.texts())
+        latents += len(clips) * a_clip
+    return latents
+
+
+def latent_bytes(stage: Stage, bucket: Bucket) -> int:
     """What is stored of a clip in this bucket beside its text."""
     t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     values = stage.codec.stored_channels * t * h * w
@@ -105,7 +113,7 @@ def text_bytes(stage: DiffusionStage, captions: Iterable[str]) -> int:
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
     (low, high), workers = stage.workers, workers_on(stage, gpus)
     module = stage.build()
-    count = _count(stage)
+    count = count_parameters(stage)
     return [
         *_data(stage),
         f"codec       {_codec(stage)}",
@@ -114,8 +122,8 @@ def _stage(stage: Stage, gpus: int | None) -> list[str]:
         *_start(stage),
         f"workers     {low} to {high}{_layout(stage, workers)}",
         *memory_lines(stage, module, gpus),
-        f"checkpoint  {shown(_saved_bytes(stage))} every {stage.save_every:,} samples, with "
-        f"{shown(_saved_bytes(stage) / stage.holders(workers))} of host memory on each of "
+        f"checkpoint  {shown(saved_bytes(stage))} every {stage.save_every:,} samples, with "
+        f"{shown(saved_bytes(stage) / stage.holders(workers))} of host memory on each of "
         f"{workers} workers",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
         *_phases(stage, module, gpus),
@@ -179,14 +187,15 @@ def _losses(stage: AutoencoderStage) -> list[str]:
     return lines
 
 
-def _saved_bytes(stage: Stage) -> int:
+def saved_bytes(stage: Stage) -> int:
     """A checkpoint: the model's state and the critic's, which has no average."""
     critic = stage.adversarial if isinstance(stage, AutoencoderStage) else None
     extra = 0 if critic is None else _size(critic.build("meta")) * _BYTES_SAVED_OF_CRITIC
-    return _count(stage) * _BYTES_SAVED + extra
+    return count_parameters(stage) * _BYTES_SAVED + extra
 
 
-def _count(stage: Stage) -> int:
+def count_parameters(stage: Stage) -> int:
+    """Parameters that the stage trains, and those that it holds still."""
     return sum(math.prod(shape) for shape in shapes_of(stage).values())
 
 
@@ -220,7 +229,7 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
         f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
         f"sends {shown(sent / workers)}, "
-        f"{shown(_latent_bytes(stage, bucket))} stored a clip"
+        f"{shown(latent_bytes(stage, bucket))} stored a clip"
     )
 
 

@@ -1,6 +1,7 @@
 """What the verb `plan` prints: the forecast, and on request what micro-batches take here."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from elastic.checkpoint_store import Keep
 from elastic.errors import InputError
 from elastic.fit import GIB, check_fit, local_device_bytes, shown, workers_on
 from elastic.forecast import forecast
+from elastic.forecast_json import forecast_json
 from elastic.measure import Found, Tried, fastest, measured, rounds_of, seconds_of
 from elastic.outlook import Faults
 from elastic.settings import Settings
@@ -24,7 +26,10 @@ def print_plan(plan: Plan, flags: argparse.Namespace, settings: Settings) -> Non
     """Print the plan; InputError for what does not fit the device that is named, or is here."""
     faults = _faults(flags)
     keep = Keep(settings.keep_last, settings.keep_every)
-    print(forecast(plan, settings.storage_path, flags.gpus, faults, keep))
+    if flags.json and flags.measure:
+        raise InputError("--measure prints tables and --json one object; give one of them")
+    asked = (plan, settings.storage_path, flags.gpus, faults, keep)
+    print(json.dumps(forecast_json(*asked)) if flags.json else forecast(*asked))
     if flags.measure:
         for stage in plan.stages:
             for line in measured_lines(stage, flags.gpus, settings.storage_path / MEASURED):

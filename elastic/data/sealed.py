@@ -183,7 +183,7 @@ class SealedStore:
                 f"{folder.where}/{sealed_as} is not what its name says; delete {SEAL} there and "
                 "encode again"
             )
-        schema = load_schema(folder)
+        schema = load_schema(folder, sealed)
         rows = {
             bucket.name: load_rows(folder, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
