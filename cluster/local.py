@@ -5,10 +5,13 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from cluster.token import own_token
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ ENVIRONMENT = {
 }
 _PREFIX = "restage-ray-"
 _LOOPBACK = "127.0.0.1"
+_STAY_LOCAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # named for where Ray stays at home by default
+_ANSWER_S = 10.0
 _STORE_BYTES = 150_000_000  # tensors never pass through Ray
 
 
@@ -44,15 +49,48 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def join(address: str) -> None:
+    """Make this process a driver of the cluster whose head is at HOST:PORT.
+
+    AuthenticationError, at once, if its token is missing or wrong: Ray alone would try for long
+    and then say something else.
+    """
+    import ray
+    from ray._private import auto_init_hook, services
+    from ray._private.authentication import authentication_token_setup
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made by Cython
+
+    # A thread that is still at work when the driver has left would join whatever cluster it finds.
+    auto_init_hook.enable_auto_connect = False
+    # As ray.init does: a token in the user's home is used where nothing else is said.
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_S).values()
+    is_here = {node.node_manager_address for node in nodes} == {_LOOPBACK}
+    resolve = services.resolve_ip_for_localhost
+    if is_here:
+        # Ray replaces 127.0.0.1 by the address of a network card, where nothing listens here.
+        services.resolve_ip_for_localhost = lambda host: host
+    try:
+        ray.init(
+            address=address,
+            _node_ip_address=_LOOPBACK if is_here else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
 class LocalCluster:
     """A head with its own CPUs, and further nodes on the same machine, all on 127.0.0.1.
 
     The kernel ends each process when the thread that started it ends; so start and grow the
     cluster from a thread that lives as long as the cluster, and SIGKILL of the driver leaves
     nothing behind. Ray's own `ray start` is not used because it moves off the loopback address.
+    Who has not its token is sent away; this process has it until `stop`.
     """
 
-    def __init__(self, cpus: int, gpus: int = 0) -> None:
+    def __init__(self, cpus: int, gpus: int = 0, takes_jobs: bool = False) -> None:
         prepare_environment()
         _sweep()
         # A short path: the sockets below it may be at most 107 bytes long.
@@ -62,16 +100,26 @@ class LocalCluster:
         # the common /tmp/ray would lead other programs of this machine to this cluster.
         os.environ["RAY_TMPDIR"] = str(self.temp_dir)
         (self.temp_dir / "ray").mkdir()
+        self._while_up = ExitStack()
+        self._while_up.enter_context(own_token(self.temp_dir))
+        # Its agents and the drivers of jobs would look for the head at a network card's address.
+        os.environ[_STAY_LOCAL] = "0"
+        self._while_up.callback(os.environ.pop, _STAY_LOCAL, None)
         from ray.cluster_utils import Cluster  # after the environment is set
 
         self._nodes: list[Any] = []  # Ray's own node records
+        self._takes_jobs = takes_jobs
+        self._num_added = 0
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
                 "node_ip_address": _LOOPBACK,
                 "num_cpus": cpus,
                 "num_gpus": gpus,
-                "include_dashboard": False,
+                "include_dashboard": takes_jobs,  # the job API is a part of it
+                "dashboard_host": _LOOPBACK,
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": 0,  # its fixed one may be another cluster's
                 "temp_dir": str(self.temp_dir),
                 "object_store_memory": _STORE_BYTES,
             },
@@ -82,23 +130,14 @@ class LocalCluster:
         """What `ray.init(address=...)` takes."""
         return str(self._cluster.address)
 
+    @property
+    def jobs_address(self) -> str:
+        """Where jobs are submitted, if the cluster takes any."""
+        return f"http://{self._cluster.webui_url}"
+
     def connect(self) -> None:
         """Make this process a driver of the cluster."""
-        import ray
-        from ray._private import services
-
-        # Ray replaces 127.0.0.1 by the address of a network card, where nothing listens here.
-        resolve = services.resolve_ip_for_localhost
-        services.resolve_ip_for_localhost = lambda host: host
-        try:
-            ray.init(
-                address=self.address,
-                _node_ip_address=_LOOPBACK,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        finally:
-            services.resolve_ip_for_localhost = resolve
+        join(self.address)
 
     def add_node(self, cpus: int = 1) -> Any:  # Any: Ray's own node record
         """Start one more raylet, wait until it takes work, and return Ray's record of the node."""
@@ -108,9 +147,19 @@ class LocalCluster:
             num_gpus=0,
             object_store_memory=_STORE_BYTES,
             wait=True,
+            **self._own_folder(),
         )
         self._nodes.append(node)
         return node
+
+    def _own_folder(self) -> dict[str, str]:
+        """Each node unpacks what a job carries; in one folder it would take it from under another,
+        and from under the job.
+        """
+        if not self._takes_jobs:
+            return {}
+        self._num_added += 1
+        return {"temp_dir": str(self.temp_dir / f"node-{self._num_added}")}
 
     def drain(self, node: Any, notice_s: float) -> None:
         """Announce that a node will be gone in `notice_s` seconds, as a spot market does.
@@ -137,6 +186,7 @@ class LocalCluster:
         self._cluster.shutdown()
         for process in processes_of(self.temp_dir):
             process.kill()
+        self._while_up.close()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from elastic import job_verbs
 from elastic.checkpoint_place import check_place
 from elastic.completion import SHELLS, script
-from elastic.errors import InputError, StageBlocked
+from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
+    aim_flag,
     at_least_one,
     cluster_flags,
     device_flags,
@@ -24,6 +26,7 @@ from elastic.flags import (
     training_flags,
 )
 from elastic.folders import RunFolder
+from elastic.job_verbs import stop_flags, stop_verb, submit_flags
 from elastic.look_verbs import doctor_verb, run_folder, status_verb
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
@@ -58,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
+    except RunStopped as error:
+        print(f"restage: {error}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     except StageBlocked as error:
         print(f"restage: {error}", file=sys.stderr)
         return FAILED
@@ -84,7 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
         ("encode", encode_verb, "encode latents that are missing", "encode my_plan.py"),
         ("repair", repair_verb, "encode latents that are damaged again", "repair my_plan.py"),
         ("train", train_verb, "do whatever is missing of a plan", "train my_plan.py --cpus 2"),
-    )
+        ("submit", submit_verb, "train a plan as a job of a Ray cluster",
+         "submit my_plan.py --address http://head:8265 --storage /mounted/runs"),
+    )  # fmt: skip
     for name, verb, text, example in file_verbs:
         one = _verb(verbs, name, verb, text, example)
         one.add_argument("file", help="stage file")
@@ -93,9 +101,10 @@ def make_parser() -> argparse.ArgumentParser:
             "--captions", metavar="FILE", help="their table (default: NAME.txt beside)"
         )
         if name != "plan":
-            cluster_flags(one)
+            submit_flags(one) if name == "submit" else cluster_flags(one)
+            aim_flag(one)
             latents_flag(one)
-            if name == "train":
+            if name in ("train", "submit"):
                 training_flags(one)
                 keep_flags(one)
             continue
@@ -149,6 +158,8 @@ def make_parser() -> argparse.ArgumentParser:
         verbs, "completion", completion_verb, "print what a shell needs to complete", example
     )
     one.add_argument("shell", choices=SHELLS, help="its output is read by that shell")
+    one = _verb(verbs, "stop", stop_verb, "end the driver of a run", "stop runs/demo --save")
+    stop_flags(one)
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
@@ -259,6 +270,11 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     print_table(summarise(folder.root))
     print(f"samples: {folder.root / 'samples'}\nreport:  {write_report(folder.root)}")
     return DONE
+
+
+def submit_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Have a cluster do whatever is missing."""
+    return job_verbs.submit_verb(flags, read_plan_file(flags), settings)
 
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:

@@ -41,7 +41,7 @@ from elastic.latent_pins import (
 )
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import EncodeTeller, TrackerHandle
-from elastic.ray_train import Limits, fit_stage
+from elastic.ray_train import Claim, Limits, fit_stage
 from elastic.record import start_stage
 from elastic.sample import (
     SampleRequest,
@@ -81,6 +81,8 @@ class Course:
     trains: threading.Event = field(default_factory=threading.Event)
     # What goes on while a stage trains.
     beside: "Callable[[Course, Stage], AbstractContextManager[None]]" = lambda *_: nullcontext()
+    # Held while a stage trains: who is to stop after a save waits for its workers then.
+    claim: Claim = field(default_factory=Claim)
 
     @property
     def gpus(self) -> float:
@@ -133,7 +135,7 @@ def train_one(course: Course, stage: Stage) -> None:
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
     with course.beside(course, stage):
-        fit_stage(job, root, tracker, root / ".ray", course.limits, course.use_gpu)
+        fit_stage(job, root, tracker, course.limits, course.use_gpu, course.claim)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urlencode
 from elastic.dashboard_views import View, standard_views
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.stop import driven
 from elastic.tracking import plan_of, rebuild_aim
 
 HOST = "127.0.0.1"
@@ -70,9 +71,7 @@ def show(folder: RunFolder, port: int, anew: bool) -> None:
     if not folder.record.is_file():
         raise InputError(f"{str(folder.root)!r} is no run folder: run.json is missing")
     if anew or not (folder.root / ".aim").is_dir():
-        from elastic.drive import locked  # imports Ray
-
-        with locked(folder):  # a driver that runs would write to the repository
+        with driven(folder.root):  # a driver that runs would write to the repository
             try:
                 rebuild_aim(folder.root)
             except ImportError as error:

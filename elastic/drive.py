@@ -4,23 +4,23 @@ The main thread owns the cluster's processes (they end with the thread that star
 the progress, takes Ctrl-C, and runs whatever should happen while the course goes on.
 """
 
-import fcntl
 import logging
 import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import AuthenticationError, RpcError
 
-from cluster.local import LocalCluster, prepare_environment
+from cluster.local import LocalCluster, join, prepare_environment
+from cluster.token import advice, asks_for_token
 from elastic.checkpoint_store import Keep
 from elastic.course import Course
-from elastic.errors import InputError
+from elastic.errors import InputError, RunStopped
 from elastic.folders import RunFolder
 from elastic.latent_place import settle_latents
 from elastic.progress import ProgressLine
@@ -30,6 +30,7 @@ from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import Limits
 from elastic.record import check_unchanged, write_record
 from elastic.settings import Settings
+from elastic.stop import StopWatch, driven
 from stages.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,13 @@ _LOOK_EVERY_S = 0.5
 _ANSWER_S = 5.0  # for a TCP connection to the head
 # Called twice a second with the course and what the tracker knows last.
 Watch = Callable[[Course, dict[str, Any]], None]
+Work = Callable[[Course], None]
 
 
 def run_course(
     plan: Plan,
     settings: Settings,
-    work: Callable[[Course], None],
+    work: Work,
     cluster: LocalCluster | None = None,
     watch: Watch | None = None,
 ) -> RunFolder:
@@ -54,14 +56,16 @@ def run_course(
     folder = RunFolder.of(settings.storage_path, plan)
     if cluster is None:
         check_address(settings)
-    with locked(folder):
+    with driven(folder.root):
         check_unchanged(folder, plan)
         write_record(folder, plan)
         settle_latents(folder, settings.latents)
         own = None if cluster or _attached(settings) else start_cluster(settings)
         try:
             connect(settings, cluster or own)
-            _supervise(plan, settings, folder, work, watch)
+            ahead = EncodeAhead()
+            course = _make_course(plan, settings, folder, ahead)
+            _supervise(course, ahead, settings.aim, work, watch)
         finally:
             ray.shutdown()
             if own is not None:
@@ -107,61 +111,49 @@ def connect(settings: Settings, cluster: LocalCluster | None) -> None:
         cluster.connect()
         return
     prepare_environment()
+    address = str(_attached(settings))
     try:
-        ray.init(address=_attached(settings), log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address == "auto":
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            return
+        if asks_for_token(address) is False:
+            log.warning("%s", advice(address))
+        join(address)
+    except AuthenticationError:
         raise InputError(
-            f"Ray address {_attached(settings)!r}: no cluster answers there ({error}); start one "
+            f"Ray address {address!r}: the cluster asks for its token; give RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN_PATH=FILE with it"
+        ) from None
+    except (ConnectionError, RpcError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"Ray address {address!r}: no cluster answers there ({error}); start one "
             "with ray start --head, or leave --ray-address out"
         ) from None
 
 
-@contextmanager
-def locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the run for this driver alone; InputError if another one holds it."""
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        handle = (folder.root / ".driver.lock").open("a+")
-    except OSError as error:
-        raise InputError(
-            f"storage {str(folder.root.parent)!r} cannot be written ({error.strerror}); "
-            "choose another folder with --storage"
-        ) from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"run {str(folder.root)!r} is in the hands of another driver on this machine; "
-                "wait for it, or look with python -m elastic status"
-            ) from None
-        yield
-
-
-def _supervise(
-    plan: Plan,
-    settings: Settings,
-    folder: RunFolder,
-    work: Callable[[Course], None],
-    watch: Watch | None,
-) -> None:
+def _make_course(plan: Plan, settings: Settings, folder: RunFolder, ahead: EncodeAhead) -> Course:
     budgets = {stage.name: stage.budget for stage in plan.stages}
     name = f"tracker-{uuid.uuid4().hex[:12]}"
-    tracker = TrackerHandle.launch(name, folder.root, plan.name, budgets, settings.aim)
-    use_gpu, ahead = ray.cluster_resources().get("GPU", 0) > 0, EncodeAhead()
-    course = Course(
+    return Course(
         plan,
         folder,
-        tracker,
-        use_gpu,
+        TrackerHandle.launch(name, folder.root, plan.name, budgets, settings.aim),
+        ray.cluster_resources().get("GPU", 0) > 0,
         Limits(settings.min_stay, settings.leave_before, settings.hang_after),
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
         settings.pack_latents,
         beside=ahead,
     )
+
+
+def _supervise(
+    course: Course, ahead: EncodeAhead, use_aim: bool, work: Work, watch: Watch | None
+) -> None:
+    tracker = course.tracker
     hosts = Hosts()
-    tracker.event("run_start", reason=f"process {os.getpid()}", gpus=use_gpu)
+    stop = StopWatch(course.folder.root, tracker.event)
+    tracker.event("run_start", reason=f"process {os.getpid()}", gpus=course.use_gpu)
     failure: list[BaseException] = []
 
     def body() -> None:
@@ -173,7 +165,7 @@ def _supervise(
     thread = threading.Thread(target=body, name="course", daemon=True)
     thread.start()
     reason = "interrupted"
-    line = ProgressLine(budgets)
+    line = ProgressLine({stage.name: stage.budget for stage in course.plan.stages})
     try:
         while thread.is_alive():
             if course.trains.is_set():
@@ -182,14 +174,20 @@ def _supervise(
             line.show(latest)
             if watch is not None:
                 watch(course, latest)
+            is_saved = bool(latest.get("is_saved"))
+            stop.look(latest.get("stage"), course.claim.is_held, is_saved)
             thread.join(_LOOK_EVERY_S)
         reason = f"failed: {failure[0]}" if failure else "finished"
+    except RunStopped as asked:
+        reason = str(asked)
+        raise
     finally:
         line.end()
         ahead.close()
         tracker.event("run_end", reason=reason)
         problem = tracker.close()
-        if problem and settings.aim:
+        if problem and use_aim:
             log.warning("Aim shows nothing of this run: %s", problem)
+        course.claim.give_back()
     if failure:
         raise failure[0]

@@ -13,6 +13,10 @@ class StageFailed(RuntimeError):
     """A stage crashed more often than it may; its state is in its last checkpoint."""
 
 
+class RunStopped(Exception):
+    """The driver ends because somebody has asked it to (elastic.stop)."""
+
+
 def last_line(error: BaseException) -> str:
     """The last line of what an error says: tracebacks that were sent as text end with it."""
     lines = str(error).strip().splitlines()

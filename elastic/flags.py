@@ -10,6 +10,10 @@ def cluster_flags(parser: argparse.ArgumentParser) -> None:
     """What verbs that run on a cluster take."""
     parser.add_argument("--ray-address", help="Ray cluster (default: one of this machine alone)")
     parser.add_argument("--cpus", type=at_least_one, help="CPUs of that one (default: all)")
+
+
+def aim_flag(parser: argparse.ArgumentParser) -> None:
+    """What verbs that tell a tracker take."""
     parser.add_argument(
         "--no-aim",
         dest="aim",

@@ -39,6 +39,7 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.record import read_plan
     from elastic.speed import speed_lines
     from elastic.status_json import status_json
+    from elastic.stop import asked, has_driver
     from elastic.summary import print_table, read_history, summarise_history
     from elastic.weights import finished
 
@@ -48,6 +49,9 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     if flags.json:
         print(json.dumps(status_json(folder, plan, history)))
         return 0
+    request = asked(folder.root)
+    if request is not None and has_driver(folder.root) is not False:
+        print(f"stopping, as {request.text()}")
     print_table(summarise_history(history))
     print("\n".join([*speed_lines(history), *account_lines(history.account)]))
     names = [stage.name for stage in plan.stages]

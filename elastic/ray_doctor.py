@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.token import advice, asks_for_token
 from elastic.drive import check_address, connect
 from elastic.errors import InputError
 from elastic.finding import Finding
@@ -36,12 +37,20 @@ def cluster_findings(address: str) -> list[Finding]:
         check_address(settings)
         connect(settings, None)
     except InputError as error:
-        advice = "start a cluster there, or give another --ray-address"
-        return [Finding("error", "Ray cluster", str(error), advice, "a cluster that answers")]
+        remedy = "start a cluster there, or give another --ray-address"
+        return [Finding("error", "Ray cluster", str(error), remedy, "a cluster that answers")]
     try:
-        return node_findings()
+        return [_token(address), *node_findings()]
     finally:
         ray.shutdown()
+
+
+def _token(address: str) -> Finding:
+    """Whether it sends away who has no token."""
+    rule = "a cluster that asks for a token (RAY_AUTH_MODE=token)"
+    if asks_for_token(address) is False:
+        return Finding("warn", "Ray token", "asks nobody for one", advice(address), rule)
+    return Finding("ok", "Ray token", "is asked for", rule=rule)
 
 
 def node_findings() -> list[Finding]:
@@ -71,8 +80,8 @@ def check_versions(facts: Mapping[str, NodeFacts], here: Mapping[str, str]) -> F
         if version != here[name]
     ]
     if others:
-        advice = "use one image, or install the same constraints.txt on all of them"
-        return Finding("error", "node versions", "; ".join(others), advice, _ALIKE)
+        remedy = "use one image, or install the same constraints.txt on all of them"
+        return Finding("error", "node versions", "; ".join(others), remedy, _ALIKE)
     alike = ", ".join(f"{name} {version}" for name, version in here.items())
     return Finding("ok", "node versions", alike, rule=_ALIKE)
 
@@ -86,8 +95,8 @@ def check_clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
         if abs(offset) - doubt > _MOST_SKEW_S
     ]
     if wrong:
-        advice = "let chrony or systemd-timesyncd set the clocks: timedatectl set-ntp true"
-        return Finding("warn", "node clocks", "; ".join(wrong), advice, rule)
+        remedy = "let chrony or systemd-timesyncd set the clocks: timedatectl set-ntp true"
+        return Finding("warn", "node clocks", "; ".join(wrong), remedy, rule)
     most = max((abs(offset) for offset, _ in offsets.values()), default=0.0)
     return Finding("ok", "node clocks", f"at most {most:.2f} s from the one here", rule=rule)
 
@@ -101,8 +110,8 @@ def check_shared(facts: Mapping[str, NodeFacts]) -> Finding:
         if fact.shared_bytes < _LEAST_SHARED
     ]
     if small:
-        advice = "for containers --shm-size=4g, for pods an emptyDir with medium: Memory"
-        return Finding("warn", "node shared memory", "; ".join(small), advice, rule)
+        remedy = "for containers --shm-size=4g, for pods an emptyDir with medium: Memory"
+        return Finding("warn", "node shared memory", "; ".join(small), remedy, rule)
     return Finding("ok", "node shared memory", f"enough on {len(facts)} nodes", rule=rule)
 
 
@@ -111,8 +120,8 @@ def check_ways(blocked: Mapping[str, str]) -> Finding:
     rule = "each node reaches any port of the next"
     if blocked:
         value = "; ".join(f"{way}: {why}" for way, why in blocked.items())
-        advice = "open all TCP ports between the nodes: gloo and NCCL choose any of them"
-        return Finding("error", "node to node", value, advice, rule)
+        remedy = "open all TCP ports between the nodes: gloo and NCCL choose any of them"
+        return Finding("error", "node to node", value, remedy, rule)
     return Finding("ok", "node to node", "each reaches the next", rule=rule)
 
 
@@ -120,8 +129,8 @@ def _answering(nodes: list[Node], silent: Mapping[str, str]) -> Finding:
     rule = "a task on every node answers"
     if silent or not nodes:
         said = "; ".join(f"{name}: {why}" for name, why in silent.items())
-        advice = "look at its raylet (ray status), and whether Restage is installed there"
-        return Finding("error", "nodes", said or "none is alive", advice, rule)
+        remedy = "look at its raylet (ray status), and whether Restage is installed there"
+        return Finding("error", "nodes", said or "none is alive", remedy, rule)
     return Finding("ok", "nodes", f"{len(nodes)} answer", rule=rule)
 
 

@@ -6,7 +6,7 @@ developer API, so Ray is pinned exactly and tests/test_ray_contract.py names wha
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     again each time, asks for as much more as lies on nodes that do not count, leaves a node that
     has notice `leave_before` seconds before its end, and grows only when the group has had its size
     for `min_stay` seconds and the new capacity has stood, free, for a third of that. Every size is
-    a `multiple`, as are the fewest and the most.
+    a `multiple`, as are the fewest and the most. Once a stop is wanted it has the group save and
+    moves nothing any more: the driver ends the run.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         min_stay: float,
         leave_before: float,
         tell: Teller,
+        stop_wanted: Callable[[], bool],
         multiple: int = 1,
     ) -> None:
         super().__init__(scaling_config)
@@ -79,6 +81,9 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         self._min_stay = min_stay
         self._leave_before = leave_before
         self._tell = tell
+        self._stop_wanted = stop_wanted
+        self._asked_to_stop: float | None = None  # the group that was, by the time of its start
+        self._is_saved = False
         self._draining: dict[str, float] = {}  # node: wall time of its end, 0 where it is not told
         self._ends: dict[str, tuple[float, float]] = {}  # as told, and by the monotonic clock
         self._calls: set[tuple[str, str]] = set()  # saves that were asked for, by node and reason
@@ -91,6 +96,10 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """A group as large as the nodes allow now, or none yet."""
         self._maybe_send_resource_request()
+        if self._stop_wanted():
+            self._tell_saved("no group trains")
+            time.sleep(_WAIT_S)
+            return NoopDecision()
         possible = self._possible(must_answer=True)
         if possible is not None and self._num_tries:
             # Somebody else's work is where the last group did not fit in time.
@@ -115,6 +124,9 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         if now - self._looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
         self._looked_at = now
+        if self._stop_wanted():
+            self._stop(worker_group_state)
+            return NoopDecision()
         possible, size = self._possible(must_answer=False), worker_group_state.num_workers
         if possible is None:
             return NoopDecision()
@@ -139,6 +151,24 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         if not self._may_grow(possible, now, worker_group_state.start_time):
             return NoopDecision()
         return self._get_resize_decision(possible)
+
+    def _stop(self, state: WorkerGroupState) -> None:
+        """Have the group save and stop, and tell when all of it has."""
+        if self._asked_to_stop != state.start_time:
+            self._asked_to_stop = state.start_time
+            for worker in state.workers:
+                worker.execute_async(request_stop)
+        try:
+            answers = [worker.execute_async(has_stopped) for worker in state.workers]
+            if all(ray.get(answers, timeout=_ASK_S)):
+                self._tell_saved(f"{len(answers)} workers have saved and stopped")
+        except RayError as error:  # slow, or lost: another group is asked again
+            log.info("whether the workers have stopped is not known just now: %s", error)
+
+    def _tell_saved(self, reason: str) -> None:
+        if not self._is_saved:
+            self._is_saved = True
+            self._tell("stop_saved", reason)
 
     def _may_grow(self, possible: int, now: float, began: float) -> bool:
         if self._larger[0] != possible:

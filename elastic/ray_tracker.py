@@ -24,7 +24,15 @@ log = logging.getLogger(__name__)
 NAMESPACE = "restage"
 _CLOSE_S = 120.0
 # What a person should see at once, in place of figures that do not move meanwhile.
-_SHOWN = ("waiting", "drain", "crash", "hang", "save_failed", "damaged_checkpoint")
+_SHOWN = (
+    "waiting",
+    "stop_requested",
+    "drain",
+    "crash",
+    "hang",
+    "save_failed",
+    "damaged_checkpoint",
+)
 _SETTLE_S = 30.0
 _ENCODED = ("encode_end", "encode_ahead_end")
 _NOTE_EVERY_S = 5.0
@@ -42,6 +50,7 @@ class TrackerService:
         self._ahead: set[str] = set()  # those of them whose turn has not come
         self._noted_at = float("-inf")
         self._pids: list[int] = []
+        self._is_saved = False
 
     def metric(self, metric: Metric) -> None:
         """Keep one line of metrics."""
@@ -59,7 +68,9 @@ class TrackerService:
         if event["kind"] == "start":
             self._latest = {**event}
             self._pids = event.get("pids", [])
-        elif event["kind"] in _SHOWN:
+        elif event["kind"] == "stop_saved":
+            self._is_saved = True
+        elif event["kind"] in _SHOWN and event["stage"] is not None:
             self.progress(
                 str(event["stage"]), f"{event['kind'].replace('_', ' ')}: {event['reason']}"
             )
@@ -95,7 +106,7 @@ class TrackerService:
 
     def latest(self) -> dict[str, Any]:
         """What the progress line shows: the newest metrics, start of a group, or text."""
-        found = {**self._latest, "pids": self._pids}
+        found = {**self._latest, "pids": self._pids, "is_saved": self._is_saved}
         meter = self._encoding.get(found.pop("encoding", ""))
         if meter is not None:
             found["text"] = f"encoding, {meter.now().text()}"

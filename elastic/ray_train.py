@@ -33,6 +33,7 @@ from elastic.ray_policy import (
     errors_of,
 )
 from elastic.ray_worker import Work, train_worker
+from elastic.stop import is_to_save
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +68,14 @@ class StageTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no typ
         except Exception as raised:  # Ray raises many kinds; all of them end the run
             error = raised
         if isinstance(error, ActorDiedError):
-            self._clear()
+            self.give_back()
         return error
 
-    def _clear(self) -> None:
-        """Give back what a controller that died held: Ray Train's own cleaner needs a dashboard.
+    def give_back(self) -> None:
+        """Give back what a controller holds that has died, or is about to with its driver.
 
-        Without this its workers keep their CPUs, and its reservation stands for three minutes.
+        Ray Train's own cleaner needs a dashboard. Without this its workers keep their CPUs, and
+        its reservation stands for three minutes.
         """
         asker = f"train-{self.train_run_context.run_id}"
         job = ray.get_runtime_context().get_job_id()
@@ -88,8 +90,33 @@ class StageTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no typ
             log.warning("what a lost controller held could not be given back: %s", error)
 
 
+class Claim:
+    """What a stage that trains holds of the cluster; a driver that ends before it gives it back."""
+
+    def __init__(self) -> None:
+        self._trainer: StageTrainer | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a stage trains."""
+        return self._trainer is not None
+
+    def outcome(self, trainer: StageTrainer) -> BaseException | None:
+        """Train; what it failed with, or None."""
+        self._trainer = trainer
+        try:
+            return trainer.outcome()
+        finally:
+            self._trainer = None
+
+    def give_back(self) -> None:
+        """Leave nothing reserved for a stage that trains no more."""
+        if self._trainer is not None:
+            self._trainer.give_back()
+
+
 def fit_stage(
-    job: WorkerJob, run: Path, tracker: str, scratch: Path, limits: Limits, use_gpu: bool
+    job: WorkerJob, run: Path, tracker: str, limits: Limits, use_gpu: bool, claim: Claim
 ) -> None:
     """Train one stage to its budget on this cluster.
 
@@ -104,10 +131,11 @@ def fit_stage(
         use_gpu=use_gpu,
         elastic_resize_monitor_interval_s=_LOOK_EVERY_S,
     )
+    capacity = CapacityPolicy(
+        scaling, limits.min_stay, limits.leave_before, tell, lambda: is_to_save(run), stage.multiple
+    )
     policies = {
-        "scaling_policy": CapacityPolicy(
-            scaling, limits.min_stay, limits.leave_before, tell, stage.multiple
-        ),
+        "scaling_policy": capacity,
         "failure_policy": CrashPolicy(run, stage.name, tell),
     }
     failure: BaseException | None = None
@@ -118,12 +146,12 @@ def fit_stage(
             scaling_config=scaling,
             run_config=RunConfig(
                 name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(scratch),
+                storage_path=str(run / ".ray"),
                 # Internal callbacks are accepted here; Ray is pinned exactly for their sake.
                 callbacks=[ResizeCallback(tell)],
             ),
         )
-        failure = trainer.outcome()
+        failure = claim.outcome(trainer)
         if failure is None:
             return
         if not isinstance(failure, ActorDiedError) or num_lost == MAX_LOST:

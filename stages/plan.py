@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 import textwrap
 import traceback
 from pathlib import Path
@@ -65,12 +66,18 @@ class Plan(Record):
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Run a stage file and return its plan; every mistake in it becomes one PlanError."""
+    """Run a stage file and return its plan; every mistake in it becomes one PlanError.
+
+    It may import what lies beside it, from wherever the command is given.
+    """
     path = Path(path)
     if path.is_dir():
         raise PlanError(f"stage file {str(path)!r}: a folder; name a .py file in it")
     if not path.is_file():
         raise PlanError(f"stage file {str(path)!r}: no such file; try stages/recipes/demo.py")
+    beside = str(path.absolute().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)  # last: a file there may have the name of a package of ours
     names: dict[str, object] = {"__name__": "stage_file", "__file__": str(path)}
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), names)

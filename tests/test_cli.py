@@ -18,7 +18,7 @@ from stages.plan import load_plan
 PLAN = Path(__file__).with_name("tiny_plan.py")
 VERBS = (
     *("plan", "encode", "train", "sample", "export", "status", "report", "dashboard", "doctor"),
-    *("demo", "verify", "repair", "completion"),
+    *("demo", "verify", "repair", "completion", "submit", "stop"),
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from ray_beside import is_loopback, listening
 from s3_server import s3_server  # noqa: F401  # a fixture
 from store_places import Place, a_bucket  # noqa: F401  # a fixture
 
@@ -269,6 +270,11 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on_with_latents
         wait_until(published, f"a checkpoint; {tmp_path}/first.log", 180)
         family = psutil.Process(first.pid).children(recursive=True)
         agents = [p for p in family if "Agent" in " ".join(p.cmdline())]
+        found = listening(family)  # the group that trains among them
+        assert len(found) > 5
+        assert [address for address in found if not is_loopback(address)] == []
+        kept = [p.environ()["RAY_AUTH_TOKEN_PATH"] for p in family if p.name() == "raylet"]
+        secret = Path(kept[0]).read_text()
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
     # Ray's agents try to reach the dead head for a minute or two; the next driver ends them.
@@ -285,6 +291,8 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on_with_latents
     )
     assert second.returncode == 0, second.stderr[-4000:]
     assert not alive(family)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
     check_finished_run(folder)
     assert folder.latents == f"{bucket.root}/tiny/latents"
     assert not (folder.root / "latents").exists()

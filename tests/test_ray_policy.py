@@ -51,7 +51,9 @@ class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
     ) -> None:
         self.told = Told()
         scaling = ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=1)
-        super().__init__(scaling, min_stay, 60.0, self.told, multiple)  # type: ignore[arg-type]
+        stops = lambda: self.stops  # noqa: E731
+        super().__init__(scaling, min_stay, 60.0, self.told, stops, multiple)  # type: ignore[arg-type]
+        self.stops = False
         self.nodes = ["a", "b"]
         self.draining: dict[str, int] = {}
         self.taken: set[str] = set()  # by somebody else
@@ -527,3 +529,50 @@ def test_ray_has_what_we_rely_on() -> None:
     assert "recompute" in inspect.signature(Coordinator.get_reserved_resources).parameters
     assert "requester_id" in inspect.signature(Coordinator.cancel_request).parameters
     assert "callbacks" in inspect.signature(RunConfig).parameters
+
+
+def test_a_group_that_is_to_stop_is_asked_once_and_told_of_when_all_of_it_has(
+    now: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither grows nor shrinks meanwhile."""
+    stopped = {"a": False, "b": False}
+    asked: list[str] = []
+
+    def execute(node: str, function: Any) -> Any:
+        if function is ray_policy.request_stop:
+            asked.append(node)
+        return stopped[node]
+
+    monkeypatch.setattr(ray_policy.ray, "get", lambda answers, timeout: answers)
+    cluster = Cluster(min_stay=0)
+    workers = [
+        SimpleNamespace(execute_async=lambda function, node=node: execute(node, function))
+        for node in stopped
+    ]
+    cluster.stops = True
+    cluster.nodes = ["a", "b", "c"]
+
+    def look(start_time: float) -> Any:
+        now.s += 20
+        state = SimpleNamespace(num_workers=2, workers=workers, start_time=start_time)
+        return cluster.make_decision_for_running_worker_group(state, None)  # type: ignore[arg-type]
+
+    assert isinstance(look(0.0), NoopDecision)
+    stopped["a"] = True
+    look(0.0)
+    assert cluster.told.kinds == []
+    assert asked == ["a", "b"]
+    look(1.0)  # another group, after a crash
+    assert asked == ["a", "b"] * 2
+    stopped["b"] = True
+    look(1.0)
+    look(1.0)
+    assert cluster.told.kinds == ["stop_saved"]
+
+
+def test_where_no_group_runs_nothing_is_started_for_a_stop(now: SimpleNamespace) -> None:
+    cluster = Cluster()
+    cluster.stops = True
+    assert cluster.size_now() is None
+    assert cluster.size_now() is None
+    assert cluster.told.kinds == ["stop_saved"]
