@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _PATIENCE_S = 120.0
 
@@ -39,3 +40,10 @@ def _address(process: "subprocess.Popen[str]") -> str:
             return found[0]
     process.kill()
     raise AssertionError(f"no address: {process.stderr.read()}")
+
+
+def open_view(page: Any, name: str) -> None:
+    """Click on a bookmark, from whatever page of the dashboard."""
+    page.goto(re.sub(r"(?<=\d)/.*", "/bookmarks", page.url))
+    card = page.locator(".BookmarkCard", has=page.get_by_text(name, exact=True))
+    card.get_by_text("View Bookmark").click()

@@ -4,14 +4,13 @@
 """
 
 import io
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from browser import chromium_page
 from PIL import Image
-from served import dashboard
+from served import dashboard, open_view
 
 from elastic.report import write_report
 
@@ -40,9 +39,7 @@ def report_picture(report: Path) -> Image.Image:
 
 def view_picture(page: Any, name: str) -> Image.Image:
     """What an explorer shows of a saved view, without the table below."""
-    page.goto(re.sub(r"(?<=\d)/.*", "/bookmarks", page.url))
-    card = page.locator(".BookmarkCard", has=page.get_by_text(name, exact=True))
-    card.get_by_text("View Bookmark").click()
+    open_view(page, name)
     page.locator("path.Line, img[src^='data:image']").first.wait_for(state="attached")
     page.wait_for_function("() => [...document.images].every(i => i.naturalWidth > 0)")
     if page.get_by_text("Skip").count():
