@@ -82,14 +82,16 @@ def _python() -> Finding:
 
 
 def requirements() -> list[Requirement]:
-    """What Restage asks for, without extras: from the installation, or from the checkout."""
-    try:
-        lines = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        path = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        if not path.exists():
-            return []
+    """What Restage asks for, without extras: from the checkout, or from the installation."""
+    path = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if path.exists():
+        # First: an editable installation keeps the list of the day on which it was made.
         lines = tomllib.loads(path.read_text("utf-8"))["project"]["dependencies"]
+    else:
+        try:
+            lines = importlib.metadata.requires(DISTRIBUTION) or []
+        except importlib.metadata.PackageNotFoundError:
+            return []
     wanted = [Requirement(line) for line in lines]
     return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
 

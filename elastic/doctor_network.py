@@ -111,7 +111,9 @@ def given_port(port: int) -> Finding:
             for one in psutil.net_connections("tcp")
             if one.status == psutil.CONN_LISTEN and one.laddr.port == port
         }
-        value = f"{error.strerror or error}{''.join(sorted(owners))}"
+        # Not its own words: the socket module adds the address to them.
+        why = os.strerror(error.errno) if error.errno else str(error)
+        value = f"{why}{''.join(sorted(owners))}"
         return Finding("error", what, value, "end what holds it, or choose another port", rule)
 
 

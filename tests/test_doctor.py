@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -245,6 +246,10 @@ def test_a_version_outside_its_bounds_is_found(wanted: str, level: str) -> None:
 
 
 def test_the_requirements_of_the_project_are_read() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [str(one) for one in doctor.requirements()] == [
+        str(Requirement(line)) for line in project["dependencies"]
+    ]
     wanted = {one.name: str(one.specifier) for one in doctor.requirements()}
     assert wanted["ray"].startswith("==")
     assert "torch" in wanted
