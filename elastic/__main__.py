@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Check that our packages are ours, then run the command line."""
     try:
-        from elastic.doctor import PackageError, check_packages
+        from elastic.own_packages import PackageError, check_packages
     except ModuleNotFoundError as error:
         sys.exit(
             _refuse(

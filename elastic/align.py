@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from elastic.data.load import Source
-from elastic.data.order import Indices, Permutation
+from elastic.data.permutation import Indices, Permutation
 from elastic.data.rows import DamagedStore
 from elastic.errors import InputError
 from elastic.world import World

@@ -28,9 +28,11 @@ from elastic.checkpoint_read import answered, host
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import load_members
 from elastic.data.decoders import shared_decoders
+from elastic.data.growth import load_growths
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.errors import InputError, StageBlocked, last_line
+from elastic.folders import MEMBERS
 from elastic.link import Ended, Failed, Link, Measured, Order, Told
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
@@ -42,7 +44,6 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-MEMBERS = "clips.arrow"
 STACKS = signal.SIGUSR1  # prints the stacks of all threads to the log
 _STORE = timedelta(seconds=300)  # longer than a supervisor waits for a fork host
 # Of a storage that takes nothing more: another life would meet it again. Checkpoints have a
@@ -69,9 +70,9 @@ class WorkerJob:
 
     stage: Stage
     folder: Path  # of the stage
-    latents: Latents | None = None  # of a diffusion stage
+    latents: tuple[Latents, ...] = ()  # of a diffusion stage: of its beginning, and what came later
     parent: Path | None = None  # folder of the stage that the init policy starts from
-    parent_latents: Latents | None = None  # of that stage, where latents are paired
+    parent_latents: tuple[Latents, ...] = ()  # of that stage, where latents are paired
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where the checkpoints of all plans lie, if not in the runs
 
@@ -211,20 +212,24 @@ def _join(order: Order, listening: int | None) -> None:
 
 def make_objective(job: WorkerJob, device: torch.device, num_decoders: int) -> Objective:
     """What the stage minimises, on its clips or its latents."""
+    growths = load_growths(job.folder)
     if isinstance(job.stage, AutoencoderStage):
         members, decoders = load_members(job.folder / MEMBERS), shared_decoders(num_decoders)
         decoders.start()  # they come up while the model is built
         return Reconstructing(
             job.stage,
-            VideoSource(job.stage, members, held_out=False, decoders=decoders),
+            VideoSource(job.stage, members, held_out=False, decoders=decoders, growths=growths),
             VideoSource(job.stage, members, held_out=True, decoders=decoders),
             device,
         )
-    assert job.latents is not None, f"stage {job.stage.name} was started without its latents"
-    store = SealedStore.open(*job.latents)
-    source = LatentSource(job.stage, store, held_out=False)
-    held_out = LatentSource(job.stage, store, held_out=True)
-    return FlowMatching(job.stage, source, held_out, source.null_text(), store.schema.text_tokens)
+    assert job.latents, f"stage {job.stage.name} was started without its latents"
+    stores = [SealedStore.open(*latents) for latents in job.latents]
+    pinned = (
+        load_members(job.folder / MEMBERS) if growths or len(job.stage.data.sources) > 1 else None
+    )
+    source = LatentSource(job.stage, stores, held_out=False, members=pinned, growths=growths)
+    held_out = LatentSource(job.stage, stores, held_out=True, members=pinned)
+    return FlowMatching(job.stage, source, held_out, source.null_text(), source.text_tokens)
 
 
 def make_origin(job: WorkerJob) -> Origin:
@@ -236,10 +241,14 @@ def _pairs(job: WorkerJob) -> Pairs:
     parent = parent_of(job.stage.init)
     assert isinstance(parent, DiffusionStage), f"{job.stage.name}: no parent with latents"
     assert isinstance(job.stage, DiffusionStage), type(job.stage)
-    assert job.latents is not None, "the stage's own latents"
-    assert job.parent_latents is not None, "the parent's latents"
+    assert job.latents, "the stage's own latents"
+    assert job.parent_latents, "the parent's latents"
+    old, new = (
+        [SealedStore.open(*latents) for latents in some]
+        for some in (job.parent_latents, job.latents)
+    )
     return Pairs(
         parent,
-        LatentSource(parent, SealedStore.open(*job.parent_latents), held_out=False),
-        LatentSource(job.stage, SealedStore.open(*job.latents), held_out=False),
+        LatentSource(parent, old, held_out=False),
+        LatentSource(job.stage, new, held_out=False),
     )

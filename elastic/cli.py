@@ -6,34 +6,34 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from elastic import job_verbs
 from elastic.checkpoint_place import check_place
-from elastic.checkpoint_store import Keep
+from elastic.completion import SHELLS, script
 from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     aim_flag,
     at_least_one,
     cluster_flags,
+    device_flags,
+    doctor_flags,
     fault_flags,
     finite,
-    gib,
+    json_flag,
     keep_flags,
     latents_flag,
+    port,
     training_flags,
 )
 from elastic.folders import RunFolder
 from elastic.job_verbs import stop_flags, stop_verb, submit_flags
+from elastic.look_verbs import doctor_verb, run_folder, status_verb
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Videos
-
-if TYPE_CHECKING:
-    from elastic.outlook import Faults
 
 # What costs seconds to import (Ray, PyAV, plotly) is imported by the verb that needs it.
 
@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("file", help="stage file")
         one.add_argument("--videos", metavar="DIR", help="use the clips of this folder instead")
         one.add_argument(
-            "--captions", metavar="FILE", help="table of them: CSV or Parquet with path,text"
+            "--captions", metavar="FILE", help="their table (default: NAME.txt beside)"
         )
         if name != "plan":
             submit_flags(one) if name == "submit" else cluster_flags(one)
@@ -108,15 +108,10 @@ def make_parser() -> argparse.ArgumentParser:
                 training_flags(one)
                 keep_flags(one)
             continue
+        json_flag(one)
         keep_flags(one)
-        one.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+        device_flags(one)
         fault_flags(one)
-        one.add_argument(
-            "--gpu-memory",
-            type=gib,
-            metavar="GIB",
-            help="refuse what a GPU of this size cannot hold (default: the one here)",
-        )
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")
@@ -144,13 +139,27 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = _verb(verbs, name, verb, text, f"{name} runs/demo")
         one.add_argument("run", help="run folder")
-    one = _verb(verbs, "stop", stop_verb, "end the driver of a run", "stop runs/demo --save")
-    stop_flags(one)
+        if name == "status":
+            json_flag(one)
+    one = _verb(verbs, "dashboard", dashboard_verb, "show a run in Aim's pages, on this machine",
+                "dashboard runs/demo")  # fmt: skip
+    one.add_argument("run", help="run folder")
+    one.add_argument("--port", type=port, default=0, help="default: any that is free")
+    one.add_argument(
+        "--rebuild", action="store_true", help="first make Aim's repository anew from the journals"
+    )
     one = _verb(verbs, "verify", verify_verb, "read latents, name damage", "verify runs/demo")
     one.add_argument("store", help="run folder, or the folder of one latent store")
-    one.add_argument("--json", action="store_true", help="one JSON list instead of text")
+    json_flag(one)
     one = _verb(verbs, "doctor", doctor_verb, "look at this machine", "doctor --storage runs")
-    one.add_argument("--ray-address", help="look at this Ray cluster as well")
+    doctor_flags(one)
+    example = "completion bash"
+    one = _verb(
+        verbs, "completion", completion_verb, "print what a shell needs to complete", example
+    )
+    one.add_argument("shell", choices=SHELLS, help="its output is read by that shell")
+    one = _verb(verbs, "stop", stop_verb, "end the driver of a run", "stop runs/demo --save")
+    stop_flags(one)
     _verb(verbs, "demo", demo_verb, "the whole course on this machine", "demo")
     return parser
 
@@ -180,11 +189,12 @@ def read_plan_file(flags: argparse.Namespace) -> Plan:
     for name in ("videos", "captions"):
         if getattr(flags, name) == "":
             raise InputError(f"--{name} '': empty; give a path, or leave --{name} out")
-    if (flags.videos is None) != (flags.captions is None):
-        given, other = ("videos", "captions") if flags.videos else ("captions", "videos")
-        raise InputError(f"--{given} was given without --{other}; give both or neither")
+    if flags.captions is not None and flags.videos is None:
+        raise InputError("--captions was given without --videos; give both or neither")
     if flags.videos is None:
         return plan
+    if flags.captions is None:
+        return with_videos(plan, Videos(f"{flags.videos.rstrip('/')}/"))
     return with_videos(plan, Videos(flags.captions, folder=flags.videos))
 
 
@@ -202,32 +212,13 @@ def with_videos(plan: Plan, videos: Videos) -> Plan:
 
 def plan_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print what would happen."""
-    from elastic.fit import GIB, check_fit, local_device_bytes
-    from elastic.forecast import forecast
+    from elastic.plan_text import print_plan
 
-    faults = _faults(flags)
     plan = read_plan_file(flags)
     if flags.videos is not None:
         check_inputs(plan, RunFolder.of(settings.storage_path, plan))
-    keep = Keep(settings.keep_last, settings.keep_every)
-    print(forecast(plan, settings.storage_path, flags.gpus, faults, keep))
-    device_bytes = flags.gpu_memory * GIB if flags.gpu_memory else local_device_bytes()
-    if device_bytes:
-        for stage in plan.stages:
-            check_fit(stage, device_bytes)
+    print_plan(plan, flags, settings)
     return DONE
-
-
-def _faults(flags: argparse.Namespace) -> "Faults | None":
-    """What is said about faults; InputError where it is said of none."""
-    from elastic.outlook import Faults
-
-    if flags.failure_rate is not None:
-        return Faults(flags.failure_rate, flags.announced or 0.0, flags.spares or 0)
-    for name in ("announced", "spares"):
-        if getattr(flags, name) is not None:
-            raise InputError(f"--{name} was given without --failure-rate; give both or neither")
-    return None
 
 
 def encode_verb(flags: argparse.Namespace, settings: Settings) -> int:
@@ -249,8 +240,8 @@ def repair_verb(flags: argparse.Namespace, settings: Settings) -> int:
     plan = read_plan_file(flags)
     folder = RunFolder.of(settings.storage_path, plan)
     check_inputs(plan, folder)
-    from elastic.course import repair_plan
     from elastic.drive import run_course
+    from elastic.repair import repair_plan
 
     run_course(plan, settings, repair_plan)
     print(f"latents: {folder.latents}")
@@ -272,9 +263,10 @@ def train_verb(flags: argparse.Namespace, settings: Settings) -> int:
     check_inputs(plan, RunFolder.of(settings.storage_path, plan))
     from elastic.course import train_plan
     from elastic.drive import run_course
+    from elastic.grow import grow_and_train
     from elastic.report import print_table, summarise, write_report
 
-    folder = run_course(plan, settings, train_plan)
+    folder = run_course(plan, settings, grow_and_train if flags.grow else train_plan)
     print_table(summarise(folder.root))
     print(f"samples: {folder.root / 'samples'}\nreport:  {write_report(folder.root)}")
     return DONE
@@ -287,19 +279,12 @@ def submit_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
-    from elastic.data.places import is_there
-    from elastic.data.table import read_table
+    from elastic.data.table import check_videos
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
-    for videos in dict.fromkeys(stage.data for stage in plan.stages):
-        clips = read_table(videos)
-        # One that is there will do: files that are missing are quarantined one by one.
-        if not any(is_there(clip.path) for clip in clips):
-            raise InputError(
-                f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
-                f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
-            )
+    for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
+        check_videos(videos)
     for stage in plan.stages:
         if finished(folder.stage(stage.name)) is not None:
             continue  # its latents may go on being encoded; what it was trained with may be gone
@@ -370,32 +355,6 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Say how far a run has come."""
-    from elastic.encode_progress import encoding_lines
-    from elastic.goodput import account_lines
-    from elastic.record import read_plan
-    from elastic.stop import asked, has_driver
-    from elastic.summary import print_table, read_history, summarise_history
-    from elastic.weights import finished
-
-    folder = run_folder(flags.run)
-    plan = read_plan(folder)
-    request = asked(folder.root)
-    if request is not None and has_driver(folder.root) is not False:
-        print(f"stopping, as {request.text()}")
-    history = read_history(folder.root)
-    print_table(summarise_history(history))
-    print("\n".join(account_lines(history.account)))
-    names = [stage.name for stage in plan.stages]
-    for line in encoding_lines(folder.root, names, history.events):
-        print(line)
-    for stage in plan.stages:
-        if finished(folder.stage(stage.name)) is None:
-            print(f"not finished: {stage.name} ({stage.budget:,} samples)")
-    return DONE
-
-
 def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Write report.html."""
     from elastic.record import read_plan
@@ -407,18 +366,18 @@ def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def run_folder(path: str) -> RunFolder:
-    """The run folder at a path."""
-    return RunFolder(Path(path).absolute())
+def completion_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Print a completion script."""
+    print(script(make_parser(), flags.shell), end="")
+    return DONE
 
 
-def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Look at this machine."""
-    from elastic.doctor import exit_code, findings, render
+def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Serve Aim's pages until Ctrl-C."""
+    from elastic.dashboard import show
 
-    found = findings(settings.storage_path, settings.ray_address)
-    print(render(found))
-    return exit_code(found)
+    show(run_folder(flags.run), flags.port, flags.rebuild)
+    return DONE
 
 
 def demo_verb(flags: argparse.Namespace, settings: Settings) -> int:

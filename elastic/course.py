@@ -9,31 +9,40 @@ import os
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from elastic.attempt import MEMBERS, Latents, WorkerJob
+from elastic.attempt import Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, held_out_name, load_members
-from elastic.data.encode import EncodeJob, plan_job
-from elastic.data.latents import Scale
-from elastic.data.places import join, parent
-from elastic.data.probes import probe_all
-from elastic.data.schema import NULL_TEXT, PLAN
+from elastic.data.clips import Clips
+from elastic.data.encode import EncodeJob
+from elastic.data.places import join
+from elastic.data.probes import Probed, probe_all
+from elastic.data.schema import NULL_TEXT
 from elastic.data.sealed import read_null_text
 from elastic.data.store_folder import folder_at
-from elastic.data.table import read_table
-from elastic.data.verify import FIELDS, Verdict, verdict_lines, verify
+from elastic.data.table import read_tables
+from elastic.data.verify import FIELDS, Verdict
 from elastic.errors import InputError
-from elastic.files import write_atomic
-from elastic.folders import LATENT_PINS, RunFolder
+from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.journal import read_events
+from elastic.latent_pins import (
+    codec_weights,
+    forget_stale,
+    jobs_of,
+    pin_latents,
+    pinned_latents,
+    read_scale,
+)
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Claim, Limits, fit_stage
-from elastic.record import difference, start_stage
+from elastic.record import start_stage
 from elastic.sample import (
     SampleRequest,
     longest_bucket,
@@ -44,7 +53,7 @@ from elastic.sample import (
 from elastic.start import INIT, check_origin
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
-from stages.init import Align, Continue, FromFile, Init, parent_of
+from stages.init import Align, FromFile, Init, parent_of
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -70,6 +79,8 @@ class Course:
     packs: bool = False  # whether stores of latents that are begun are compressed
     # Set when something is to be trained: from then on the driver keeps warm hosts.
     trains: threading.Event = field(default_factory=threading.Event)
+    # What goes on while a stage trains.
+    beside: "Callable[[Course, Stage], AbstractContextManager[None]]" = lambda *_: nullcontext()
     # Held while a stage trains: who is to stop after a save waits for its workers then.
     claim: Claim = field(default_factory=Claim)
 
@@ -104,40 +115,6 @@ def encode_plan(course: Course) -> None:
             encode_stage(course, stage, pin_members(course, stage))
 
 
-def repair_plan(course: Course) -> None:
-    """Encode again what is damaged of the latents that stages are pinned to.
-
-    InputError where no stage has latents: there is nothing to repair.
-    """
-    pins = {s.name: pin_of(course.folder, s) for s in course.plan.stages}
-    pinned = [stage for stage in course.plan.stages if pins[stage.name].exists()]
-    if not pinned:
-        raise InputError(
-            f"no stage of {course.plan.name!r} has latents yet; encode or train it first"
-        )
-    done: set[str] = set()
-    for stage in pinned:
-        assert isinstance(stage, DiffusionStage), f"{stage.name} has no latents"
-        pin = json.loads(pins[stage.name].read_text())
-        root = join(course.folder.latents, pin["fingerprint"])
-        if root in done or folder_at(root).size(PLAN) is None:  # learnt, and deleted since
-            continue
-        done.add(root)
-        verdict = verify(root)
-        print("\n".join(verdict_lines(root, verdict)), flush=True)
-        if verdict.is_whole:
-            continue
-        new = encode_stage(course, stage, pin_members(course, stage), verdict)
-        print(f"{root}: encoded again: {len(verdict.shards)} shards; sealed as {new.digest}")
-        if new.digest != pin["digest"]:
-            print(f"{root}: was {pin['digest']}; not the same bits: another machine?", flush=True)
-
-
-def pin_of(folder: RunFolder, stage: Stage) -> Path:
-    """The file that says which latents a stage uses; there once they are encoded."""
-    return folder.stage(stage.name) / LATENT_PINS
-
-
 def train_one(course: Course, stage: Stage) -> None:
     """Train one stage to its budget."""
     course.trains.set()
@@ -145,7 +122,7 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
-    latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else None
+    latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else ()
     parent = parent_of(stage.init)
     if not (folder / INIT).exists():
         for line in check_origin(stage).lines():
@@ -153,11 +130,12 @@ def train_one(course: Course, stage: Stage) -> None:
     job = WorkerJob(
         with_absolute_weights(stage), folder, latents,
         parent=course.folder.stage(parent.name) if parent else None,
-        parent_latents=pinned_latents(course.folder, stage.init),
+        parent_latents=_paired_latents(course.folder, stage.init),
         keep=course.keep, checkpoints=course.checkpoints,
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
-    fit_stage(job, root, tracker, course.limits, course.use_gpu, course.claim)
+    with course.beside(course, stage):
+        fit_stage(job, root, tracker, course.limits, course.use_gpu, course.claim)
     course.tracker.event("stage_end", stage.name, stage.budget)
 
 
@@ -173,7 +151,8 @@ def with_absolute_weights(stage: Stage) -> Stage:
 
 
 def pin_members(course: Course, stage: Stage) -> Members:
-    """The clips of the stage, chosen at its first start."""
+    """The clips of the stage, chosen at its first start, or before it (elastic.ray_ahead)."""
+    forget_stale(course.folder, stage)
     path = course.folder.stage(stage.name) / MEMBERS
     if path.exists():
         return load_members(path)
@@ -191,7 +170,16 @@ def pin_members(course: Course, stage: Stage) -> Members:
 
 
 def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> Members:
-    clips = read_table(stage.data, spilled)
+    tables = read_tables(stage.data, spilled)
+    probed = probe_clips(course, stage, Clips.joined(tables))
+    assigned = assign(stage, probed, [len(table) for table in tables])
+    for line in assigned.lines(stage, probed):
+        print(f"{stage.name}  {line}", flush=True)
+    return assigned.save(path)
+
+
+def probe_clips(course: Course, stage: Stage, clips: Clips) -> Probed:
+    """What is known of each clip; InputError where some cannot be read just now."""
     probed = probe_all(clips, course.folder.probes, workers=os.cpu_count() or 1)
     for _ in range(_MORE_TRIES):
         if probed.unreachable:
@@ -214,95 +202,45 @@ def _choose_members(course: Course, stage: Stage, path: Path, spilled: Path) -> 
             f"{reasons.total()} of {len(clips)} clips cannot be used",
             count=reasons.total(), reasons=dict(reasons),
         )  # fmt: skip
-    assigned = assign(stage, probed)
-    for line in assigned.lines(stage, probed):
-        print(f"{stage.name}  {line}", flush=True)
-    return assigned.save(path)
-
-
-def codec_weights(folder: RunFolder, stage: DiffusionStage) -> Path:
-    """The file with the weights of the stage's codec."""
-    if isinstance(stage.vae, AutoencoderStage):
-        return folder.stage(stage.vae.name) / WEIGHTS
-    assert stage.vae.weights is not None, "checked when the stage was made"
-    path = Path(stage.vae.weights).absolute()
-    if not path.is_file():
-        raise InputError(f"stage {stage.name!r}: vae.weights {str(path)!r}: no such file")
-    return path
+    return probed
 
 
 def encode_stage(
-    course: Course, stage: DiffusionStage, members: Members, damaged: Verdict | None = None
-) -> Latents:
-    """Encode what is missing or damaged of the stage's latents, and pin the store that it uses.
+    course: Course,
+    stage: DiffusionStage,
+    members: Members,
+    damaged: Mapping[str, Verdict] | None = None,
+) -> tuple[Latents, ...]:
+    """Encode what is missing or damaged of the stage's latents, and pin the stores that it uses.
 
-    InputError if the stage was pinned to other latents than it would get now.
+    There is one of what it began with, and one of each growth. InputError if the stage was pinned
+    to other latents than it would get now.
     """
-    weights = codec_weights(course.folder, stage)
-    pinned = pin_of(course.folder, stage)
-    scale = read_scale(pinned)
-    if scale is None and isinstance(stage.init, Continue):
-        # The parameters that go on know latents of this scale.
-        scale = read_scale(course.folder.stage(stage.init.stage.name) / LATENT_PINS)
-    if scale is None:
-        scale = find_scale_on_ray(stage, weights, members, course.gpus)
-    job = plan_job(stage, weights, scale, members, course.folder.latents)
-    job = replace(job, packed=course.packs)
-    check_pinned(job, pinned)
-    course.tracker.event("encode_start", stage.name, None, f"to {job.fingerprint}")
-    began, teller = time.monotonic(), EncodeTeller(course.tracker.name, stage.name)
+    jobs = jobs_of(
+        course.folder, stage, members,
+        lambda weights: find_scale_on_ray(stage, weights, members, course.gpus),
+        course.packs,
+    )  # fmt: skip
+    digests = [_encode_store(course, job, (damaged or {}).get(job.root)) for job in jobs]
+    return pin_latents(course.folder, jobs, digests)
+
+
+def _encode_store(course: Course, job: EncodeJob, damaged: Verdict | None) -> str:
+    name = job.stage.name
+    course.tracker.event("encode_start", name, None, f"to {job.fingerprint}")
+    began, teller = time.monotonic(), EncodeTeller(course.tracker.name, name)
     done = encode_on_ray(job, course.gpus, teller, damaged)
-    content = {
-        "fingerprint": job.fingerprint,
-        "digest": done.digest,
-        "scale": {"mean": scale.mean, "std": scale.std},
-        "weights": str(weights),
-        "weights_sha256": job.weights_digest,
-    }
-    write_atomic(pinned, json.dumps(content, indent=1).encode())
     course.tracker.event(
-        "encode_end", stage.name, None, f"sealed as {done.digest}",
-        clips=members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
+        "encode_end", name, None, f"sealed as {done.digest}",
+        clips=job.members.num_clips(), quarantined=len(done.quarantined), encoded=done.clips,
         seconds=round(time.monotonic() - began, 3), device_frames_per_s=done.frames_per_s,
     )  # fmt: skip
-    return Latents(job.root, job.fingerprint, done.digest)
+    return done.digest
 
 
-def pinned_latents(folder: RunFolder, init: Init) -> Latents | None:
-    """The latents that the parent was trained on, where the policy pairs them with the stage's."""
-    if not isinstance(init, Align):
-        return None
-    pinned = json.loads((folder.stage(init.stage.name) / LATENT_PINS).read_text())
-    root = join(folder.latents, pinned["fingerprint"])
-    return Latents(root, pinned["fingerprint"], pinned["digest"])
-
-
-def check_pinned(job: EncodeJob, pinned: Path) -> None:
-    """InputError, with what differs, if the stage was pinned to other latents than the job's."""
-    if not pinned.exists():
-        return
-    before = json.loads(pinned.read_text())["fingerprint"]
-    if before == job.fingerprint:
-        return
-    new = json.loads(folder_at(job.root).read(FIELDS))
-    try:
-        fields = json.loads(folder_at(join(parent(job.root), before)).read(FIELDS))
-        changes = difference(fields, new)
-    except FileNotFoundError:
-        changes = ["those are gone, so what differs is not known"]
-    raise InputError(
-        f"stage {job.stage.name!r} was pinned to the latents {before}, and would now get others: "
-        f"{'; '.join(changes)}. Put back what was there, or give the stage another "
-        f"name; while it has not been trained, {pinned} may be deleted instead"
-    )
-
-
-def read_scale(path: Path) -> Scale | None:
-    """The normalisation that a stage's latents were stored with, if it is known."""
-    if not path.exists():
-        return None
-    scale = json.loads(path.read_text())["scale"]
-    return Scale(tuple(scale["mean"]), tuple(scale["std"]))
+def _paired_latents(folder: RunFolder, init: Init) -> tuple[Latents, ...]:
+    """Those that the parent was trained on, where the policy pairs them with the stage's."""
+    return pinned_latents(folder, init.stage.name) if isinstance(init, Align) else ()
 
 
 def _samples_done(course: Course, stage: Stage) -> bool:
@@ -320,7 +258,8 @@ def show_samples(course: Course, stage: Stage) -> None:
     """Make the videos that show what a finished stage can do."""
     began = time.monotonic()
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
-    clips = list(members.clips[held_out_name(longest_bucket(stage))][:MOST_LOOKED_AT])
+    name = held_out_name(longest_bucket(stage))
+    clips = members.some(name, stage.data.shares, MOST_LOOKED_AT)
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
     if isinstance(stage, AutoencoderStage):
         task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from cluster.local import LocalCluster
@@ -105,9 +103,8 @@ def print_outcome(plan: Plan, folder: RunFolder) -> None:
             )
     sheet = folder.root / "contact-sheet.png"
     contact_sheet(sheet, rows)
-    aim = Path(sys.executable).with_name("aim")
     print(f"contact sheet: {sheet}\nsamples:       {folder.root / 'samples'}")
-    print(f"report:        {report}\nAim:           {aim} up --repo {folder.root}")
+    print(f"report:        {report}\nAim:           python -m elastic dashboard {folder.root}")
 
 
 def read_samples(folder: RunFolder, stage: str) -> tuple[Counter[str], list[tuple[str, Any]]]:

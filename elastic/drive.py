@@ -24,6 +24,7 @@ from elastic.errors import InputError, RunStopped
 from elastic.folders import RunFolder
 from elastic.latent_place import settle_latents
 from elastic.progress import ProgressLine
+from elastic.ray_ahead import EncodeAhead
 from elastic.ray_host import Hosts
 from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import Limits
@@ -62,7 +63,9 @@ def run_course(
         own = None if cluster or _attached(settings) else start_cluster(settings)
         try:
             connect(settings, cluster or own)
-            _supervise(_make_course(plan, settings, folder), settings.aim, work, watch)
+            ahead = EncodeAhead()
+            course = _make_course(plan, settings, folder, ahead)
+            _supervise(course, ahead, settings.aim, work, watch)
         finally:
             ray.shutdown()
             if own is not None:
@@ -103,7 +106,7 @@ def check_address(settings: Settings) -> None:
 
 
 def connect(settings: Settings, cluster: LocalCluster | None) -> None:
-    """Make this process a driver of the given cluster, or of the one that the settings name."""
+    """Make this process a driver of the given cluster, or of that of the settings."""
     if cluster is not None:
         cluster.connect()
         return
@@ -128,7 +131,7 @@ def connect(settings: Settings, cluster: LocalCluster | None) -> None:
         ) from None
 
 
-def _make_course(plan: Plan, settings: Settings, folder: RunFolder) -> Course:
+def _make_course(plan: Plan, settings: Settings, folder: RunFolder, ahead: EncodeAhead) -> Course:
     budgets = {stage.name: stage.budget for stage in plan.stages}
     name = f"tracker-{uuid.uuid4().hex[:12]}"
     return Course(
@@ -140,14 +143,17 @@ def _make_course(plan: Plan, settings: Settings, folder: RunFolder) -> Course:
         Keep(settings.keep_last, settings.keep_every),
         settings.checkpoints,
         settings.pack_latents,
+        beside=ahead,
     )
 
 
-def _supervise(course: Course, use_aim: bool, work: Work, watch: Watch | None) -> None:
+def _supervise(
+    course: Course, ahead: EncodeAhead, use_aim: bool, work: Work, watch: Watch | None
+) -> None:
     tracker = course.tracker
     hosts = Hosts()
     stop = StopWatch(course.folder.root, tracker.event)
-    tracker.event("run_start", reason=f"process {os.getpid()}")
+    tracker.event("run_start", reason=f"process {os.getpid()}", gpus=course.use_gpu)
     failure: list[BaseException] = []
 
     def body() -> None:
@@ -177,6 +183,7 @@ def _supervise(course: Course, use_aim: bool, work: Work, watch: Watch | None) -
         raise
     finally:
         line.end()
+        ahead.close()
         tracker.event("run_end", reason=reason)
         problem = tracker.close()
         if problem and use_aim:

@@ -26,6 +26,16 @@ class Encoded(NamedTuple):
         """At this rate; None where there is none."""
         return (self.total - self.done) / self.rate if self.rate else None
 
+    def as_json(self) -> dict[str, float | None]:
+        """For programs, as docs/json.md says."""
+        return {
+            "clips": self.total,
+            "done": self.done,
+            "quarantined": self.quarantined,
+            "clips_per_s": self.rate,
+            "seconds_left": self.seconds_left,
+        }
+
     def text(self) -> str:
         """For a line of progress."""
         share = self.done / self.total if self.total else 1.0
@@ -88,18 +98,29 @@ def encoding_lines(run_dir: Path, stages: Sequence[str], events: Sequence[Event]
     """What is known of the latents of a run: encoded, or being encoded, and what is left out."""
     lines = []
     for stage in stages:
-        ends = [e for e in events if e["stage"] == stage and e["kind"] == "encode_end"]
+        mine = [event for event in events if event["stage"] == stage]
+        ends = [event for event in mine if event["kind"] == "encode_end"]
         if ends:
-            encoded = sum(event.get("encoded", 0) for event in ends)
-            seconds = sum(event.get("seconds", 0.0) for event in ends)
+            ahead = [event for event in mine if event["kind"] == "encode_ahead_end"]
+            encoded = sum(event.get("encoded", 0) for event in ends + ahead)
+            seconds = sum(event.get("seconds", 0.0) for event in ends + ahead)
+            probed = [event.get("count", 0) for event in mine if event["kind"] == "quarantine"]
             lines.append(
-                f"latents of {stage}: {ends[-1].get('clips', 0):,} clips, "
-                f"{ends[-1].get('quarantined', 0):,} quarantined; "
-                f"{encoded:,} encoded in {seconds:,.0f} s"
+                f"latents of {stage}: {ends[-1].get('clips', 0):,} clips; quarantined: "
+                f"{sum(probed[-1:]):,} when probed, {ends[-1].get('quarantined', 0):,} when "
+                f"encoded; {encoded:,} encoded in {seconds:,.0f} s"
             )
-        path = run_dir / "stages" / stage / ENCODING
-        if path.exists():
-            found = json.loads(path.read_text())
-            at = time.strftime("%H:%M:%S", time.localtime(found.pop("wall")))
-            lines.append(f"encoding {stage}: {Encoded(**found).text()} (at {at})")
+        encoding = read_encoding(run_dir, stage)
+        if encoding is not None:
+            at = time.strftime("%H:%M:%S", time.localtime(encoding[0]))
+            lines.append(f"encoding {stage}: {encoding[1].text()} (at {at})")
     return lines
+
+
+def read_encoding(run_dir: Path, stage: str) -> tuple[float, Encoded] | None:
+    """When, in seconds of the epoch, the encoding of a stage was how far; None without one."""
+    path = run_dir / "stages" / stage / ENCODING
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return found.pop("wall"), Encoded(**found)

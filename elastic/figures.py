@@ -40,6 +40,7 @@ _ACTIVITY_COLOURS = {
     OTHER: "#8a8f98",
     DOWN: "#3b4048",
 }
+STRIP_AXIS = "y3"  # of what went on, in the timeline
 _MOST_POINTS = 2000  # of one line; a phone draws no more in good time
 
 # Kind of event: symbol, colour, label.
@@ -126,7 +127,7 @@ def timeline_figure(history: History, identifier: str) -> Figure:
         "yaxis": {**world, "dtick": max(1, _most_workers(history.events) // 5)},
         "yaxis2": {"title": {"text": "samples / s"}, "domain": [0, 0.42], "rangemode": "tozero"},
         "yaxis3": {"domain": [0.48, 0.55], "visible": False, "fixedrange": True},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "showlegend": False,  # the page has a key
         "margin": {"t": 10, "r": 10, "b": 45, "l": 55},
         "shapes": lines,
     }
@@ -154,7 +155,7 @@ def _strip(account: Account, zero: float) -> list[Trace]:
                 "type": "bar",
                 "orientation": "h",
                 "name": activity,
-                "yaxis": "y3",
+                "yaxis": STRIP_AXIS,
                 "y": [0] * len(mine),
                 "base": [_minutes(span.begin, zero) for span in mine],
                 "x": [round(span.seconds / 60, 4) for span in mine],
@@ -210,7 +211,7 @@ def time_figure(account: Account, identifier: str) -> Figure:
         "barmode": "stack",
         "xaxis": {"title": {"text": "seconds"}},
         "yaxis": {"autorange": "reversed", "type": "category"},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "showlegend": False,
         "margin": {"t": 10, "r": 10, "b": 45, "l": 10},
     }
     return {"id": identifier, "data": data, "layout": layout}

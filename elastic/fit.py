@@ -16,6 +16,7 @@ from elastic.memory import (
 )
 from models.codec import CodecModule
 from models.recompute import RECOMPUTE, Recompute
+from stages.layout import multiple
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
@@ -56,7 +57,7 @@ def workers_on(stage: Stage, gpus: int | None) -> int:
             f"stage {stage.name!r}: workers {stage.workers}: it needs {low} and there are {gpus} "
             "GPUs; lower the first number, or plan for more"
         )
-    return min(gpus, high)
+    return min(gpus - gpus % stage.multiple, high)
 
 
 def policies(stage: Stage) -> tuple[Recompute, ...]:
@@ -104,7 +105,10 @@ _NOTHING = (
 def _remedies(
     stage: Stage, module: nn.Module, bucket: Bucket, device_bytes: float
 ) -> Iterator[str]:
-    """The largest micro-batch on the fewest workers; then the fewest workers for the one asked."""
+    """The largest micro-batch on the fewest workers; then, for the one asked, more workers.
+
+    As few more as hold the model, or else as share the tokens of a sample.
+    """
     room, (low, high) = HEADROOM * device_bytes, stage.workers
     each = {
         policy: kept_for(stage, module, bucket, policy) / bucket.micro for policy in policies(stage)
@@ -115,13 +119,30 @@ def _remedies(
         if micro:
             fits = shown(state + micro * each[policy])
             yield f"{_how(stage, policy)}micro={micro} fits ({fits})"
-    for workers in range(low + 1, high + 1):
+    for workers in range(low + stage.multiple, high + 1, stage.multiple):
         state = state_memory(stage, module, workers).total
         fitting = [p for p in each if state + bucket.micro * each[p] <= room]
         if fitting:
             policy = min(fitting, key=lambda p: p != stage.recompute)
             yield f"{_how(stage, policy)}workers=({workers}, {high}) fits as it is"
             return
+    for wider in _sharing_more(stage):
+        need = state_memory(wider, module, wider.workers[0]).total
+        if need + kept_for(wider, module, bucket, wider.recompute) <= room:
+            yield f"context={wider.context} and workers={wider.workers} fits as it is"
+            return
+
+
+def _sharing_more(stage: Stage) -> Iterator[DiffusionStage]:
+    """The stage with more workers a sample, as many as its heads and its most workers allow."""
+    if not isinstance(stage, DiffusionStage) or stage.exact:
+        return
+    low, high = stage.workers
+    for context in range(stage.context + 1, stage.model.heads + 1):
+        one = multiple(context, stage.shard_within)
+        fewest = -(-low // one) * one
+        if stage.model.heads % context == 0 and fewest <= high:
+            yield stage.replace(context=context, workers=(fewest, high // one * one))
 
 
 def _how(stage: Stage, policy: Recompute) -> str:

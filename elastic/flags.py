@@ -38,6 +38,11 @@ def latents_flag(parser: argparse.ArgumentParser) -> None:
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """What training alone takes: when it moves, what is a hang, where checkpoints are written."""
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help="take in what was added to the tables of stages that are under way",
+    )
     parser.add_argument("--min-stay", help="seconds that a group keeps its size (default: 30)")
     parser.add_argument(
         "--leave-before", help="seconds before a node with notice goes to leave it (default: 60)"
@@ -53,6 +58,22 @@ def keep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-last", type=at_least_one, help="kept a stage (default 2)")
     parser.add_argument(
         "--keep-every", type=at_least_one, metavar="SAMPLES", help="and one in so many for good"
+    )
+
+
+def device_flags(parser: argparse.ArgumentParser) -> None:
+    """The GPUs that a plan is meant for, and whether the one here is tried."""
+    parser.add_argument("--gpus", type=at_least_one, help="for so many GPUs (default: fewest)")
+    parser.add_argument(
+        "--gpu-memory",
+        type=gib,
+        metavar="GIB",
+        help="refuse what a GPU of this size cannot hold (default: the one here)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time micro-batches of growing size on this device, and say which is fastest",
     )
 
 
@@ -76,10 +97,39 @@ def fault_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def doctor_flags(parser: argparse.ArgumentParser) -> None:
+    """What is looked at beside this machine and its storage."""
+    parser.add_argument("--checkpoints", metavar="URL", help="folder or s3:// URL to look at")
+    parser.add_argument("--latents", metavar="URL", help="folder or s3:// URL to look at")
+    parser.add_argument("--ray-address", help="HOST:PORT of a cluster, whose nodes are looked at")
+    parser.add_argument(
+        "--port",
+        type=port,
+        action="append",
+        default=[],
+        help="that should be free; may be given many times",
+    )
+    json_flag(parser)
+
+
+def json_flag(parser: argparse.ArgumentParser) -> None:
+    """What verbs that report take."""
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object instead of text (docs/json.md)"
+    )
+
+
 def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 is any that is free."""
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a port, 0 to 65535")
     return int(text)
 
 

@@ -8,6 +8,7 @@ from stages.plan import Plan
 
 LATENTS_AT = "latents-at.json"  # in the run folder, if its latents lie elsewhere: where
 LATENT_PINS = "latents.json"  # in a stage's folder: which latents it uses
+MEMBERS = "clips.arrow"  # beside it: which clips
 
 
 @dataclass(frozen=True)

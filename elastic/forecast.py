@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
+from elastic.data.clips import Clips
 from elastic.data.places import is_there
 from elastic.data.schema import TEXT_BLOCK
-from elastic.data.table import read_table
+from elastic.data.table import read_tables
 from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
 from elastic.start import check_origin
+from elastic.traffic import update_traffic
 from elastic.weights import finished
 from models.flow import time_shift
 from models.t5_clip import T5Clip
@@ -28,7 +30,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 _BYTES_SAVED = 16  # fp32: value, two moments, average
 _BYTES_SAVED_OF_CRITIC = 12  # fp32: value, two moments
-_BYTES_A_WEIGHT = 4
+BYTES_A_WEIGHT = 4
 
 
 def forecast(
@@ -50,40 +52,49 @@ def forecast(
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
         lines += [f"   {line}" for line in _stage(stage, gpus)]
         if faults is not None:
-            workers, size = workers_on(stage, gpus), _saved_bytes(stage)
+            workers, size = workers_on(stage, gpus), saved_bytes(stage)
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
     if faults is not None:
-        largest = max(_saved_bytes(stage) for stage in plan.stages)
+        largest = max(saved_bytes(stage) for stage in plan.stages)
         lines += ["", *scale_lines(faults, largest, gpus)]
     return "\n".join(lines)
 
 
 def _disk(plan: Plan, keep: Keep) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
-    counts = [_count(stage) for stage in plan.stages]
-    saved = [_saved_bytes(stage) for stage in plan.stages]
+    counts = [count_parameters(stage) for stage in plan.stages]
+    saved = [saved_bytes(stage) for stage in plan.stages]
     held = [keep.most(stage.budget) for stage in plan.stages]
     parts = [
-        f"weights {shown(sum(counts) * _BYTES_A_WEIGHT)}",
+        f"weights {shown(sum(counts) * BYTES_A_WEIGHT)}",
         f"checkpoints {shown(sum(map(mul, held, saved)))} ({keep}), "
         f"{shown(max(saved))} more while one is written",
     ]
-    stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
-    if not stages:
+    if not any(isinstance(stage, DiffusionStage) for stage in plan.stages):
         return "; ".join(parts)
-    if not all(is_there(stage.data.table) for stage in stages):
+    latents = most_latent_bytes(plan)
+    if latents is None:
         return "; ".join([*parts, "latents: not known before the table of clips is there"])
-    latents = 0
-    for stage in stages:
-        clips = read_table(stage.data)
-        a_clip = sum(_latent_bytes(stage, bucket) for bucket in stage.buckets)
-        a_clip += len(stage.buckets) * text_bytes(stage, clips.texts())
-        latents += len(clips) * a_clip
     return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
 
 
-def _latent_bytes(stage: Stage, bucket: Bucket) -> int:
+def most_latent_bytes(plan: Plan) -> int | None:
+    """What is stored of all clips if each fills each bucket; None before the tables are there."""
+    stages = [stage for stage in plan.stages if isinstance(stage, DiffusionStage)]
+    sources = [videos for stage in stages for videos in stage.data.sources]
+    if not all(is_there(videos.table) for videos in sources):
+        return None
+    latents = 0
+    for stage in stages:
+        clips = Clips.joined(read_tables(stage.data))
+        a_clip = sum(latent_bytes(stage, bucket) for bucket in stage.buckets)
+        a_clip += len(stage.buckets) * text_bytes(stage, clips.texts())
+        latents += len(clips) * a_clip
+    return latents
+
+
+def latent_bytes(stage: Stage, bucket: Bucket) -> int:
     """What is stored of a clip in this bucket beside its text."""
     t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     values = stage.codec.stored_channels * t * h * w
@@ -102,19 +113,41 @@ def text_bytes(stage: DiffusionStage, captions: Iterable[str]) -> int:
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
     (low, high), workers = stage.workers, workers_on(stage, gpus)
     module = stage.build()
-    count = _count(stage)
+    count = count_parameters(stage)
     return [
+        *_data(stage),
         f"codec       {_codec(stage)}",
         *(_conditions(stage) if isinstance(stage, DiffusionStage) else []),
         f"parameters  {count:,}",
         *_start(stage),
-        f"workers     {low} to {high}",
+        f"workers     {low} to {high}{_layout(stage, workers)}",
         *memory_lines(stage, module, gpus),
-        f"checkpoint  {shown(_saved_bytes(stage))} every {stage.save_every:,} samples, with "
-        f"{shown(_saved_bytes(stage) / workers)} of host memory on each of {workers} workers",
+        f"checkpoint  {shown(saved_bytes(stage))} every {stage.save_every:,} samples, with "
+        f"{shown(saved_bytes(stage) / stage.holders(workers))} of host memory on each of "
+        f"{workers} workers",
         *(_losses(stage) if isinstance(stage, AutoencoderStage) else []),
-        *_phases(stage, gpus),
+        *_phases(stage, module, gpus),
     ]
+
+
+def _data(stage: Stage) -> list[str]:
+    """Of a mix, what each source has of the samples."""
+    if len(stage.data.sources) == 1:
+        return []
+    each = zip(stage.data.shares, stage.data.sources, strict=True)
+    return [f"data        {', '.join(f'{float(s):.4g} {v.table}' for s, v in each)}"]
+
+
+def _layout(stage: Stage, workers: int) -> str:
+    """What so many workers share, where that is more than the model."""
+    if stage.multiple == 1 and stage.shard_within is None:
+        return ""
+    holders, context = stage.holders(workers), stage.context
+    said = [f", in multiples of {stage.multiple}; of {workers}, {workers // holders} x {holders}"]
+    said.append("hold the model" if holders < workers else "hold the model together")
+    if context > 1:
+        said.append(f"and {workers // context} x {context} share the tokens of a sample")
+    return " ".join(said)
 
 
 def _start(stage: Stage) -> list[str]:
@@ -154,14 +187,15 @@ def _losses(stage: AutoencoderStage) -> list[str]:
     return lines
 
 
-def _saved_bytes(stage: Stage) -> int:
+def saved_bytes(stage: Stage) -> int:
     """A checkpoint: the model's state and the critic's, which has no average."""
     critic = stage.adversarial if isinstance(stage, AutoencoderStage) else None
     extra = 0 if critic is None else _size(critic.build("meta")) * _BYTES_SAVED_OF_CRITIC
-    return _count(stage) * _BYTES_SAVED + extra
+    return count_parameters(stage) * _BYTES_SAVED + extra
 
 
-def _count(stage: Stage) -> int:
+def count_parameters(stage: Stage) -> int:
+    """Parameters that the stage trains, and those that it holds still."""
     return sum(math.prod(shape) for shape in shapes_of(stage).values())
 
 
@@ -169,31 +203,33 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _phases(stage: Stage, gpus: int | None) -> list[str]:
+def _phases(stage: Stage, module: nn.Module, gpus: int | None) -> list[str]:
     lines, start = [], 0
     for phase in stage.schedule:
         cycles = (phase.until - start) // phase.cycle
         lines.append(f"samples     {start:,} to {phase.until:,}: {cycles:,} rounds of")
         for bucket in phase.buckets:
             lines.append(
-                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, bucket, gpus)}"
+                f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, module, bucket, gpus)}"
             )
         start = phase.until
     return lines
 
 
-def _shape(stage: Stage, bucket: Bucket, gpus: int | None) -> str:
+def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -> str:
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     shape = f"latent {stage.codec.channels}x{'x'.join(map(str, grid))}"
     if not isinstance(stage, DiffusionStage):
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
-        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, "
-        f"{shown(_latent_bytes(stage, bucket))} stored a clip"
+        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
+        f"sends {shown(sent / workers)}, "
+        f"{shown(latent_bytes(stage, bucket))} stored a clip"
     )
 
 

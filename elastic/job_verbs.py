@@ -92,11 +92,10 @@ def _run_on_the_cluster(plan: Plan, settings: Settings) -> Path:
 def relative_paths(plan: Plan) -> Iterator[str]:
     """Files that stages name by relative paths, as `stage 'a': data.table 'b.csv'`."""
     for stage in plan.stages:
-        named = {
-            "data.table": stage.data.table,
-            "data.folder": stage.data.folder,
-            "vae.weights": stage.codec.weights,
-        }
+        named = {"vae.weights": stage.codec.weights}
+        for number, videos in enumerate(stage.data.sources):
+            where = "data" if len(stage.data.sources) == 1 else f"data.parts[{number}].videos"
+            named |= {f"{where}.table": videos.table, f"{where}.folder": videos.folder}
         if isinstance(stage.init, FromFile):
             named["init.path"] = stage.init.path
         if isinstance(stage, AutoencoderStage) and isinstance(stage.perceptual, Lpips):

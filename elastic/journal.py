@@ -34,8 +34,10 @@ class Event(TypedDict):
     world_to: NotRequired[int]
     lost_samples: NotRequired[int]
     what: NotRequired[str]
+    gpus: NotRequired[bool]  # of a run_start: whether each worker computes on a GPU
     nodes: NotRequired[int]
     clips: NotRequired[int]
+    shards: NotRequired[int]
     quarantined: NotRequired[int]
     encoded: NotRequired[int]  # clips of all buckets that this encoding has done itself
     device_frames_per_s: NotRequired[float | None]  # into a codec, mean over the devices

@@ -21,7 +21,8 @@ def verify_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Read all of a store, or of every store of a run, and say what is damaged."""
     verdicts = {root: verify(root, _show) for root in stores_of(flags.store)}
     if flags.json:
-        print(json.dumps([as_json(root, verdict) for root, verdict in verdicts.items()]))
+        stores = [as_json(root, verdict) for root, verdict in verdicts.items()]
+        print(json.dumps({"whole": all(one["whole"] for one in stores), "stores": stores}))
     else:
         for root, verdict in verdicts.items():
             print("\n".join(verdict_lines(root, verdict)))

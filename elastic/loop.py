@@ -71,7 +71,7 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
 
 def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
-    world = run.world
+    world = run.world.arranged(stage.context, stage.shard_within)
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
     with run.phase("build"):
         model = shard(objective.build(), world, precision)
@@ -111,6 +111,11 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         run.checkpoints.poll()  # of the save that goes on beside the updates
         # Report, save and stop before training, so a resumed run and a finished one use one door.
         finished = progress.samples >= stage.budget
+        if not finished:
+            run.beat("read", progress.samples)  # storage may be slow without being dead
+            step = run.meter.waiting(stream.step, progress.samples)
+        # Everyone has read when this returns: who trains may not be silent for long, and would be
+        # while another rank still reads.
         asked = world.most(_STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0)
         stopping = asked == _STOP
         if is_due(stage.evaluate_every, progress.samples, evaluated_at) or finished:
@@ -126,10 +131,6 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         if finished or stopping:
             break
 
-        run.beat("read", progress.samples)  # storage may be slow without being dead
-        step = run.meter.waiting(stream.step, progress.samples)
-        # Who trains may not be silent for long, and would be while another rank still reads.
-        world.most(0)
         # Whoever compiles keeps the others waiting.
         is_new = compiled and not objective.graphs(step) <= compiled_for
         run.beat("compile" if is_new else "train", progress.samples)
@@ -263,4 +264,4 @@ def _square_sum(gradients: list[Tensor], world: World) -> Tensor:
     if gradients:
         norms = torch._foreach_norm(gradients, dtype=torch.float64)
         squares = torch.stack(norms).square().sum()
-    return world.sum(squares)
+    return world.sum(squares) / world.replicas

@@ -55,9 +55,10 @@ class Memory:
 
 
 def state_memory(stage: Stage, module: nn.Module, workers: int) -> Memory:
-    """Everything but activations, on each of some workers; parameters are sharded over all."""
+    """Everything but activations, on each of some workers, as the stage has them sharded."""
     count = sum(parameter.numel() for parameter in module.parameters())
-    shard = FP32 * count / workers
+    holders = stage.holders(workers)
+    shard = FP32 * count / holders
     moments = 2  # Muon keeps one for matrices; the larger need is planned for
     return Memory(
         parameters=shard,
@@ -66,7 +67,7 @@ def state_memory(stage: Stage, module: nn.Module, workers: int) -> Memory:
         average=shard,
         critic=_critic(stage),
         # One worker gathers nothing, but computes with copies in bf16.
-        gathered=_gathered(stage, module) if workers > 1 or precision_bytes(stage) < FP32 else 0.0,
+        gathered=_gathered(stage, module) if holders > 1 or precision_bytes(stage) < FP32 else 0.0,
         muon=_muon(stage, module),
         exact=_exact(stage, module, workers) if stage.exact else 0.0,
         activations=0.0,
@@ -123,11 +124,12 @@ def precision_bytes(stage: Stage) -> int:
 def activations(
     stage: DiffusionStage, bucket: Bucket, text_tokens: int, recompute: Recompute
 ) -> float:
-    """Bytes kept for one micro-batch of a bucket."""
+    """Bytes kept for one micro-batch of a bucket, by each worker of a context."""
     tokens = text_tokens + stage.model.tokens(
         stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     )
-    return bucket.micro * tokens * kept_per_token(stage.model, precision_bytes(stage), recompute)
+    own = -(-tokens // stage.context)
+    return bucket.micro * own * kept_per_token(stage.model, precision_bytes(stage), recompute)
 
 
 def kept_per_token(model: DiT, width_bytes: int, recompute: Recompute) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,28 @@ import torch
 from torch import Tensor
 
 from elastic.data.load import Micro, Step
+from elastic.device_peaks import memory_peak, peak_flops
 from elastic.errors import StageBlocked
 from elastic.exact import totals
 from elastic.objective import Losses
 from elastic.state import Progress
+from elastic.workload import model_flops, useful_tokens, video_tokens
 from elastic.world import World
-from stages.schedule import Bucket
 from stages.stage import Stage
+
+OF_THE_MACHINES = frozenset(
+    {
+        "samples_per_s",
+        "tokens_per_s",
+        "tokens_per_s_per_worker",
+        "data_wait",
+        "useful_tokens",
+        "flops_per_device",
+        "mfu",
+        "memory_peak",
+    }
+)
+"""Values of a line that differ with the machines and the time of day; all others may not."""
 
 Sum = tuple[float, int]  # of the losses of so many samples
 Sink = Callable[[dict[str, Any]], None]  # one metrics.jsonl line
@@ -86,7 +101,8 @@ class Meter:
         self._attempt = attempt
         self._sink = sink
         self._norms: deque[_Norms] = deque()
-        self._tokens = {b.name: _tokens(stage, b) for b in stage.buckets}
+        self._buckets = {bucket.name: bucket for bucket in stage.buckets}
+        self._peak_flops = peak_flops(world.device)
         self._restart(0)
 
     def _restart(self, samples: int) -> None:
@@ -94,6 +110,8 @@ class Meter:
         self._began = time.monotonic()
         self._waited_s = 0.0
         self._num_tokens = 0
+        self._num_computed = 0
+        self._lengths: dict[str, Counter[int]] = {}  # of real text, by bucket
         self._loss: dict[str, list[Tensor]] = {}
         self._parts: dict[str, list[Tensor]] = {}
         self._parts_since: dict[str, int] = {}
@@ -115,6 +133,8 @@ class Meter:
     def add_losses(self, micro: Micro, losses: Losses, weight_B: Tensor) -> None:
         """Add the losses of one micro-batch; every rank has parts of the same names."""
         bucket = micro.bucket.name
+        self._num_computed += losses.work.computed
+        self._lengths.setdefault(bucket, Counter()).update(losses.work.lengths)
         self._loss.setdefault(bucket, []).append((losses.model_B * weight_B).sum())
         for name, part_B in losses.parts_B.items():
             self._parts.setdefault(name, []).append((part_B * weight_B).sum())
@@ -146,7 +166,7 @@ class Meter:
         """
         bucket = step.plan.bucket
         self._counts[bucket.name] = self._counts.get(bucket.name, 0) + bucket.batch
-        self._num_tokens += self._tokens[bucket.name] * bucket.batch
+        self._num_tokens += video_tokens(self._stage, bucket) * bucket.batch
         self._latest = {"lr": rate, **norms}
         if is_due(self._stage.log_every, progress.samples, self._since):
             return self.flush(progress)
@@ -180,12 +200,41 @@ class Meter:
                 },
                 **{name: float(value) for name, value in self._latest.items()},
                 "samples_per_s": num_samples / elapsed,
-                "tokens_per_s": self._num_tokens / elapsed,
-                "data_wait": self._waited_s / elapsed,
+                **self._speed(elapsed),
             },
         )
         self._restart(progress.samples)
         return by_bucket
+
+    def _speed(self, elapsed: float) -> dict[str, float]:
+        """How fast the devices of all ranks train, and what of it is of use."""
+        # Ranks of one context compute the same samples together: they are counted once.
+        counted = self._lengths if self._world.counts else {}
+        done = [(self._buckets[name], lengths) for name, lengths in counted.items()]
+        mine = [
+            self._num_computed if self._world.counts else 0,
+            sum(useful_tokens(self._stage, bucket, lengths) for bucket, lengths in done),
+            sum(model_flops(self._stage, bucket, lengths) for bucket, lengths in done),
+            self._peak_flops or math.nan,
+            self._waited_s,
+            memory_peak(self._world.device),
+        ]
+        ranks = self._world.stack(
+            torch.tensor(mine, dtype=torch.float64, device=self._world.device)
+        )
+        computed, useful, flops, peaks, *_ = ranks.sum(0).tolist()
+        *_, waited, memory = ranks.amax(0).tolist()  # the others wait for the slowest
+        speed = {
+            "tokens_per_s": self._num_tokens / elapsed,
+            "tokens_per_s_per_worker": self._num_tokens / elapsed / self._world.size,
+            "data_wait": waited / elapsed,
+            "useful_tokens": useful / computed,
+            "flops_per_device": flops / elapsed / self._world.size,
+            "memory_peak": memory,
+        }
+        if math.isfinite(peaks):  # of every device
+            speed["mfu"] = flops / elapsed / peaks
+        return speed
 
     def _sums(self, collected: list[list[Tensor]]) -> list[float]:
         """The sum of each list over all ranks."""
@@ -224,9 +273,3 @@ class Meter:
                 **more,
             }
         )
-
-
-def _tokens(stage: Stage, bucket: Bucket) -> int:
-    patch = getattr(getattr(stage, "model", None), "patch", 1)
-    t, h, w = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    return t * (h // patch) * (w // patch)

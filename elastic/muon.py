@@ -93,7 +93,10 @@ def shares(shapes: Sequence[torch.Size], size: int) -> list[int]:
 
 
 def _group(like: Tensor) -> dist.ProcessGroup | None:
-    return like.device_mesh.get_group() if isinstance(like, DTensor) else None
+    """The ranks that hold a tensor together: each replica moves it by itself, and alike."""
+    if not isinstance(like, DTensor):
+        return None
+    return like.device_mesh.get_group(like.device_mesh.ndim - 1)
 
 
 def _exchange(

@@ -14,6 +14,7 @@ from elastic.errors import InputError
 from elastic.exact import totals
 from elastic.kernels import compiles, text_room
 from elastic.randomness import normals, sample_generator, uniforms
+from elastic.workload import Workload, workload
 from elastic.world import World, on_device
 from models.codec import Reconstruction
 from models.flow import conditioned, flow_loss_B, time_shift, timesteps
@@ -33,6 +34,7 @@ class Losses(NamedTuple):
 
     model_B: Tensor
     """What the model minimises, and what is called the loss."""
+    work: Workload
     critic_B: Tensor | None = None
     """What the critic minimises; its gradients reach the critic alone, and no other does."""
     parts_B: Mapping[str, Tensor] = MappingProxyType({})
@@ -102,11 +104,11 @@ class FlowMatching:
 
     def losses(self, model: nn.Module, micro: Micro) -> Losses:
         """Squared error of the velocity, per sample."""
-        return Losses(self._loss_B(model, micro, "train"))
+        return self._losses(model, micro, "train")
 
-    def _loss_B(
+    def _losses(
         self, model: nn.Module, micro: Micro, use: Use, choice: Choice | None = None
-    ) -> Tensor:
+    ) -> Losses:
         """The loss of each sample, given the frames of `choice`; None draws it for each."""
         samples = micro.samples
         generators = self._generators(micro, use)
@@ -124,7 +126,7 @@ class FlowMatching:
             if is_compiled
             else trimmed(text)
         )
-        return flow_loss_B(
+        loss_B = flow_loss_B(
             conditioned(
                 model,
                 1.0 if self._stage.model.guidance else None,
@@ -135,6 +137,7 @@ class FlowMatching:
             on_device(t_B, device),
             TextBatch(*(None if x is None else on_device(x, device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
         )
+        return Losses(loss_B, workload(self._stage, micro, text))
 
     def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
         """What would be compiled for a step, by any rank: each bucket and length of text."""
@@ -215,10 +218,10 @@ class FlowMatching:
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         for bucket in buckets:
-            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
                 weight_B = micro.samples.weight_B.to(world.device).double()
                 with torch.no_grad():
-                    loss_B = self._loss_B(model, micro, "held-out", choice)
+                    loss_B = self._losses(model, micro, "held-out", choice).model_B
                 losses.append((loss_B * weight_B).sum())
                 weights.append(weight_B.sum())
         total, count = totals([losses, weights], world)
@@ -283,7 +286,8 @@ class Reconstructing:
         loss_B = torch.stack(list(parts_B.values())).sum(0)
         if critic_B is not None:
             parts_B["loss_critic"] = critic_B
-        return Losses(loss_B, critic_B, parts_B if len(parts_B) > 1 else {})
+        work = workload(stage, micro)
+        return Losses(loss_B, work, critic_B, parts_B if len(parts_B) > 1 else {})
 
     def _parts_B(self, x_BCTHW: Tensor, reconstruction: Reconstruction) -> dict[str, Tensor]:
         """The addends of the loss by name, without the critic's."""
@@ -307,7 +311,7 @@ class Reconstructing:
         """
         measured: list[list[Tensor]] = [[], [], [], []]
         for bucket in self._video_buckets():
-            for micro in held_out_rounds(self._held_out, bucket, self._stage.held_out, world):
+            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
                 x_BCTHW = micro.samples.x_BCTHW.to(world.device)
                 with torch.no_grad():
                     output = model(x_BCTHW, None)

@@ -23,6 +23,7 @@ from cluster.constants import (
 from cluster.goodput import DAY_S, Costs, Expected, Fleet, best_interval, expected
 from elastic.goodput import duration
 from elastic.timeline import LOST, SAVING, STARTING
+from elastic.workload import dit_flops
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
@@ -145,16 +146,7 @@ def _sources() -> Iterator[str]:
 
 def sample_flops(stage: DiffusionStage, bucket: Bucket) -> float:
     """FLOPs of one sample, forward and backward, with the longest text."""
-    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    frames, height, width = stage.model.token_grid(grid)
-    text = stage.text
-    return 3 * stage.model.forward_flops(
-        frames * height * width,
-        text.most_tokens(()),
-        stage.codec.channels,
-        text.width,
-        text.pooled_width,
-    )
+    return dit_flops(stage, bucket, stage.text.most_tokens(()))
 
 
 def seconds_a_sample(stage: Stage, gpus: int) -> float | None:

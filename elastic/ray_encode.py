@@ -92,7 +92,7 @@ def encode_on_ray(
     A task that fails for a reason of its own, such as a full disk, is raised after the others.
     InputError, which every other shard would only repeat, cancels what has not begun.
     """
-    store = open_store(job)
+    store = open_store(job, [fault.name for fault in damaged.seal] if damaged else ())
     again = set(damaged.shards) if damaged else set()
     wanted = {*store.missing(), *again}
     missing = [shard for shard in store.shard_ids() if shard in wanted]

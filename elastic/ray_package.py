@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-from elastic.doctor import PACKAGES
 from elastic.errors import InputError
+from elastic.own_packages import PACKAGES
 
 # Of one request to Ray's job API; headers and file names take a little of it.
 LIMIT_BYTES = 100 << 20

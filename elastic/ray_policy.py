@@ -62,8 +62,9 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     silent nodes as capacity, and grows as soon as anything comes. This one has the coordinator look
     again each time, asks for as much more as lies on nodes that do not count, leaves a node that
     has notice `leave_before` seconds before its end, and grows only when the group has had its size
-    for `min_stay` seconds and the new capacity has stood, free, for a third of that. Once a stop is
-    wanted it has the group save and moves nothing any more: the driver ends the run.
+    for `min_stay` seconds and the new capacity has stood, free, for a third of that. Every size is
+    a `multiple`, as are the fewest and the most. Once a stop is wanted it has the group save and
+    moves nothing any more: the driver ends the run.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         leave_before: float,
         tell: Teller,
         stop_wanted: Callable[[], bool],
+        multiple: int = 1,
     ) -> None:
         super().__init__(scaling_config)
+        self._multiple = multiple
         self._min_stay = min_stay
         self._leave_before = leave_before
         self._tell = tell
@@ -100,7 +103,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         possible = self._possible(must_answer=True)
         if possible is not None and self._num_tries:
             # Somebody else's work is where the last group did not fit in time.
-            possible = min(possible, self._free())
+            possible = self._admissible(min(possible, self._free()))
         if possible is None or possible < self.scaling_config.min_workers:
             if possible is not None and not self._is_waiting:
                 self._is_waiting = True
@@ -137,10 +140,11 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         staying = {node for node in going if (self._time_left(node) or 0.0) > self._leave_before}
         self._save_for(staying, worker_group_state)
         others = sum(node not in staying for node in members)
-        if going - staying or possible < others:
+        if going - staying or possible < self._admissible(others):
             return self._get_resize_decision(possible)
         # The next group has the places of the others and what is free.
-        possible = min(possible, others + self._free()) if possible > size else possible
+        if possible > size:
+            possible = min(possible, self._admissible(others + self._free()))
         if possible <= size:
             self._larger = (0, now)
             return NoopDecision()
@@ -216,7 +220,12 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         except Exception as error:  # whatever it is: a healthy group must not end by it
             log.warning("the capacity of the cluster is not known just now: %s", error)
             return None
-        return int(self._count_possible_workers(_only(reserved, reserved.keys() - barred)))
+        counted = _only(reserved, reserved.keys() - barred)
+        return self._admissible(int(self._count_possible_workers(counted)))
+
+    def _admissible(self, workers: int) -> int:
+        """As many of them as a group can have."""
+        return workers - workers % self._multiple
 
     def _reserved(self) -> Any:
         asked = self._autoscaling_coordinator.get_reserved_resources.remote(

@@ -132,7 +132,7 @@ def fit_stage(
         elastic_resize_monitor_interval_s=_LOOK_EVERY_S,
     )
     capacity = CapacityPolicy(
-        scaling, limits.min_stay, limits.leave_before, tell, lambda: is_to_save(run)
+        scaling, limits.min_stay, limits.leave_before, tell, lambda: is_to_save(run), stage.multiple
     )
     policies = {
         "scaling_policy": capacity,

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from elastic.data.places import is_url
 from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import RunFolder
@@ -39,8 +40,13 @@ def write_record(folder: RunFolder, plan: Plan) -> None:
 def start_stage(folder: RunFolder, stage: Stage) -> None:
     """Record a stage as it starts."""
     record = _read(folder)
-    record["started"][stage.name] = _described(stage)
+    record["started"][stage.name] = described(stage)
     write_atomic(folder.record, json.dumps(record, indent=1).encode())
+
+
+def has_started(folder: RunFolder, stage: Stage) -> bool:
+    """Whether the stage has started in this run, and so may not change any more."""
+    return stage.name in _read(folder)["started"]
 
 
 def check_unchanged(folder: RunFolder, plan: Plan) -> None:
@@ -50,7 +56,7 @@ def check_unchanged(folder: RunFolder, plan: Plan) -> None:
         if stage.name not in started:
             continue
         # Through JSON, so that both sides have lists where records have tuples.
-        now = json.loads(json.dumps(_described(stage)))
+        now = json.loads(json.dumps(described(stage)))
         perceptual = now.get("perceptual")
         if perceptual and perceptual.get("weights_sha256", "") is None:
             # The file is gone; a stage that is under way misses it elsewhere, a finished one never.
@@ -78,7 +84,7 @@ def read_plan(folder: RunFolder) -> Plan:
         ) from None
 
 
-def _described(stage: Stage) -> dict[str, Any]:
+def described(stage: Stage) -> dict[str, Any]:
     """What identifies the stage; where its table lies is said from the root, not from here.
 
     LPIPS weights are what the file holds, wherever it lies; a file that is gone holds None.
@@ -87,9 +93,20 @@ def _described(stage: Stage) -> dict[str, Any]:
     if isinstance(stage, AutoencoderStage) and isinstance(stage.perceptual, Lpips):
         path = Path(fields["perceptual"].pop("weights"))
         fields["perceptual"]["weights_sha256"] = file_digest(path) if path.is_file() else None
-    places = {name: path and os.path.abspath(path) for name, path in fields["data"].items()
-              if name in ("table", "folder")}  # fmt: skip
-    return {**fields, "data": {**fields["data"], **places}}
+    return {**fields, "data": _placed(fields["data"])}
+
+
+def _placed(data: dict[str, Any]) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
+    """Videos, or a mix of them, whose tables and folders are named from the root."""
+    if "parts" in data:
+        parts = [{**part, "videos": _placed(part["videos"])} for part in data["parts"]]
+        return {**data, "parts": parts}
+    places = {
+        name: path if path is None or is_url(path) else os.path.abspath(path)
+        for name, path in data.items()
+        if name in ("table", "folder")
+    }
+    return {**data, **places}
 
 
 def difference(before: Any, after: Any, where: str = "") -> list[str]:  # Any: JSON

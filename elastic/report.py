@@ -5,10 +5,10 @@ import datetime
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from elastic.cost import COUNTED, Cost, cost, unit
 from elastic.figures import (
     Figure,
     loss_figure,
@@ -21,6 +21,16 @@ from elastic.figures import (
 from elastic.files import write_atomic
 from elastic.goodput import DEFINITION, Account, duration, shown_goodput
 from elastic.journal import Event, latest_values
+from elastic.page_parts import folded, key, section, soft, table
+from elastic.report_record import (
+    autoencoders,
+    fingerprints,
+    read_run,
+    starts,
+    versions,
+    whole_record,
+)
+from elastic.speed import speed_lines
 from elastic.summary import (
     TABLE_HEAD,
     History,
@@ -53,24 +63,28 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     history = read_history(run_dir)
     summaries = summarise_history(history)
-    versions = _read_run(run_dir)
-    title = str(versions.get("plan") or run_dir.resolve().name)
+    run = read_run(run_dir)
+    title = str(run.get("plan") or run_dir.resolve().name)
     losses, figures = _losses(history)
-    figures += [timeline_figure(history, "timeline"), time_figure(history.account, "time")]
+    times = timeline_figure(history, "timeline"), time_figure(history.account, "time")
     body = [
         _header(title, history, summaries),
-        _section("The stages", _stage_table(summaries)),
-        _section("Samples", _samples(run_dir, history)),
-        _section("Loss over samples", losses),
-        _section(
-            "World size and throughput",
-            '<div class="card"><div class="plot tall" id="timeline"></div></div>',
+        section("The stages", _stage_table(summaries)),
+        section("What each stage started from", starts(run_dir, run, history.stages)),
+        section("Samples", _samples(run_dir, history, autoencoders(run))),
+        section("Loss over samples", losses),
+        section("World size, events and throughput", _plot(times[0], "tall")),
+        section("Speed", _speed_table(history)),
+        section("Restarts", _restart_table(history)),
+        section("Where the time went", _time_table(history.account, times[1])),
+        section("What it cost", _cost_table(history)),
+        section("Events", _event_table(history.events)),
+        section(
+            "Versions and fingerprints",
+            versions(run) + fingerprints(run_dir, history.stages) + whole_record(run),
         ),
-        _section("Restarts", _restart_table(history)),
-        _section("Where the time went", _time_table(history.account)),
-        _section("Events", _event_table(history.events)),
-        _section("Versions", _version_table(versions)),
     ]
+    figures += times
     parts = {
         "TITLE": f"{safe(title)} - Restage",
         "PLOTLY": get_plotlyjs(),
@@ -88,21 +102,6 @@ def _script_json(figures: list[Figure]) -> str:
     """JSON that is safe inside a script element, whatever the names hold."""
     text = json.dumps(figures, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _read_run(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "run.json"
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        return {"run.json": f"cannot be read: {error}"}
-    return found if isinstance(found, dict) else {"run.json": found}
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>\n{content}</section>"
 
 
 def _header(title: str, history: History, summaries: list[StageSummary]) -> str:
@@ -133,8 +132,8 @@ def _header(title: str, history: History, summaries: list[StageSummary]) -> str:
 
 def _stage_table(summaries: list[StageSummary]) -> str:
     if not summaries:
-        return '<p class="soft">No stage has begun.</p>'
-    return _table(TABLE_HEAD, [table_row(one) for one in summaries])
+        return soft("No stage has begun.")
+    return table(TABLE_HEAD, [table_row(one) for one in summaries])
 
 
 def _losses(history: History) -> tuple[str, list[Figure]]:
@@ -158,9 +157,16 @@ def _losses(history: History) -> tuple[str, list[Figure]]:
     return f'<div class="plots">{"".join(cards)}</div>', figures
 
 
+def _speed_table(history: History) -> str:
+    lines = speed_lines(history)
+    if not lines:
+        return soft("No stage has been trained.")
+    return "".join(f"<p>{safe(line)}</p>" for line in lines)
+
+
 def _restart_table(history: History) -> str:
     if not history.restarts:
-        return '<p class="soft">No worker group was replaced in the middle of a stage.</p>'
+        return soft("No worker group was replaced in the middle of a stage.")
     head = (
         "stage", "cause", "world", "position before", "position after", "samples lost",
         "seconds without a step", "reason",
@@ -178,10 +184,10 @@ def _restart_table(history: History) -> str:
         ]
         for one in history.restarts
     ]
-    return _table(head, rows, text_columns={1, 7})
+    return table(head, rows, frozenset({1, 7}))
 
 
-def _time_table(account: Account) -> str:
+def _time_table(account: Account, figure: Figure) -> str:
     spent = [name for name in ACTIVITIES if account.seconds(name) > 0]
     rows = [
         [
@@ -195,13 +201,37 @@ def _time_table(account: Account) -> str:
     rows.append(["all", shown_goodput(account), *(f"{total:,.1f}" for total in totals)])
     whole = sum(totals) or 1.0
     rows.append(["share", "", *(f"{100 * total / whole:.1f} %" for total in totals)])
-    height = 130 + 34 * len(account.stages)
+    bars = _plot(figure, "bars", f"--bars: {60 + 34 * len(account.stages)}px")
+    return bars + table(("seconds", "goodput", *spent), rows) + soft(DEFINITION)
+
+
+def _plot(figure: Figure, kind: str, style: str = "") -> str:
+    """A card with the place of a plot, and its key."""
+    own = f' style="{style}"' if style else ""
     return (
-        '<div class="card"><div class="plot bars" id="time" '
-        f'style="--bars: {height}px"></div></div>'
-        + _table(("seconds", "goodput", *spent), rows)
-        + f'<p class="soft">{safe(DEFINITION)}</p>'
+        f'<div class="card">{key(figure)}<div class="plot {kind}" id="{figure["id"]}"{own}>'
+        "</div></div>"
     )
+
+
+def _cost_table(history: History) -> str:
+    spent, one = cost(history), unit(history)
+    if not spent:
+        return soft("No worker group has held a machine.")
+    samples = {summary.stage: summary.samples for summary in summarise_history(history)}
+    whole = Cost(sum(c.held for c in spent.values()), sum(c.kept for c in spent.values()))
+    rows = [
+        [
+            stage or "between stages",
+            f"{hours.held:,.3f}",
+            f"{hours.kept:,.3f}",
+            f"{100 * hours.kept / hours.held:.1f} %",
+            f"{samples[stage] / hours.held:,.0f}" if stage in samples else "-",
+        ]
+        for stage, hours in {**spent, "all": whole}.items()
+    ]
+    head = ("stage", f"{one} hours", "trained and kept", "share", f"samples / {one} hour")
+    return table(head, rows) + soft(COUNTED)
 
 
 def _event_table(events: list[Event]) -> str:
@@ -222,45 +252,12 @@ def _event_table(events: list[Event]) -> str:
             ]
         )
     head = ("after", "event", "stage", "position", "world", "reason")
-    table = _table(head, rows, text_columns={1, 2, 5})
-    return f"<details><summary>All {len(events)} events</summary>{table}</details>"
+    shown = table(head, rows, frozenset({1, 2, 5}))
+    return folded(f"All {len(events)} events", shown)
 
 
-def _version_table(run: dict[str, Any]) -> str:
-    rows = [[name, str(value)] for name, value in _flatten("", run)]
-    if not rows:
-        return '<p class="soft">run.json has not been written.</p>'
-    table = _table(("what", "value"), rows, text_columns={1})
-    return f"<details><summary>run.json</summary>{table}</details>"
-
-
-def _flatten(prefix: str, value: object) -> list[tuple[str, object]]:
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    pairs = []
-    for key, item in value.items():
-        pairs += _flatten(f"{prefix}.{key}" if prefix else str(key), item)
-    return pairs
-
-
-def _table(
-    head: tuple[str, ...], rows: list[list[str]], text_columns: set[int] | None = None
-) -> str:
-    texts = text_columns or set()
-
-    def line(cells: list[str] | tuple[str, ...], tag: str) -> str:
-        marks = [' class="text"' if number in texts else "" for number in range(len(cells))]
-        pairs = zip(marks, cells, strict=True)
-        return f"<tr>{''.join(f'<{tag}{mark}>{safe(cell)}</{tag}>' for mark, cell in pairs)}</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return (
-        f'<div class="card scroll"><table><thead>{line(head, "th")}</thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _samples(run_dir: Path, history: History) -> str:
+def _samples(run_dir: Path, history: History, pairs: frozenset[str]) -> str:
+    """The last samples of each stage, those of `pairs` as a clip beside its reconstruction."""
     left = _MOST_BYTES
     blocks = []
     for stage in history.stages:
@@ -272,12 +269,14 @@ def _samples(run_dir: Path, history: History) -> str:
             left -= size
             figures.append(_sample(file, caption, size, is_embedded=left >= 0))
         if figures:
+            is_pair = stage in pairs
+            what = "; left the clip, right what the codec gives back of it" if is_pair else ""
             blocks.append(
                 f'<div class="card stage-samples"><h3>{safe(stage)} <span class="soft">at '
-                f'{position:,} samples</span></h3><div class="samples">{"".join(figures)}</div>'
-                "</div>"
+                f"{position:,} samples{what}</span></h3>"
+                f'<div class="samples{" pairs" if is_pair else ""}">{"".join(figures)}</div></div>'
             )
-    return "".join(blocks) or '<p class="soft">No samples have been made.</p>'
+    return "".join(blocks) or soft("No samples have been made.")
 
 
 def _last_samples(events: list[Event], stage: str) -> tuple[int, dict[str, str]]:

@@ -11,6 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from elastic.ema import local
 from elastic.world import World
+from models.dit import MMDiT
 from models.fresh import fresh_parameters, named_generator
 
 # Each group of fully_shard costs a gather and a few milliseconds of bookkeeping a step, so small
@@ -21,20 +22,24 @@ SMALLEST_GROUP = 5_000_000
 def shard(model: nn.Module, world: World, precision: Literal["fp32", "bf16"] = "fp32") -> nn.Module:
     """Shard a model built on the meta device and give it memory; values are undefined.
 
-    With bf16 the gathered parameters are bf16; the shards, and gradients once summed, stay fp32.
+    A DiT shares its tokens as the world says. With bf16 the gathered parameters are bf16; the
+    shards, and gradients once summed, stay fp32.
     """
+    if isinstance(model, MMDiT):
+        model.context = world.context
     # Inputs are left as they are: a timestep or a rotary angle in bf16 would be another one.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # Innermost first: FSDP2 gives to a module what its inner groups have left.
-    for block in reversed(_blocks(model)):
+    for block in reversed(gathered_apart(model)):
         fully_shard(block, mesh=world.mesh, mp_policy=policy)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     return model.to_empty(device=world.device)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def gathered_apart(model: nn.Module) -> list[nn.Module]:
+    """The blocks whose parameters are gathered when they compute, and again for the way back."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in lists for block in blocks]
     return [b for b in blocks if sum(p.numel() for p in b.parameters()) >= SMALLEST_GROUP]

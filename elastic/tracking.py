@@ -34,6 +34,10 @@ PLAN_RUN = ""  # no stage has an empty name
 _ALARMING = frozenset({"blocked", "crash", "fault_injected", "quarantine", "resize_requested"})
 
 _ACCOUNTED = frozenset({"stage_end", "run_end"})  # after which the time's account is shown
+# In between, after a save once so much of the run's time is new: an account reads both journals.
+_NEW_SHARE, _LEAST_NEW_S = 0.02, 5.0
+_UNTOLD = frozenset({"pids", "supervisors", "paths", "captions", "table", "clock", "phases"})
+SAMPLES, RECONSTRUCTIONS = "samples", "reconstructions"  # names of images
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class Tracker:
         self._journal = Journal(self.run_dir / METRICS)
         self._aim: _AimView | None = None
         self._aim_problem: str | None = None if use_aim else "switched off"
+        self._accounts = _Accounts(read_events(run_dir))
         if use_aim:
             self._guard(lambda: self._open_aim(plan, stages))
 
@@ -69,7 +74,7 @@ class Tracker:
     def event(self, event: Event) -> None:
         """Show an event in Aim; the driver has already written it to events.jsonl."""
         self._show(lambda aim: aim.event(event))
-        if event["kind"] in _ACCOUNTED:
+        if self._aim is not None and self._accounts.is_due(event):
             self._show(lambda aim: aim.account(*_journals(self.run_dir), event))
 
     def images(self, stage: str, position: int, caption: str, path: str) -> None:
@@ -119,11 +124,34 @@ class Tracker:
         )
 
 
+class _Accounts:
+    """When the account of a run's time is worth showing again: the fewer the longer it lasts."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._began = self._shown = events[0]["wall"] if events else None
+
+    def is_due(self, event: Event) -> bool:
+        """Whether to show it after this event, which counts as shown then."""
+        wall = event["wall"]
+        if self._began is None or self._shown is None:
+            self._began = self._shown = wall
+        wanted = max(_LEAST_NEW_S, _NEW_SHARE * (wall - self._began))
+        is_new = event["kind"] == "publish" and wall - self._shown >= wanted
+        if not is_new and event["kind"] not in _ACCOUNTED:
+            return False
+        self._shown = wall
+        return True
+
+
 class _AimView:
     """One Aim run for each stage and one for the plan, opened when first written to."""
 
-    def __init__(self, run_dir: Path, plan: str, stages: Mapping[str, int]) -> None:
+    def __init__(
+        self, run_dir: Path, plan: str, stages: Mapping[str, int], record: Path | None = None
+    ) -> None:
+        """`record` is the folder with run.json, if it is another one."""
         self.run_dir = run_dir
+        self._parameters = _parameters(record or run_dir)
         self._aim = _import_aim()
         self._repo = self._aim.Repo.from_path(str(run_dir), init=True)
         self._index = _read_index(run_dir)
@@ -133,13 +161,19 @@ class _AimView:
         self._pictures: tuple[str, int, list[Any]] = ("", -1, [])
 
     def metric(self, metric: Metric) -> None:
-        stage, context = metric["stage"], {"stage": metric["stage"], **metric["context"]}
+        stage, attempt, about = metric["stage"], metric["attempt"], metric["context"]
+        own = {"stage": stage}
         values = {name: value for name, value in metric["values"].items() if value is not None}
-        values |= {"world_size": metric["world"], "attempt": metric["attempt"]}
-        values["wall"] = metric["wall"]  # a rebuilt view has other times of its own
+        shown = [(key, value, {**own, **about}) for key, value in values.items()]
+        # The wall, because a rebuilt view has other times of its own.
+        said = {"world_size": metric["world"], "attempt": attempt, "wall": metric["wall"]}
+        shown += [(key, value, own) for key, value in said.items()]
+        if not about and "loss" in values:  # what was lost and done again stays to be seen
+            one = {**own, "attempt": str(attempt)}
+            shown.append(("loss_by_attempt", values["loss"], one))
         for name, step in ((stage, metric["position"]), self._on_plan(stage, metric["position"])):
             run = self._run(name)
-            for key, value in values.items():
+            for key, value, context in shown:
                 run.track(value, name=key, step=step, context=context)
 
     def event(self, event: Event) -> None:
@@ -186,10 +220,12 @@ class _AimView:
             self._pictures = (stage, position, [])
         pictures = self._pictures[2]
         pictures.append(self._picture(caption, Path(path)))
-        # The growing list again each time: Aim keeps one value for a step, and a kill may come.
-        self._run(stage).track(
-            list(pictures), name="samples", step=position, context={"stage": stage}
-        )
+        # Of an autoencoder: each is a clip beside what came back of it.
+        is_pair = "model" not in self._parameters.get(stage, {"model": None})
+        what = RECONSTRUCTIONS if is_pair else SAMPLES
+        for name, step in ((stage, position), self._on_plan(stage, position)):
+            # The growing list again each time: Aim keeps one value for a step, and a kill may come.
+            self._run(name).track(list(pictures), name=what, step=step, context={"stage": stage})
 
     def close(self) -> None:
         while self._runs:
@@ -233,6 +269,8 @@ class _AimView:
         if run_hash is None:
             run.add_tag("kind:stage" if stage else "kind:plan")
             run["hparams"] = {"plan": plan, "stage": stage or "all", "stages": order}
+            if stage in self._parameters:
+                run["stage"] = self._parameters[stage]
             self._index["runs"][stage] = run.hash
             write_atomic(self.run_dir / AIM_RUNS, json.dumps(self._index, indent=1).encode())
         self._runs[stage] = run
@@ -255,13 +293,14 @@ def rebuild_aim(run_dir: str | Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".aim-rebuild-") as folder:
         # Aside: a rebuild that is killed leaves the old view as it was.
         aside = Path(folder)
-        view = _AimView(aside, old["plan"] or run_dir.resolve().name, stages)
+        view = _AimView(aside, plan_of(run_dir), stages, run_dir)
+        accounts = _Accounts(events)
         # In the order in which they happened: a redone position replaces the lost one.
         for metric in metrics:
             view.metric(metric)
         for number, event in enumerate(events):
             view.event(event)
-            if event["kind"] in _ACCOUNTED:
+            if accounts.is_due(event):
                 view.account(*_until(events[: number + 1], metrics), event)
             _rebuild_images(view, run_dir, event)
         view.close()
@@ -270,6 +309,11 @@ def rebuild_aim(run_dir: str | Path) -> dict[str, str]:
         if (aside / AIM_RUNS).exists():
             os.replace(aside / AIM_RUNS, run_dir / AIM_RUNS)
     return _read_index(run_dir)["runs"]
+
+
+def plan_of(run_dir: Path) -> str:
+    """The plan by whose name Aim's experiment goes."""
+    return _read_index(run_dir)["plan"] or run_dir.resolve().name
 
 
 def _journals(run_dir: Path) -> tuple[list[Event], list[Metric]]:
@@ -311,8 +355,25 @@ def _read_index(run_dir: Path) -> AimRuns:
     return index
 
 
+def _parameters(run_dir: Path) -> dict[str, Any]:
+    """What run.json says of each stage, for Aim's table of parameters; parents by their names."""
+    path = run_dir / "run.json"
+    definition = json.loads(path.read_text()).get("definition", {}) if path.exists() else {}
+    return {one["name"]: _named(one) for one in definition.get("stages", [])}
+
+
+def _named(stage: dict[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in stage.items() if value is not None and key != "data"}
+    for key in ("vae", "init"):
+        one = told.get(key, {})
+        parent = one if "schedule" in one else one.get("stage")
+        if parent is not None:
+            told[key] = {**({} if parent is one else one), "stage": parent["name"]}
+    return told
+
+
 def _sentence(event: Event) -> str:
-    known = {"wall", "clock", "kind", "stage", "position", "attempt", "world", "reason"}
+    known = {"wall", "kind", "stage", "position", "attempt", "world", "reason"} | _UNTOLD
     words = [event["kind"].replace("_", " ")]
     if event["position"] is not None:
         words.append(f"at {event['position']:,} samples")

@@ -1,13 +1,16 @@
 """The ranks of this attempt, and the few things that they agree on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from elastic.errors import InputError
+from models.context import Context
 
 T = TypeVar("T")
 # A rank that is lost is noticed by its supervisor; this is for what nobody can see.
@@ -22,8 +25,11 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    """What models are sharded over: the axis `shard`, behind `replicate` if each is held twice."""
     control: dist.ProcessGroup | None = None
     """A gloo group beside NCCL's, for what the host asks every update; None is the default one."""
+    context: Context | None = None
+    """Of neighbouring ranks, those that share the tokens of their samples; None: nobody does."""
 
     @classmethod
     def current(cls) -> "World":
@@ -34,6 +40,53 @@ class World:
         if device.type == "cuda":
             control = dist.new_group(backend="gloo", timeout=COLLECTIVE)
         return cls(dist.get_rank(), dist.get_world_size(), device, mesh, control)
+
+    def arranged(self, context: int, shard_within: int | None) -> "World":
+        """The same ranks as a stage wants them; every rank calls it. InputError if they cannot be.
+
+        So many neighbours share tokens, and each `shard_within` neighbours hold a whole model.
+        """
+        within = shard_within or self.size
+        for field, count in (("context", context), ("shard_within", within)):
+            if self.size % count:
+                low = self.size - self.size % count
+                raise InputError(
+                    f"a world of {self.size} with {field}={count}: it must be a multiple of that; "
+                    f"nearest: {low or count}"
+                )
+        mesh, sharing = self.mesh, None
+        if within < self.size:
+            shape, axes = (self.size // within, within), ("replicate", "shard")
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=axes)
+        if context > 1:
+            shape, axes = (self.size // context, context), ("read", "context")
+            group = init_device_mesh(self.device.type, shape, mesh_dim_names=axes)["context"]
+            sharing = Context(group.get_group(), self.rank % context, context)
+        return replace(self, mesh=mesh, context=sharing)
+
+    @property
+    def reader(self) -> int:
+        """Which of the `readers` this rank is: those of one context read the same samples."""
+        return self.rank // self._sharing
+
+    @property
+    def readers(self) -> int:
+        """Into how many parts a batch is dealt."""
+        return self.size // self._sharing
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's losses count: those of one context have the same ones."""
+        return self.rank % self._sharing == 0
+
+    @property
+    def _sharing(self) -> int:
+        return 1 if self.context is None else self.context.size
+
+    @property
+    def replicas(self) -> int:
+        """How many times the ranks together hold a model."""
+        return self.size // self.mesh.size(self.mesh.ndim - 1)
 
     @property
     def is_first(self) -> bool:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.context import Share
 from models.recompute import Recompute, run_block
 from models.rotary import Rotation
 
@@ -117,12 +118,23 @@ def _heads(qkv_BLD: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 
 def attend(
-    q_BASE: Tensor, k_BASE: Tensor, v_BASE: Tensor, turn: Rotation, mask_B11S: Tensor | None
+    q_BASE: Tensor,
+    k_BASE: Tensor,
+    v_BASE: Tensor,
+    turn: Rotation,
+    mask_B11S: Tensor | None,
+    share: Share | None = None,
 ) -> Tensor:
-    """Attention over the joint sequence, (B, S, D)."""
-    out_BASE = functional.scaled_dot_product_attention(
-        turn(q_BASE), turn(k_BASE), v_BASE, attn_mask=mask_B11S
-    )
+    """Attention over the joint sequence, (B, S, D); of a `share`, tokens come and go as its run.
+
+    The mask is always that of all tokens.
+    """
+    q_BASE, k_BASE = turn(q_BASE), turn(k_BASE)
+    if share is not None:
+        q_BASE, k_BASE, v_BASE = share.to_heads(q_BASE, k_BASE, v_BASE)
+    out_BASE = functional.scaled_dot_product_attention(q_BASE, k_BASE, v_BASE, attn_mask=mask_B11S)
+    if share is not None:
+        return share.to_tokens(out_BASE)
     return rearrange(out_BASE, "b a s e -> b s (a e)")
 
 
@@ -182,13 +194,14 @@ class DoubleBlock(Block):
         condition_BD: Tensor,
         turn: Rotation,
         mask_B11S: Tensor | None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         v_shift, v_scale, v_gate, v_shift2, v_scale2, v_gate2 = self.img_mod(condition_BD)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.txt_mod(condition_BD)
         video_qkv = self.img_attn(_norm(video_BND) * (1 + v_scale) + v_shift)
         text_qkv = self.txt_attn(_norm(text_BLD) * (1 + t_scale) + t_shift)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, video_qkv, strict=True))
-        joint_BSD = attend(q, k, v, turn, mask_B11S)
+        joint_BSD = attend(q, k, v, turn, mask_B11S, share)
         length = text_BLD.shape[1]
 
         video_BND = video_BND + v_gate * self.img_attn.proj(joint_BSD[:, length:])
@@ -211,13 +224,18 @@ class SingleBlock(Block):
         self.norm = QKNorm(shape.head_width)
 
     def compute(
-        self, x_BSD: Tensor, condition_BD: Tensor, turn: Rotation, mask_B11S: Tensor | None
+        self,
+        x_BSD: Tensor,
+        condition_BD: Tensor,
+        turn: Rotation,
+        mask_B11S: Tensor | None,
+        share: Share | None = None,
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition_BD)
         qkv, hidden = self.linear1(_norm(x_BSD) * (1 + scale) + shift).split(self.widths, dim=-1)
         q, k, v = _heads(qkv, self.heads)
         q, k = self.norm(q, k)
-        attended_BSD = attend(q, k, v, turn, mask_B11S)
+        attended_BSD = attend(q, k, v, turn, mask_B11S, share)
         hidden = functional.gelu(hidden, approximate="tanh")
         x_BSD = x_BSD + gate * self.linear2(torch.cat((attended_BSD, hidden), dim=-1))
         return x_BSD

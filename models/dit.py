@@ -29,10 +29,12 @@ from models.blocks import (
     ZeroLinear,
     sinusoid,
 )
+from models.context import Context
 from models.recompute import Recompute
 from models.record import Record
 from models.rotary import Grid, Spacing, rotation
 
+_ALL = slice(None)
 CODEC_SHAPED = ("img_in.", "cond_in.", "final_layer.linear.")
 ROPE_PIXELS = (4, 16, 16)
 """One step of position under rope_unit="pixel": a HunyuanVAE token of patch 2."""
@@ -151,6 +153,9 @@ class MMDiT(nn.Module):
     in fp32, and everything else is cast here to the dtype of the layer that takes it.
     """
 
+    context: Context | None = None
+    """Ranks that share the tokens: all of them give and get whole tensors, the same ones."""
+
     def __init__(
         self, shape: DiT, channels: int, text_width: int, pooled_width: int, spacing: Spacing
     ) -> None:
@@ -186,13 +191,16 @@ class MMDiT(nn.Module):
         is given) and then the given latents, (B, 1 + C, T, H, W); None gives nothing.
         """
         t, h, w = self.shape.token_grid((z_BCTHW.shape[2], z_BCTHW.shape[3], z_BCTHW.shape[4]))
-        patch, length = self.shape.patch, text_BLD.shape[1]
-        video_BND = self.img_in(self._cells(z_BCTHW))
+        patch, length, tokens = self.shape.patch, text_BLD.shape[1], t * h * w
+        share = None if self.context is None else self.context.share(length, tokens)
+        own = (_ALL, _ALL, _ALL) if share is None else (share.text, share.video, share.joint)
+        own_text, own_video, own_joint = own
+        video_BND = self.img_in(self._cells(z_BCTHW)[:, own_video])
         if self.shape.image_condition:
             if given_BCTHW is None:
                 given_BCTHW = functional.pad(torch.zeros_like(z_BCTHW), (0, 0, 0, 0, 0, 0, 1, 0))
-            video_BND = video_BND + self.cond_in(self._cells(given_BCTHW))
-        text_BLD = self.txt_in(text_BLD.to(self.txt_in.weight.dtype))
+            video_BND = video_BND + self.cond_in(self._cells(given_BCTHW)[:, own_video])
+        text_BLD = self.txt_in(text_BLD[:, own_text].to(self.txt_in.weight.dtype))
         condition_BD = self.time_in(sinusoid(t_B)) + self.vector_in(pooled_BD)
         if self.shape.guidance:
             if guidance_B is None:
@@ -200,14 +208,16 @@ class MMDiT(nn.Module):
             condition_BD = condition_BD + self.guidance_in(sinusoid(guidance_B))
         pairs, theta = self.shape.rotary_pairs, self.shape.theta
         turn = rotation(pairs, theta, (t, h, w), length, z_BCTHW.device, self.spacing)
-        mask_B11S = _joint_mask(text_mask_BL, video_BND.shape[1])
+        inputs = (condition_BD, turn.of(own_joint), _joint_mask(text_mask_BL, tokens), share)
 
         for block in self.double_blocks:
-            video_BND, text_BLD = block(video_BND, text_BLD, condition_BD, turn, mask_B11S)
+            video_BND, text_BLD = block(video_BND, text_BLD, *inputs)
         joint_BSD = torch.cat((text_BLD, video_BND), dim=1)
         for block in self.single_blocks:
-            joint_BSD = block(joint_BSD, condition_BD, turn, mask_B11S)
-        out_BNC: Tensor = self.final_layer(joint_BSD[:, length:], condition_BD)
+            joint_BSD = block(joint_BSD, *inputs)
+        out_BNC: Tensor = self.final_layer(joint_BSD[:, text_BLD.shape[1] :], condition_BD)
+        if share is not None:
+            out_BNC = share.whole_video(out_BNC)
         velocity_BCTHW = rearrange(
             out_BNC, "b (t h w) (c p q) -> b c t (h p) (w q)", t=t, h=h, p=patch, q=patch
         )

@@ -35,6 +35,10 @@ class Rotation:
         )
         return rearrange(turned, "b a s p two -> b a s (p two)").to(x_BASE.dtype)
 
+    def of(self, tokens: slice) -> "Rotation":
+        """That of some tokens."""
+        return Rotation(self.cos_SP[tokens], self.sin_SP[tokens])
+
 
 def rotation(
     pairs: Grid,

@@ -7,7 +7,7 @@ from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
 from stages.schedule import Bucket, Phase, Windows
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
-from stages.videos import Videos
+from stages.videos import Mix, Videos
 
 __all__ = [
     "AdamW",
@@ -22,6 +22,7 @@ __all__ = [
     "FromFile",
     "Given",
     "KeepTrunk",
+    "Mix",
     "Muon",
     "Phase",
     "Plan",

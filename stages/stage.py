@@ -18,10 +18,11 @@ from models.text import WordHash
 from stages.adversarial import Adversarial
 from stages.given import Given
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
+from stages.layout import check_heads, check_layout, multiple
 from stages.names import SafeName
 from stages.optimizer import AdamW, Ema, Muon
 from stages.schedule import Bucket, Phase, Windows, check_schedule
-from stages.videos import Videos
+from stages.videos import Data, Mix, Videos
 
 # A closed union rather than `Codec`: it reads back from JSON, and dumps every field.
 AnyCodec = Annotated[
@@ -30,15 +31,18 @@ AnyCodec = Annotated[
 ]
 
 # What may change between two starts of the same stage: none of it changes the result, but for the
-# rounding of compiled blocks.
+# rounding of compiled blocks and of sums over other ranks.
 RUNTIME_FIELDS = frozenset(
-    {"workers", "save_every", "log_every", "evaluate_every", "recompute", "compile"}
+    {
+        *("workers", "context", "shard_within", "recompute", "compile"),
+        *("save_every", "log_every", "evaluate_every"),
+    }
 )
 
 
 class _Stage(Record):
     name: SafeName
-    data: Videos
+    data: Data
     init: Fresh | Continue | KeepTrunk | Align | FromFile = Fresh()
     schedule: tuple[Phase, ...]
     optimizer: AdamW | Muon
@@ -51,6 +55,17 @@ class _Stage(Record):
     """None: any sample may follow any other; `Windows()` keeps what is read together together."""
     workers: tuple[int, int] = (1, 64)
     """Fewest and most workers; the stage starts with what is free."""
+    context: int = Field(default=1, ge=1)
+    """Workers that share the tokens of one sample of a DiT (context parallelism): for long clips.
+
+    The number of workers is always a multiple of it, and the heads are too.
+    """
+    shard_within: int | None = Field(default=None, ge=1)
+    """Neighbouring workers that hold a model together; each group of so many holds all of it.
+
+    None: all workers together (FSDP). Else hybrid sharding (HSDP), say of the GPUs of a node: the
+    number of workers is always a multiple of it, and what is gathered does not leave the group.
+    """
     save_every: int = Field(gt=0)
     """Samples between checkpoints."""
     log_every: int = Field(gt=0)
@@ -76,6 +91,17 @@ class _Stage(Record):
     Through every resize and restart, with one kind of processor and one version of torch. The
     micro-batch of a bucket is then a part of the result.
     """
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _check_data(cls, data: object) -> object:
+        """One message instead of one for each branch of the union."""
+        if isinstance(data, Videos | Mix | dict):  # a dict: read back from JSON
+            return data
+        raise ValueError(
+            f"{data!r} is no source of clips; give Videos('clips.parquet'), Videos('folder/'), or "
+            "Mix((Videos(...), 0.7), (Videos(...), 0.3))"
+        )
 
     @property
     def budget(self) -> int:
@@ -104,6 +130,10 @@ class _Stage(Record):
         low, high = self.workers
         if not 1 <= low <= high:
             raise ValueError(f"{where}: workers {self.workers}: write (fewest, most), 1 or more")
+        try:
+            check_layout(self.workers, self.context, self.shard_within, self.exact)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         for field in ("warmup", "decay"):
             value = getattr(self.optimizer, field)
             if value > self.budget:
@@ -111,6 +141,15 @@ class _Stage(Record):
                     f"{where}: optimizer.{field} {value}: longer than the stage "
                     f"({self.budget} samples)"
                 )
+
+    @property
+    def multiple(self) -> int:
+        """What the number of workers is always a multiple of."""
+        return multiple(self.context, self.shard_within)
+
+    def holders(self, workers: int) -> int:
+        """Over how many of so many workers one copy of the model is sharded."""
+        return min(workers, self.shard_within or workers)
 
 
 class AutoencoderStage(_Stage):
@@ -156,6 +195,11 @@ class AutoencoderStage(_Stage):
             raise ValueError(
                 f"stage {self.name!r}: compile True: only the blocks of a DiT are compiled; leave "
                 "it out"
+            )
+        if self.context > 1:
+            raise ValueError(
+                f"stage {self.name!r}: context {self.context}: the tokens of a DiT can be shared, "
+                "the pixels of an autoencoder cannot; leave it out"
             )
         if self.recompute == "full" and not self.vae.can_recompute:
             raise ValueError(
@@ -275,6 +319,10 @@ class DiffusionStage(_Stage):
                 "them, so the bits would depend on the moment; leave compile out"
             )
         self._check_given()
+        try:
+            check_heads(self.model.heads, self.context)
+        except ValueError as error:
+            raise ValueError(f"stage {self.name!r}: {error}") from None
         return self
 
     def _check_given(self) -> None:

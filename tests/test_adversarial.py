@@ -19,9 +19,10 @@ from elastic.checkpoint import published
 from elastic.checkpoint_place import Register
 from elastic.critic import Critic
 from elastic.data.load import Micro, Round, Samples, rounds_of
-from elastic.data.order import Indices, batch_at, updates_before
+from elastic.data.order import Layout, batch_at, layout_of, updates_before
+from elastic.data.permutation import Indices
 from elastic.loop import Outcome
-from elastic.meter import NonFiniteLoss
+from elastic.meter import OF_THE_MACHINES, NonFiniteLoss
 from elastic.objective import Reconstructing
 from elastic.randomness import normals, sample_generator
 from elastic.weights import WEIGHTS
@@ -70,6 +71,9 @@ class DrawnClips:
 
     def counts(self) -> dict[str, int]:
         return {bucket.name: self._count for bucket in STAGE.buckets}
+
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of([count]) for name, count in self.counts().items()}
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return indices + self._first_id
@@ -172,12 +176,11 @@ def world() -> Iterator[World]:
 
 def _values(attempt: Attempt, after: int = -1) -> list[tuple[int, dict[str, str], dict[str, Any]]]:
     """Position, context and values of each line, without times and speeds."""
-    timed = {"samples_per_s", "tokens_per_s", "data_wait"}
     return [
         (
             line["position"],
             line["context"],
-            {k: v for k, v in line["values"].items() if k not in timed},
+            {k: v for k, v in line["values"].items() if k not in OF_THE_MACHINES},
         )
         for line in attempt.lines
         if line["position"] > after

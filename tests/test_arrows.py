@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 # The files that drive Ray; doctor.py asks importlib.metadata about it, and imports Aim to try it.
 DRIVES_RAY = {"elastic/course.py", "elastic/drive.py"}
-TALKS_TO_AIM = {"elastic/tracking.py", "elastic/doctor.py"}
+TALKS_TO_AIM = {"elastic/tracking.py", "elastic/doctor.py", "elastic/dashboard.py"}
 # What has to run under plain torch.distributed, with everything that it imports.
 WITHOUT_RAY = (
     *("elastic/loop.py", "elastic/objective.py", "elastic/weights.py", "elastic/data/*.py"),

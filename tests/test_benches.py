@@ -45,3 +45,15 @@ def test_a_benchmark_of_saves_measures_every_way_and_says_what_a_worker_saved(
     assert figures["state_bytes"] == 4 * (2 * 8 * 32 + 32 + 8) * 4 * 4
     for name in ("stall_s", "background_s", "lost_s"):
         assert figures[name].keys() == {"median", "min", "max"}
+
+
+def test_the_loops_that_are_timed_beside_ours_train_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    bench = load(Path(__file__).parent / "bench" / "overhead.py")
+    with world_of_one() as world:
+        ours, bare = (bench.turn_of(name, world, 4, True) for name in ("ours", "bare"))
+    assert len(ours.losses) == len(ours.wall_s) == 4
+    assert len(set(ours.losses)) == 4
+    assert bare.losses == pytest.approx(ours.losses, rel=bench.LOSS_TOLERANCE)

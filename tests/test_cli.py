@@ -16,8 +16,10 @@ from stages import AutoencoderStage, Plan, Videos
 from stages.plan import load_plan
 
 PLAN = Path(__file__).with_name("tiny_plan.py")
-VERBS = ("plan", "encode", "train", "sample", "export", "status", "report", "doctor", "demo")
-VERBS += ("submit", "stop")
+VERBS = (
+    *("plan", "encode", "train", "sample", "export", "status", "report", "dashboard", "doctor"),
+    *("demo", "verify", "repair", "completion", "submit", "stop"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +106,23 @@ def test_captions_without_the_column_name_the_columns_that_are_there(
     assert not storage.exists()
 
 
-def test_videos_without_captions_are_refused(
+def test_captions_without_videos_are_refused(
     storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "--captions" in refusal(capsys, "train", PLAN, "--videos", ".", "--storage", storage)
+    message = refusal(capsys, "train", PLAN, "--captions", "c.csv", "--storage", storage)
+    assert "--videos" in message
+
+
+def test_videos_without_captions_are_a_folder_with_captions_beside(
+    videos: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clip that has none has the null text: the latents are as many and no smaller."""
+    named = ("--videos", str(videos.parent), "--captions", str(videos))
+    for flags in (named, named[:2]):
+        assert main(["plan", str(PLAN), *flags, "--storage", str(storage)]) == 0
+        assert "latents at most" in capsys.readouterr().out
+    message = refusal(capsys, "train", PLAN, "--videos", tmp_path, "--storage", storage)
+    assert "holds no clip" in message
 
 
 def test_a_storage_that_cannot_be_written_is_named(
@@ -220,6 +235,18 @@ def test_a_plan_is_the_same_whether_its_table_is_named_from_here_or_from_the_roo
         check_unchanged(folder, with_videos(plan, Videos("other.csv")))
 
 
+def test_a_plan_on_a_table_behind_a_url_is_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    plan = with_videos(load_plan(PLAN), Videos("s3://bucket/clips.csv", folder="s3://bucket/in/"))
+    write_record(folder, plan)
+    for stage in plan.stages:
+        start_stage(folder, stage)
+    monkeypatch.chdir(tmp_path)
+    check_unchanged(folder, plan)
+
+
 def test_a_storage_url_is_refused_rather_than_taken_for_a_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -308,6 +335,19 @@ def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
     text = forecast(demo, Path(os.devnull))
     assert "latent 16x5x4x4, 20 tokens" in text  # four a latent frame
     assert "latent 128x4x1x1, 4 tokens" in text  # one a latent frame
+
+
+def test_the_guide_to_stage_files_is_a_stage_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (PLAN.parent.parent / "stages" / "README.md").read_text()
+    path = tmp_path / "guide.py"
+    path.write_text(guide.split("```python\n")[1].split("```")[0])
+    plan = load_plan(path)
+    starts = {type(stage.init).__name__ for stage in plan.stages}
+    assert starts == {"Fresh", "Continue", "KeepTrunk", "Align", "FromFile"}
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
+    assert "7. from-flux (DiffusionStage, to do)" in capsys.readouterr().out
 
 
 def test_the_stage_file_of_the_readme_is_one(

@@ -14,7 +14,8 @@ from tiny import CLIP, STAGE, STILL, DrawnLatents, objective, world_of_one
 from torch import Tensor, nn
 
 from elastic.data.load import Micro, Samples, Source, rounds_of
-from elastic.data.order import BatchPlan, Indices
+from elastic.data.order import BatchPlan
+from elastic.data.permutation import Indices
 from elastic.objective import FlowMatching
 from elastic.randomness import sample_generator
 from models.given import given_frames

@@ -2,6 +2,7 @@
 
 # B sample, C channel, T frame, H, W pixels or latent grid, L text token, D text width
 
+import io
 import json
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +28,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from videos_fixture import level_video
 
 from elastic import ray_encode
-from elastic.course import check_pinned, pin_members
+from elastic.checkpoint_place import Register
+from elastic.course import encode_stage, pin_members
 from elastic.data import encode
 from elastic.data.assign import (
     Members,
@@ -34,6 +37,7 @@ from elastic.data.assign import (
     held_out_name,
     load_members,
 )
+from elastic.data.captions import captions_file
 from elastic.data.clips import Clip
 from elastic.data.decode import Unreachable, decode_clip, to_unit
 from elastic.data.decoders import Decoders, Wanted, shared_decoders
@@ -46,9 +50,11 @@ from elastic.data.encode import (
     open_store,
     plan_job,
 )
+from elastic.data.growth import load_growths
 from elastic.data.latents import Encoder, Scale, chunk_size
 from elastic.data.manifest import ShardId
 from elastic.data.moving_shapes import COLOURS, encode_mp4, render
+from elastic.data.order import Later, batch_at, layout_of
 from elastic.data.places import parent
 from elastic.data.probe import probe
 from elastic.data.probes import Probed
@@ -59,14 +65,17 @@ from elastic.data.store import LatentStore
 from elastic.data.verify import verify
 from elastic.errors import InputError
 from elastic.folders import RunFolder
+from elastic.grow import grow_stage
 from elastic.kernels import compiled_encoder, compiles_encoder
-from elastic.ray_encode import MOST_SHARDS, in_groups
+from elastic.latent_pins import check_pinned, pinned_latents
+from elastic.ray_encode import MOST_SHARDS, Done, in_groups
 from elastic.ray_nodes import decoders_of_a_task
+from elastic.repair import repair_plan
 from elastic.weights import file_digest, load_weights
 from models import DCAE, DiT, HunyuanVAE, T5Clip, Tiling, WordHash
 from models.codec import Codec, CodecModule, Statistics
 from models.fresh import fresh_parameters, named_generator
-from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Videos
+from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Mix, Phase, Plan, Videos
 
 SHORT, LONG = Bucket("32px", frames=4, batch=2), Bucket("32px", frames=8, batch=2)
 CODEC = DCAE(
@@ -444,6 +453,211 @@ def test_a_clip_that_broke_after_probing_is_absent_with_its_reason(
     assert not {broken.sample_id, gone.sample_id} & set(ids.tolist())
 
 
+def test_sources_of_a_mix_are_told_apart_where_some_of_their_clips_are_absent(
+    job: EncodeJob, members: Members, tmp_path: Path
+) -> None:
+    clips = {name: list(found) for name, found in members.clips.items()}
+    (tmp_path / "other.mp4").touch()  # in an empty folder it would be the mount that is gone
+    for lost in (0, 1, 4):
+        clips[LONG.name][lost] = clips[LONG.name][lost]._replace(path=str(tmp_path / "gone.mp4"))
+    names = {SHORT.name: [4, 5], LONG.name: [3, 4], held_out_name(SHORT): [2, 0]}
+    mixed = Members(clips, sources={**names, held_out_name(LONG): [0, 2]})
+    stage = STAGE.replace(data=Mix((Videos("a.csv"), 1), (Videos("b.csv"), 3)))
+    hurt = replace(job, members=mixed)
+    store = open_store(hurt)
+    encode_shards(hurt, store.missing())
+    store.seal()
+    sealed = SealedStore.open(job.root, job.fingerprint)
+    source = LatentSource(stage, sealed, held_out=False, members=mixed)
+    assert source.layouts() == {SHORT.name: layout_of([4, 5]), LONG.name: layout_of([1, 3])}
+    held_out = LatentSource(stage, sealed, held_out=True, members=mixed)
+    assert held_out.layouts() == {SHORT.name: layout_of([2, 0]), LONG.name: layout_of([0, 2])}
+    own = {clip.sample_id: number for number, clip in enumerate(clips[LONG.name])}
+    for position in range(0, stage.budget, 2):
+        plan = batch_at(stage, position, source.layouts())
+        assert (plan.indices < source.counts()[plan.bucket.name]).all()
+    found = [own[number] for number in source.sample_ids(LONG, np.arange(4)).tolist()]
+    assert found == [2, 3, 5, 6], "one of the first source, three of the second"
+    lost = replace(mixed, sources={**names, LONG.name: [2, 5], held_out_name(LONG): [0, 2]})
+    with pytest.raises(InputError, match=r"bucket '32px-8f' has no latents of 'a\.csv'"):
+        LatentSource(stage, sealed, held_out=False, members=lost)
+
+
+def test_the_scale_of_a_mix_does_not_hang_on_its_weights(
+    weights: Path, members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that stages with the same clips and other weights have the same latents."""
+    monkeypatch.setattr(encode, "STATISTICS_CLIPS", 4)
+    mixed = Members(members.clips, sources={LONG.name: [3, 4]})
+    scales = [
+        measure_scale(
+            STAGE.replace(data=Mix((Videos("a.csv"), weight), (Videos("b.csv"), 1.0))),
+            weights,
+            mixed,
+        )
+        for weight in (1.0, 9.0)
+    ]
+    of_each = [members.clips[LONG.name][number] for number in (0, 1, 3, 4)]
+    assert scales == [measure_scale(STAGE, weights, Members({LONG.name: of_each}))] * 2
+
+
+Encode = tuple[Any, DiffusionStage, list[list[ShardId]]]
+
+
+@pytest.fixture
+def course(
+    clips: list[Clip], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Encode:
+    """A course whose stage has a table of nine of the films, and what each encoding encodes."""
+    encoded: list[list[ShardId]] = []
+
+    def encode_here(job: EncodeJob, gpus: float, watch: object, damaged: Any) -> Done:
+        store = open_store(job)
+        again = sorted(damaged.shards) if damaged else []
+        encoded.append([*store.missing(), *again])
+        encode_shards(job, store.missing())
+        encode_shards(job, again, again=True)
+        return Done(store.seal(), store.quarantined(), len(encoded[-1]), None)
+
+    monkeypatch.setattr("elastic.course.encode_on_ray", encode_here)
+    monkeypatch.setattr(
+        "elastic.course.find_scale_on_ray",
+        lambda stage, path, members, _: measure_scale(stage, path, members),
+    )
+    monkeypatch.setattr(encode, "SHARD_SAMPLES", 3)
+    tracker = SimpleNamespace(event=lambda *_, **__: None, name="tracker")
+    stage = STAGE.replace(
+        data=_table_of(tmp_path, clips[:-4]), vae=CODEC.replace(weights=str(weights))
+    )
+    folder = RunFolder(tmp_path / "run")
+    plan = Plan("tiny", [stage])
+    driver = SimpleNamespace(folder=folder, tracker=tracker, gpus=0.0, plan=plan, packs=False)
+    return driver, stage, encoded
+
+
+def _table_of(folder: Path, clips: Iterable[Clip]) -> Videos:
+    rows = [f"{c.path},{c.text},{'held-out' if c.held_out else 'train'}" for c in clips]
+    (folder / "t.csv").write_text("\n".join(["path,text,split", *rows]))
+    return Videos(str(folder / "t.csv"))
+
+
+def _open(latents: Iterable[tuple[str, str, str]]) -> list[SealedStore]:
+    return [SealedStore.open(*one) for one in latents]
+
+
+def test_a_growth_is_encoded_alone_and_read_after_what_was_there(
+    course: Encode, clips: list[Clip], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver, stage, encoded = course
+    members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
+    (first,) = encode_stage(driver, stage, members)
+    place = Place(first.root)
+    before = {name: place.read(name) for name in place.names()}
+    pin = json.loads((own / "latents.json").read_text())
+    assert "later" not in pin
+
+    _table_of(tmp_path, clips)  # four more: two that are long, two that are short
+    Register(own).add(8)
+    grow_stage(driver, stage)
+    (growth,) = load_growths(own)
+    encoded.clear()
+    stores = encode_stage(driver, stage, members)
+    assert stores[0] == first
+    assert encoded == [[], [(SHORT.name, 0), (SHORT.name, 1), (LONG.name, 0)]]
+    assert before == {name: place.read(name) for name in before}, "nothing is encoded again"
+    pinned = json.loads((own / "latents.json").read_text())
+    assert {**pinned, "later": None} == {**pin, "later": None}
+    assert pinned["later"] == [{"fingerprint": stores[1].fingerprint, "digest": stores[1].digest}]
+    assert pinned_latents(driver.folder, stage.name) == stores
+    encoded.clear()
+    assert encode_stage(driver, stage, members) == stores
+    assert encoded == [[], []], "the next start finds all of it there"
+
+    source = LatentSource(stage, _open(stores), False, members, [growth])
+    apart = [LatentSource(stage, store, held_out=False) for store in _open(stores)]
+    assert source.counts() == {SHORT.name: 5 + 4, LONG.name: 5 + 2}
+    # Positions 0 to 8 are two batches of 2 of each bucket: both sources go on to the end of 5.
+    assert source.layouts() == {
+        SHORT.name: layout_of([5], [Later([4], [5])]),
+        LONG.name: layout_of([5], [Later([2], [5])]),
+    }
+    mixed = source.fetch(SHORT, np.array([7, 1, 5, 0]))
+    old, new = apart[0].fetch(SHORT, np.array([1, 0])), apart[1].fetch(SHORT, np.array([2, 0]))
+    assert mixed.ids.tolist() == [new.ids[0], old.ids[0], new.ids[1], old.ids[1]]
+    assert mixed.ids.tolist() == source.sample_ids(SHORT, np.array([7, 1, 5, 0])).tolist()
+    each = (new, 0), (old, 0), (new, 1), (old, 1)
+    assert torch.equal(mixed.x_BCTHW, torch.stack([one.x_BCTHW[k] for one, k in each]))
+    for row, (one, k) in enumerate(each):
+        assert mixed.text is not None
+        assert one.text is not None
+        length = int(one.text.mask_BL[k].sum())  # type: ignore[index]
+        assert int(mixed.text.mask_BL[row].sum()) == length  # type: ignore[index]
+        assert source.text_lengths(SHORT, np.array([7, 1, 5, 0]))[row] == length
+        found = mixed.text.text_BLD[row, :length]
+        assert torch.equal(found, one.text.text_BLD[k, :length])
+    held_out = LatentSource(stage, _open(stores), True, members)
+    assert held_out.counts() == LatentSource(stage, _open(stores)[0], held_out=True).counts()
+
+
+def test_a_growth_that_cannot_be_decoded_any_more_leaves_the_order_whole(
+    course: Encode, clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, stage, _ = course
+    members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
+    encode_stage(driver, stage, members)
+    moved = clips[-1]._replace(path=str(tmp_path / "short.mp4"))
+    shutil.copy(clips[-1].path, moved.path)
+    _table_of(tmp_path, [*clips[:-1], moved])
+    grow_stage(driver, stage)
+    Path(moved.path).unlink()
+    stores = _open(encode_stage(driver, stage, members))
+    source = LatentSource(stage, stores, False, members, load_growths(own))
+    assert source.layouts()[SHORT.name] == layout_of([5], [Later([3], [0])])
+    for position in range(0, stage.budget, 2):
+        plan = batch_at(stage, position, source.layouts())
+        source.sample_ids(plan.bucket, plan.indices)
+
+
+def test_what_is_damaged_of_a_growth_is_repaired(
+    course: Encode, clips: list[Clip], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver, stage, encoded = course
+    with pytest.raises(InputError, match="no stage of 'tiny' has latents yet"):
+        repair_plan(driver)
+    members = pin_members(driver, stage)
+    encode_stage(driver, stage, members)
+    _table_of(tmp_path, clips)
+    grow_stage(driver, stage)
+    stores = encode_stage(driver, stage, members)
+    grown, shard = Place(stores[1].root), shard_file(LONG.name, "latent", 0)
+    before = grown.read(shard)
+    grown.flip(shard, 9, 1)
+    encoded.clear()
+    repair_plan(driver)
+    assert encoded == [[], [(LONG.name, 0)]]
+    assert grown.read(shard) == before
+    assert f"{stores[1].root}: encoded again: 1 shards" in capsys.readouterr().out
+    assert verify(stores[1].root).is_whole
+    encoded.clear()
+    repair_plan(driver)
+    assert encoded == []
+
+
+def test_a_growth_keeps_the_latents_that_it_was_pinned_to(
+    course: Encode, clips: list[Clip], tmp_path: Path
+) -> None:
+    driver, stage, _ = course
+    members, own = pin_members(driver, stage), driver.folder.stage(stage.name)
+    _table_of(tmp_path, clips)
+    grow_stage(driver, stage)
+    encode_stage(driver, stage, members)
+    pin = json.loads((own / "latents.json").read_text())
+    pin["later"][0]["fingerprint"] = "another"
+    (own / "latents.json").write_text(json.dumps(pin))
+    with pytest.raises(InputError, match="pinned to the latents another, and would now get"):
+        encode_stage(driver, stage, members)
+
+
 def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) -> None:
     store = _sealed(job)
     source = LatentSource(STAGE, store, held_out=False)
@@ -750,6 +964,26 @@ def test_what_is_damaged_is_encoded_again_and_nothing_else(
     assert encoded == [(LONG.name, 0)]
     assert [store.read(name) for name in files] == before
     assert verify(job.root).is_whole
+
+
+def test_captions_lie_beside_the_latents_in_the_order_of_their_slots(
+    job: EncodeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_encode, "ray", _RayOfTwo())
+    digest = ray_encode.encode_on_ray(job, 0, Watched()).digest
+    store, name = Place(job.root), captions_file(LONG.name)
+    table = pq.read_table(io.BytesIO(store.read(name))).to_pydict()
+    clips = job.members.clips[LONG.name]
+    assert table["sample_id"] == [clip.sample_id for clip in clips]
+    assert table["text"] == [clip.text for clip in clips]
+    before = store.read(name)
+    store.flip(name, 40, 1)
+    verdict = verify(job.root)
+    assert [fault.name for fault in verdict.faults] == [name]
+    assert ray_encode.encode_on_ray(job, 0, Watched(), verdict).digest == digest
+    assert store.read(name) == before
+    store.remove(name)
+    assert verify(job.root).is_whole, "a store of before had none, and nothing here reads them"
 
 
 def test_a_damaged_shard_stays_as_it_is_where_a_clip_that_it_held_is_gone(

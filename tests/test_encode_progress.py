@@ -109,11 +109,12 @@ def test_the_tracker_shows_the_encoding_and_goes_back_to_training(tmp_path: Path
 
 def test_the_lines_of_a_run_add_up_what_each_driver_encoded(tmp_path: Path) -> None:
     ends = [
+        event("quarantine", count=3),
         event("encode_end", clips=9, quarantined=2, encoded=7, seconds=30.0),
         event("encode_end", clips=9, quarantined=2, encoded=0, seconds=1.0),
     ]
     assert encoding_lines(tmp_path, ["dit", "other"], ends) == [
-        "latents of dit: 9 clips, 2 quarantined; 7 encoded in 31 s"
+        "latents of dit: 9 clips; quarantined: 3 when probed, 2 when encoded; 7 encoded in 31 s"
     ]
     (tmp_path / "stages" / "other").mkdir(parents=True)
     found = {**Encoded(8, 4, 0, 2.0)._asdict(), "wall": 0.0}

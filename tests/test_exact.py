@@ -38,7 +38,7 @@ from elastic.exact import (
 )
 from elastic.fit import memory_lines
 from elastic.memory import state_memory
-from elastic.meter import NonFiniteLoss
+from elastic.meter import OF_THE_MACHINES, NonFiniteLoss
 from elastic.objective import Objective, Reconstructing
 from elastic.weights import WEIGHTS
 from elastic.world import World
@@ -149,12 +149,11 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
 
 def _said(attempt: Attempt) -> list[tuple[int, dict[str, str], dict[str, float], str]]:
     """What the lines say that is no time or speed."""
-    timed = {"samples_per_s", "tokens_per_s", "data_wait"}
     return [
         (
             line["position"],
             line["context"],
-            {k: v for k, v in line["values"].items() if k not in timed},
+            {k: v for k, v in line["values"].items() if k not in OF_THE_MACHINES},
             line["order_digest"],
         )
         for line in attempt.lines

@@ -50,6 +50,7 @@ from elastic.kernels import attention, attention_order, compiled_encoder
 from elastic.lease import fork, start_host, wait_for_host
 from elastic.link import SETTLED, STOP, Ended, Failed, Measured, Order, Settle, Told
 from elastic.loop import Outcome
+from elastic.meter import OF_THE_MACHINES
 from elastic.objective import Objective, Reconstructing
 from elastic.state import Progress, TrainState
 from elastic.weights import WEIGHTS
@@ -68,7 +69,6 @@ gpu = [pytest.param("nccl", marks=ON_GPU)]
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60.0
 STOP_AFTER = 4  # updates
-TIMES = {"samples_per_s", "tokens_per_s", "data_wait"}
 
 # 320 tokens in heads of 64 channels: several blocks of keys in every attention kernel.
 WIDE = STAGE.replace(
@@ -213,7 +213,7 @@ def _furthest(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple
         for key in ("position", "context", "order_digest"):
             assert one[key] == other[key], "the runs saw other samples"
         assert one["values"].keys() == other["values"].keys()
-        for name in one["values"].keys() - TIMES:
+        for name in one["values"].keys() - OF_THE_MACHINES:
             a, b = one["values"][name], other["values"][name]
             where = f"{name} {a} and {b} at {one['position']} {one['context']}"
             furthest = max(furthest, (abs(a - b) / max(abs(a), abs(b), SMALLEST), where))
@@ -610,7 +610,7 @@ def _devices_of(pid: int) -> set[str]:
 def _require_traceless(address: Path, folder: Path, use_gpu: bool) -> None:
     """A run that nobody disturbs, and one that is killed, goes on, is stopped and goes on."""
     latents = _sealed(folder / "latents", FORKED)
-    jobs = [WorkerJob(FORKED, folder / name, latents) for name in ("whole", "cut")]
+    jobs = [WorkerJob(FORKED, folder / name, (latents,)) for name in ("whole", "cut")]
     undisturbed = _live(address, jobs[0], use_gpu)
     lives = [_live(address, jobs[1], use_gpu, cut) for cut in ("killed", "stopped", "")]
     assert [life.end for life in [undisturbed, *lives]] == [
@@ -635,7 +635,7 @@ def test_forked_processes_train_on_the_gpu_and_a_kill_and_a_stop_leave_no_trace(
 @pytest.mark.parametrize("use_gpu", [pytest.param(True, marks=ON_GPU)])
 def test_a_forked_process_compiles_its_blocks(address: Path, tmp_path: Path, use_gpu: bool) -> None:
     stage = WIDE.replace(compile=True)
-    job = WorkerJob(stage, tmp_path / "stage", _sealed(tmp_path / "latents", stage))
+    job = WorkerJob(stage, tmp_path / "stage", (_sealed(tmp_path / "latents", stage),))
     life = _live(address, job, use_gpu)
     assert life.end == "finished"
     (start,) = [event for event in life.events if event.kind == "start"]

@@ -63,6 +63,52 @@ def test_a_table_behind_a_url_names_the_same_clips(folder: Path, table: str) -> 
     assert mixed == there
 
 
+def test_a_folder_behind_a_url_gives_the_clips_of_the_same_folder_here(
+    server: str, tmp_path: Path
+) -> None:
+    client = boto3.client("s3", endpoint_url=server)
+    files = {"b.mp4": b"", "b.txt": b"two\n", "in/a.webm": b"", "in/.c.mp4": b"", ".d/e.mp4": b""}
+    files |= {"in/a.txt": "\u00e9".encode(), "of.pdf": b""}
+    for name, body in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(body)
+        client.put_object(Bucket=BUCKET, Key=f"films/{name}", Body=body)
+    client.put_object(Bucket=BUCKET, Key="films/folder.mp4/", Body=b"")  # as consoles make them
+    client.put_object(Bucket=BUCKET, Key="films-of-others/a.mp4", Body=b"")
+    there, here = (read_table(Videos(name)) for name in (f"s3://{BUCKET}/films/", str(tmp_path)))
+    assert [clip.path for clip in there] == [
+        f"s3://{BUCKET}/films/{name}" for name in ("b.mp4", "in/a.webm")
+    ]
+    assert [clip.text for clip in there] == ["two", "\u00e9"]
+    assert there.ids().tolist() == here.ids().tolist()
+    assert there.held_out().tolist() == here.held_out().tolist()
+    again = read_table(Videos(f"s3://{BUCKET}/films"))
+    assert again == there, "with the slash or without"
+    before = stamp(there[0].path)
+    client.put_object(Bucket=BUCKET, Key="films/b.mp4", Body=b"longer")
+    client.put_object(Bucket=BUCKET, Key="films/c.mp4", Body=b"")
+    assert stamp(there[0].path) != before, "what was listed is not taken for what is there"
+    assert len(read_table(Videos(f"s3://{BUCKET}/films/"))) == 3
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_empty_folder_behind_a_url_and_a_silent_server_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(InputError, match=r"'s3://.*/nothing/' holds no clip"):
+        read_table(Videos(f"s3://{BUCKET}/nothing/"))
+    with pytest.raises(InputError, match=r"'s3://.*/nothing' does not exist"):
+        read_table(Videos(f"s3://{BUCKET}/nothing"))
+    import fsspec
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    for name in ("clips", "clips/"):
+        with pytest.raises(InputError, match=r"cannot be (reached|read)"):
+            read_table(Videos(f"s3://{BUCKET}/{name}"))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 def test_what_is_good_and_what_is_not_is_the_same_behind_a_url(folder: Path) -> None:
     there = probe_all(
         read_table(Videos(f"s3://{BUCKET}/clips/clips.csv")), folder / "probes.parquet", workers=2

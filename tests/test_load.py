@@ -6,8 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from math import ceil
-from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,17 +24,21 @@ from elastic.data.load import (
     held_out_rounds,
     rounds_of,
 )
-from elastic.data.order import BatchPlan, Indices, batch_at
+from elastic.data.order import BatchPlan, batch_at
+from elastic.data.permutation import Indices
 from elastic.world import World
+from models.context import Context
 from stages import Bucket
 
 COUNTS = {CLIP: 23, STILL: 17}
 sizes = st.integers(1, 64)
 
 
-def _world(rank: int, size: int) -> World:
+def _world(rank: int, size: int, context: int = 1) -> World:
     """What a stream reads of a world; it sends no message, so no group is needed."""
-    return cast(World, SimpleNamespace(rank=rank, size=size))
+    nobody = cast(Any, None)
+    shared = Context(nobody, rank % context, context) if context > 1 else None
+    return World(rank, size, torch.device("cpu"), nobody, context=shared)
 
 
 class Breaking(DrawnLatents):
@@ -99,13 +102,16 @@ def test_weights_are_one_for_each_sample_of_the_batch_and_zero_for_the_filling(s
     assert weights == Counter({int(number): 1 for number in expected})
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_held_out_samples_are_each_measured_once_and_no_more_than_asked(size: int) -> None:
+@pytest.mark.parametrize(("size", "context"), [(1, 1), (2, 1), (3, 1), (2, 2), (6, 3)])
+def test_held_out_samples_are_each_measured_once_and_no_more_than_asked(
+    size: int, context: int
+) -> None:
     source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
     for most, expected in ((64, 23), (7, 7)):
         weights: Counter[int] = Counter()
+        stage = STAGE.replace(held_out=most)
         for rank in range(size):
-            for micro in held_out_rounds(source, bucket, most, _world(rank, size)):
+            for micro in held_out_rounds(source, stage, bucket, _world(rank, size, context)):
                 pairs = zip(micro.samples.ids, micro.samples.weight_B.tolist(), strict=True)
                 weights.update({int(number): 1 for number, weight in pairs if weight})
         assert weights == Counter(range(100, 100 + expected))
@@ -148,6 +154,17 @@ def test_every_rank_knows_which_lengths_of_text_any_rank_computes(size: int) -> 
             assert micro.samples.text is not None
             assert micro.samples.text.text_BLD.shape[1] == micro.text_tokens
             assert computed <= micro.all_text_tokens
+
+
+def test_ranks_of_one_context_read_the_same_samples_and_one_of_them_counts() -> None:
+    source, bucket = DrawnLatents(STAGE, COUNTS, 100), STAGE.buckets[0]
+    first, second, other = (
+        list(held_out_rounds(source, STAGE, bucket, _world(rank, 4, 2))) for rank in (0, 1, 2)
+    )
+    for mine, theirs, elsewhere in zip(first, second, other, strict=True):
+        assert torch.equal(mine.samples.x_BCTHW, theirs.samples.x_BCTHW)
+        assert mine.samples.weight_B.sum() > theirs.samples.weight_B.sum() == 0
+        assert not torch.equal(mine.samples.x_BCTHW, elsewhere.samples.x_BCTHW)
 
 
 @pytest.fixture

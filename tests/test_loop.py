@@ -37,10 +37,11 @@ from worlds import run_world
 
 from elastic.checkpoint import published
 from elastic.data.load import Samples
-from elastic.data.order import Indices, batch_at, updates_before
+from elastic.data.order import batch_at, updates_before
+from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights, local
 from elastic.loop import Outcome
-from elastic.meter import NonFiniteLoss
+from elastic.meter import OF_THE_MACHINES, NonFiniteLoss
 from elastic.randomness import normals, sample_generator
 from elastic.shard import initialise
 from elastic.weights import FINISHED, WEIGHTS
@@ -158,12 +159,11 @@ def world() -> Iterator[World]:
 
 def _timeless(attempt: Attempt, after: int = -1) -> list[tuple[object, ...]]:
     """The lines without what may differ between equal runs: time, speed, world, attempt."""
-    timed = {"samples_per_s", "tokens_per_s", "data_wait"}
     return [
         (
             line["position"],
             line["context"],
-            {k: v for k, v in line["values"].items() if k not in timed},
+            {k: v for k, v in line["values"].items() if k not in OF_THE_MACHINES},
             line["order_digest"],
         )
         for line in attempt.lines

@@ -12,18 +12,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny import CLIP, STAGE, STILL
 
-from elastic.data import order
+from elastic.data import permutation
 from elastic.data.load import deal
 from elastic.data.order import (
     EMPTY_DIGEST,
     BatchPlan,
-    Permutation,
-    WindowedPermutation,
     batch_at,
     bucket_at,
     chain_digest,
     updates_before,
 )
+from elastic.data.permutation import Permutation, WindowedPermutation
 from stages import AdamW, Bucket, DiffusionStage, Phase, Windows
 
 COUNTS = {CLIP: 23, STILL: 17}
@@ -117,6 +116,23 @@ def test_epochs_go_on_through_phases_and_whatever_the_batch() -> None:
             assert sorted(used[name][first : first + size]) == list(range(size))
 
 
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        (None, "1ca9c139f7a453b9d1d5e9cb5bf0da99"),
+        (Windows(), "8d5f8685a9d3f19ce94f9b15380c745a"),
+    ],
+)
+def test_the_order_is_that_of_runs_that_began_before(
+    windows: Windows | None, expected: str
+) -> None:
+    """Of before there were mixes: a run that goes on with another order sees samples twice."""
+    digest = EMPTY_DIGEST
+    for plan in _walk(STAGE.replace(order=windows), COUNTS):
+        digest = chain_digest(chain_digest(digest, plan.indices), plan.epochs)
+    assert digest == expected
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_what_the_ranks_get_together_is_the_batch(world: int) -> None:
     for plan in _walk(STAGE, COUNTS):
@@ -197,7 +213,7 @@ def test_neighbours_in_the_order_are_independent(monkeypatch: pytest.MonkeyPatch
     found = [_serial_chi_square(Permutation(size, "chi", k)(np.arange(size))) for k in range(8)]
     assert max(found) < CHI_SQUARE_BOUND
     # The control: two half-rounds are too few, and the statistic sees it.
-    monkeypatch.setattr(order, "_HALF_ROUNDS", 2)
+    monkeypatch.setattr(permutation, "_HALF_ROUNDS", 2)
     weak = [_serial_chi_square(Permutation(size, "chi", k)(np.arange(size))) for k in range(8)]
     assert min(weak) > CHI_SQUARE_BOUND
 

@@ -1,13 +1,13 @@
 """The whole way on a real Ray cluster: a worker killed, a node that joins, a driver killed."""
 
-import json
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from ray_beside import is_loopback, listening
 from s3_server import s3_server  # noqa: F401  # a fixture
 from store_places import Place, a_bucket  # noqa: F401  # a fixture
 
-from elastic.attempt import MEMBERS
 from elastic.data.assign import load_members
 from elastic.data.decoders import shared_decoders
+from elastic.data.growth import load_growths
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
+from elastic.data.permutation import Indices
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
-from elastic.folders import RunFolder
+from elastic.folders import MEMBERS, RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
+from elastic.latent_pins import pinned_latents
 from elastic.record import read_plan
 from stages.stage import AutoencoderStage, Stage
 
@@ -40,7 +42,7 @@ from pathlib import Path
 from elastic import demo
 from elastic.course import train_plan
 from elastic.drive import run_course, start_cluster
-from elastic.folders import RunFolder
+from elastic.folders import MEMBERS, RunFolder
 from elastic.settings import read_settings
 from stages.plan import load_plan
 
@@ -79,24 +81,28 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def expected_digest(folder: RunFolder, stage: Stage) -> str:
-    """The digest of the whole order, from the pure function and what the stage has pinned."""
+def drawn(folder: RunFolder, stage: Stage) -> Iterator[Indices]:
+    """The sample ids of each batch, from the pure function and what the stage has pinned."""
     own = folder.stage(stage.name)
+    members, growths = load_members(own / MEMBERS), load_growths(own)
     source: Any
     if isinstance(stage, AutoencoderStage):
         source = VideoSource(
-            stage, load_members(own / MEMBERS), held_out=False, decoders=shared_decoders(1)
+            stage, members, held_out=False, decoders=shared_decoders(1), growths=growths
         )
     else:
-        pinned = json.loads((own / "latents.json").read_text())
-        store = SealedStore.open(f"{folder.latents}/{pinned['fingerprint']}", pinned["fingerprint"])
-        source = LatentSource(stage, store, held_out=False)
-    digest, position = EMPTY_DIGEST, 0
+        stores = [SealedStore.open(*one) for one in pinned_latents(folder, stage.name)]
+        source = LatentSource(stage, stores, held_out=False, members=members, growths=growths)
+    position = 0
     while position < stage.budget:
-        plan = batch_at(stage, position, source.counts())
-        digest = chain_digest(digest, source.sample_ids(plan.bucket, plan.indices))
+        plan = batch_at(stage, position, source.layouts())
+        yield source.sample_ids(plan.bucket, plan.indices)
         position += plan.bucket.batch
-    return digest
+
+
+def expected_digest(folder: RunFolder, stage: Stage) -> str:
+    """The digest of the whole order."""
+    return functools.reduce(chain_digest, drawn(folder, stage), EMPTY_DIGEST)
 
 
 def check_finished_run(folder: RunFolder) -> None:
@@ -163,6 +169,61 @@ def test_a_stage_that_can_only_fail_again_is_not_tried_again(videos: Path, tmp_p
     kinds = [e["kind"] for e in read_events(tmp_path / "tiny")]
     assert kinds.count("start") == 1
     assert "blocked" in kinds
+
+
+def test_a_mix_whose_table_grows_while_its_driver_is_dead_goes_on_in_the_order_that_is_recorded(
+    videos: Path, tmp_path: Path
+) -> None:
+    head, *rows = videos.read_text().splitlines()
+    table = tmp_path / "films.csv"
+    table.write_text("\n".join([head, *rows[:20]]))
+    stills = tmp_path / "stock"
+    stills.mkdir()
+    for row in rows[20:30]:
+        name, text, _ = row.split(",")
+        os.link(videos.parent / name, stills / name)
+        (stills / name).with_suffix(".txt").write_text(text)
+    text = PLAN.read_text().replace("    Fresh,\n", "    Fresh,\n    Mix,\n")
+    films = f"Videos({str(table)!r}, folder={str(videos.parent)!r})"
+    mix = f"Mix(({films}, 3), (Videos({f'{stills}/'!r}, held_out_every=2), 1))"
+    text = text.replace('Videos(os.environ.get("TINY_VIDEOS", "captions.csv"))', mix)
+    text = text.replace("hunyuan_dit, dc_ae, dc_ae_dit, longer]", "hunyuan_dit]")
+    plan = tmp_path / "mixed.py"
+    plan.write_text(text)
+    command = [sys.executable, "-m", "elastic", "train", str(plan), "--storage", str(tmp_path)]
+    folder, around = RunFolder(tmp_path / "tiny"), environment(videos, times=12)
+
+    def published() -> bool:
+        events = read_events(folder.root)
+        return any(e["kind"] == "publish" and e["stage"] == "hunyuan-dit" for e in events)
+
+    with (tmp_path / "first.log").open("wb") as log:
+        first = subprocess.Popen([*command, "--cpus", "1"], env=around, stdout=log, stderr=log)
+        wait_until(published, f"a checkpoint; {tmp_path}/first.log", 180)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    latents = Path(folder.latents)
+    stores = {path: path.stat().st_mtime_ns for path in latents.glob("*/*/latent/c.*")}
+    table.write_text("\n".join([head, *rows[:20], *rows[30:]]))
+    grown = subprocess.run(
+        [*command, "--cpus", "2", "--grow"],
+        env=around, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert grown.returncode == 0, grown.stderr[-4000:]
+    (growth,) = load_growths(folder.stage("hunyuan-dit"))
+    assert growth.position > 0
+    assert load_growths(folder.stage("hunyuan-vae")) == (), "it was finished"
+    assert {path: path.stat().st_mtime_ns for path in stores} == stores, "nothing is encoded again"
+    assert len(pinned_latents(folder, "hunyuan-dit")) == 2
+    check_finished_run(folder)
+    stage = read_plan(folder).stage("hunyuan-dit")
+    new = {clip.sample_id for clips in growth.members.clips.values() for clip in clips}
+    assert new <= set(np.concatenate(list(drawn(folder, stage))).tolist()), "all were trained on"
+    status = subprocess.run(
+        [sys.executable, "-m", "elastic", "status", str(folder.root)],
+        env=around, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert f"grown: hunyuan-dit by {growth.members.num_clips()} clips" in status.stdout
 
 
 def require_repair(folder: RunFolder, environment: dict[str, str]) -> None:

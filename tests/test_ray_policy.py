@@ -46,10 +46,13 @@ class Told:
 class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
     """The policy on made-up nodes of one CPU each, with Ray's own coordinator in this process."""
 
-    def __init__(self, min_stay: float = 30.0, workers: tuple[int, int] = (2, 4)) -> None:
+    def __init__(
+        self, min_stay: float = 30.0, workers: tuple[int, int] = (2, 4), multiple: int = 1
+    ) -> None:
         self.told = Told()
         scaling = ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=1)
-        super().__init__(scaling, min_stay, 60.0, self.told, lambda: self.stops)  # type: ignore[arg-type]
+        stops = lambda: self.stops  # noqa: E731
+        super().__init__(scaling, min_stay, 60.0, self.told, stops, multiple)  # type: ignore[arg-type]
         self.stops = False
         self.nodes = ["a", "b"]
         self.draining: dict[str, int] = {}
@@ -262,6 +265,55 @@ def test_a_group_that_could_not_be_placed_is_tried_on_what_is_free() -> None:
     cluster.taken = {"b", "c"}
     assert cluster.size_now() is None
     assert cluster.told.kinds == ["waiting"]
+
+
+def test_a_group_starts_with_a_multiple_of_what_its_stage_asks_for() -> None:
+    cluster = Cluster(workers=(2, 8), multiple=2)
+    cluster.nodes = list("abcde")
+    assert cluster.size_now() == 4
+    cluster.taken = {"b", "c"}  # the group did not fit in time
+    assert cluster.size_now() == 2
+    cluster.taken = {"a", "b", "c", "d"}
+    assert cluster.size_now() is None
+    assert cluster.told.kinds == ["waiting"]
+
+
+def test_one_node_more_is_no_reason_to_grow_where_two_are_needed(now: SimpleNamespace) -> None:
+    cluster = Cluster(min_stay=1, workers=(2, 8), multiple=2)
+    for nodes in ("abc", "ab", "abc", "abc", "abc"):
+        cluster.nodes = list(nodes)
+        assert cluster.size_of("ab", 0.0) is None
+        now.s += 10
+    cluster.nodes, cluster.taken = list("abcd"), {"d"}
+    for _ in range(3):
+        assert cluster.size_of("ab", 0.0) is None
+        now.s += 10
+    cluster.taken = set()
+    assert cluster.size_of("ab", 0.0) is None, "it has not stood yet"
+    now.s += 10
+    assert cluster.size_of("ab", 0.0) == 4
+
+
+def test_a_lost_node_takes_another_one_along_and_the_rest_stays(now: SimpleNamespace) -> None:
+    cluster = Cluster(workers=(2, 8), multiple=2)
+    cluster.nodes = list("abc")
+    assert cluster.size_of("abcd", now.s) == 2
+    for _ in range(5):
+        now.s += 100
+        assert cluster.size_of("ab", 0.0) is None
+
+
+def test_a_node_with_a_long_notice_works_on_where_sizes_are_multiples(
+    now: SimpleNamespace, notices: dict[str, int]
+) -> None:
+    cluster = Cluster(workers=(2, 8), multiple=2)
+    cluster.nodes = list("abcd")
+    notices["d"] = int((time.time() + 1000) * 1000)
+    for _ in range(5):
+        assert cluster.size_of("abcd", now.s) is None
+        now.s += 2
+    notices["d"] = int((time.time() + 10) * 1000)
+    assert cluster.size_of("abcd", now.s) == 2
 
 
 def test_a_silent_node_takes_no_place_from_one_that_answers() -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from s3_server import s3_server  # noqa: F401  # a fixture
 from store_places import Place, a_bucket, a_place  # noqa: F401  # fixtures
 
-from elastic.data.schema import NULL_TEXT, array_digest, plan_json, sealed_file, shard_file
+from elastic.data.schema import NULL_TEXT, PLAN, array_digest, plan_json, sealed_file, shard_file
 from elastic.data.shards import (
     canonical_digest,
     crc32c,
@@ -462,6 +462,35 @@ def test_changed_rows_are_found_when_opened(place: Place) -> None:
         SealedStore.open(place.root, PRINT)
 
 
+@pytest.mark.parametrize("field", ["text_tokens", "shape"])
+def test_a_plan_that_was_changed_after_the_seal_is_refused(place: Place, field: str) -> None:
+    store = LatentStore.create(place.root, _schema())
+    _fill(store)
+    store.seal()
+    plan = json.loads(place.read(PLAN))
+    if field == "shape":
+        plan["buckets"][VIDEO]["shape"][0] *= 1000
+    else:
+        plan[field] *= 1000
+    place.write(PLAN, json.dumps(plan).encode())
+    with pytest.raises(InputError, match=r"plan\.json.* is not what was sealed"):
+        SealedStore.open(place.root, PRINT)
+
+
+@pytest.mark.parametrize("words", [b"", b'{"shape": [1000000000000]}'])
+def test_no_array_s_zarr_metadata_decides_what_is_read(place: Place, words: bytes) -> None:
+    store = LatentStore.create(place.root, _schema())
+    _fill(store)
+    store.seal()
+    before = SealedStore.open(place.root, PRINT).read_batch(VIDEO, [6])
+    described = [name for name in place.names() if name.endswith("/zarr.json")]
+    assert described
+    for name in described:
+        place.write(name, words)
+    after = SealedStore.open(place.root, PRINT).read_batch(VIDEO, [6])
+    assert torch.equal(before.latents_BCTHW, after.latents_BCTHW)
+
+
 def test_two_machines_that_round_differently_leave_one_truth(place: Place) -> None:
     schema = _schema()
     first, second = (LatentStore.create(place.root, schema) for _ in range(2))
@@ -605,7 +634,8 @@ def _peak_kb(root: Path, num_samples: int) -> int:
     }
     for name, array_N in arrays.items():
         store.folder.publish(per_sample_file(VIDEO, name), plain_bytes(array_N))
-    content = {"arrays": {VIDEO: {name: array_digest(a) for name, a in arrays.items()}}}
+    columns = {name: array_digest(a) for name, a in arrays.items()}
+    content = {**plan_json(schema), "arrays": {VIDEO: columns}}
     digest = canonical_digest(content)
     store.folder.publish(sealed_file(digest), json_bytes(content))
     seal = group_json({"fingerprint": PRINT, "digest": digest})

@@ -42,10 +42,18 @@ class Process:
         return self.own.recv()
 
 
+NODES = [
+    {"NodeID": "node", "Alive": True, "Resources": {"CPU": 96.0, "GPU": 8.0}},
+    {"NodeID": "other", "Alive": True, "Resources": {"CPU": 4.0, "GPU": 4.0}},
+]
+
+
 class Stand:
     """A supervisor at work in a thread, and what it did."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, hang_after: float = 60.0) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, hang_after: float = 60.0, use_gpu: bool = False
+    ) -> None:
         self.events: list[tuple[str, str]] = []
         self.lines: list[Any] = []
         self.settled = 0
@@ -57,6 +65,7 @@ class Stand:
             get_accelerator_ids=lambda: {},
         )  # fmt: skip
         monkeypatch.setattr(ray_worker.ray, "get_runtime_context", lambda: context)
+        monkeypatch.setattr(ray_worker.ray, "nodes", lambda: NODES)
         monkeypatch.setattr(ray_worker.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
         monkeypatch.setattr(ray_worker, "broadcast_from_rank_zero", lambda value: value)
         monkeypatch.setattr(ray_worker, "TrackerHandle", lambda name: self)
@@ -66,7 +75,7 @@ class Stand:
         monkeypatch.setattr(ray_worker.os, "kill", lambda pid, number: None)
         for flag in (ray_worker._stop, ray_worker._save, ray_worker._stopped):
             flag.clear()
-        self.supervisor = Supervisor(Work("stage", "tracker", b"", False, hang_after), 0, 1)
+        self.supervisor = Supervisor(Work("stage", "tracker", b"", use_gpu, hang_after), 0, 1)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -129,6 +138,17 @@ def test_what_a_process_tells_reaches_the_journals_and_finishing_ends_the_work(
     assert stand.lines == [{"position": 8}]
     assert stand.settled == 1
     assert process.is_closed
+
+
+@pytest.mark.parametrize(("use_gpu", "expected"), [(False, 1), (True, 12)])
+def test_a_process_has_as_many_decoders_as_its_worker_has_cores_of_its_node(
+    use_gpu: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand = Stand(monkeypatch, use_gpu=use_gpu)
+    process = stand.process()
+    assert stand.order.num_decoders == expected
+    process.own.send(Ended("finished"))
+    assert stand.end() is None
 
 
 def test_a_killed_process_is_replaced_and_the_loss_is_told(stand: Stand) -> None:

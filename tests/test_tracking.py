@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import shutil
@@ -13,7 +14,15 @@ from elastic.clock import boot_clock
 from elastic.data.moving_shapes import render
 from elastic.film import write_mp4
 from elastic.journal import EVENTS, METRICS, Event, Journal, Metric, read_journal
-from elastic.tracking import AIM_RUNS, PLAN_RUN, Tracker, rebuild_aim
+from elastic.tracking import (
+    AIM_RUNS,
+    PLAN_RUN,
+    RECONSTRUCTIONS,
+    Tracker,
+    _Accounts,
+    _sentence,
+    rebuild_aim,
+)
 
 STAGES = {"vae": 100, "dit <i>": 200}
 
@@ -112,7 +121,8 @@ def test_values_reach_the_journal_and_the_runs_of_stage_and_plan(tmp_path: Path)
         ("demo", held_out): [(110, 1.5)],
     }
     assert reader.series("psnr") == {}, "a value that is no number is not shown"
-    assert reader.series("world_size")["demo", held_out] == [(110, 2.0)]
+    assert reader.series("world_size")["demo", context(stage="dit <i>")] == [(110, 2.0)]
+    assert set(reader.series("attempt")["demo", context(stage="vae")]) == {(50, 1.0), (100, 1.0)}
     texts = reader.objects("events", lambda repo: repo.query_texts)
     assert [t.data for t in texts["demo / 2-dit <i>", "dit <i>", 10]] == [
         "crash, at 10 samples, world 2: signal 9 <b>"
@@ -137,10 +147,68 @@ def test_a_restart_continues_the_same_runs_and_overwrites_redone_positions(tmp_p
         (40, 240.0),
     ]
     assert len(losses) == 2
+    lost = Reader(tmp_path).series("loss_by_attempt")
+    assert lost["demo / 1-vae", context(stage="vae", attempt="1")] == [
+        (10, 110.0),
+        (20, 120.0),
+        (30, 130.0),
+    ]
+    assert len(lost["demo / 1-vae", context(stage="vae", attempt="2")]) == 3
     assert len(read_journal(tmp_path / METRICS)) == 6
 
 
+def test_whatever_a_line_carries_reaches_aim(tmp_path: Path) -> None:
+    carried = {"loss": 1.0, "grad_norm": 2.0, "lr": 3.0, "tokens_per_s": 4.0, "data_wait": 5.0,
+               "mfu": 6.0, "something_new": 7.0}  # fmt: skip
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    tracker.log({**metric("vae", 50, 1.0), "values": dict(carried)})
+    tracker.close()
+    reader = Reader(tmp_path)
+    for name, value in carried.items():
+        assert reader.series(name)["demo", context(stage="vae")] == [(50, value)], name
+
+
+def test_a_run_has_the_parameters_of_its_stage_and_names_its_parents(tmp_path: Path) -> None:
+    vae = {"name": "vae", "schedule": [], "seed": 3, "rate": None}
+    dit = {"name": "dit <i>", "schedule": [{"until": 9}], "vae": vae, "data": {"table": "x"},
+           "init": {"stage": vae, "clips": 4}}  # fmt: skip
+    record = {"definition": {"stages": [vae, dit]}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    tracker.log(metric("dit <i>", 50, 3.0))
+    tracker.close()
+    assert tracker.aim_problem() is None
+    (run,) = [r for r in Reader(tmp_path).repo.iter_runs() if r.name == "demo / 2-dit <i>"]
+    assert run["stage"] == {
+        "name": "dit <i>",
+        "schedule": [{"until": 9}],
+        "vae": {"stage": "vae"},
+        "init": {"stage": "vae", "clips": 4},
+    }
+
+
+def test_goodput_is_shown_after_saves_the_less_often_the_longer_a_run_lasts() -> None:
+    events = [{**event("run_start", None, None), "wall": 0.0}]
+    accounts = _Accounts([events[0]])
+    walls = [*range(1, 20), *range(20, 90_000, 20)]
+    shown = [w for w in walls if accounts.is_due({**event("publish", "vae", 1), "wall": float(w)})]
+    assert shown[:3] == [5, 10, 15]
+    assert all(b - a >= 0.02 * b for a, b in itertools.pairwise(shown))
+    assert 200 < len(shown) < 400
+    assert not accounts.is_due({**event("sample", "vae", 1), "wall": 1e6})
+    assert accounts.is_due({**event("run_end", None, None), "wall": 90_001.0})
+
+
+def test_what_no_person_reads_is_left_out_of_an_event() -> None:
+    line: Event = {**event("sample", "vae", 50, "averaged weights"), "captions": ["a", "b"]}
+    line["pids"] = [1, 2]
+    line["seconds"] = 3.5
+    assert _sentence(line) == "sample, at 50 samples, world 2, seconds=3.5: averaged weights"
+
+
 def test_samples_of_one_position_are_shown_together_and_move(tmp_path: Path) -> None:
+    stages = [{"name": "vae"}, {"name": "dit <i>", "model": {"patch": 2}}]
+    (tmp_path / "run.json").write_text(json.dumps({"definition": {"stages": stages}}))
     tracker = Tracker(tmp_path, "demo", STAGES)
     for caption in ("a red circle", "a blue square"):
         path = tmp_path / f"{caption}.mp4"
@@ -149,12 +217,16 @@ def test_samples_of_one_position_are_shown_together_and_move(tmp_path: Path) -> 
     still = tmp_path / "still.png"
     Image.new("RGB", (8, 8)).save(still)
     tracker.images("dit <i>", 80, "still", str(still))
+    tracker.images("vae", 100, "a pair", str(still))
     tracker.close()
     assert tracker.aim_problem() is None
     images = Reader(tmp_path).objects("samples", lambda repo: repo.query_images)
     name, stage = "demo / 2-dit <i>", "dit <i>"
     assert [one.caption for one in images[name, stage, 40]] == ["a red circle", "a blue square"]
     assert [one.caption for one in images[name, stage, 80]] == ["still"]
+    assert [one.caption for one in images["demo", stage, 140]] == ["a red circle", "a blue square"]
+    pairs = Reader(tmp_path).objects(RECONSTRUCTIONS, lambda repo: repo.query_images)
+    assert [one.caption for one in pairs["demo / 1-vae", "vae", 100]] == ["a pair"]
     picture = images[name, stage, 40][0].to_pil_image()
     assert (picture.format, picture.n_frames, picture.size) == ("WEBP", 5, (64, 64))
 

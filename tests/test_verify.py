@@ -181,8 +181,9 @@ def test_the_verb_names_damage_in_every_store_of_a_run(
     assert f"{bad}: 4 shards, sealed, 1 damaged\n  64px-1f/pooled/c.0.0 is gone\n" in said
     assert "python -m elastic repair FILE" in said
     assert main(["verify", str(bad), "--json"]) == 1
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["whole"] is False
+    shown = json.loads(capsys.readouterr().out)
+    (found,) = shown["stores"]
+    assert shown["whole"] is found["whole"] is False
     assert found["faults"] == [{"path": f"{bad}/64px-1f/pooled/c.0.0", "what": "is gone"}]
 
 

@@ -17,7 +17,7 @@ from test_decoders import hostile
 from tiny import attempt, world_of_one
 from videos_fixture import level_video
 
-from elastic.attempt import MEMBERS, WorkerJob
+from elastic.attempt import WorkerJob
 from elastic.data import sources
 from elastic.data.assign import Members
 from elastic.data.clips import Clip, Clips, write_parts
@@ -26,6 +26,7 @@ from elastic.data.decoders import Answer, Decoders, Times, Wanted
 from elastic.data.load import Samples, rounds_of
 from elastic.data.order import EMPTY_DIGEST, batch_at, chain_digest
 from elastic.data.sources import VideoSource
+from elastic.folders import MEMBERS
 from elastic.lease import fork, start_host, wait_for_host
 from elastic.link import Measured, Order
 from elastic.loop import Outcome

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.load import Round, Samples
-from elastic.data.order import Indices
+from elastic.data.order import Layout, layout_of
+from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights
 from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
@@ -74,6 +75,9 @@ class DrawnLatents:
 
     def counts(self) -> dict[str, int]:
         return self._counts
+
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of([count]) for name, count in self.counts().items()}
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return indices + self._first_id + (1000 if bucket.name == STILL else 0)

@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -49,6 +49,15 @@ class Clips(Sequence[Clip]):
         if isinstance(clips, Clips):
             return clips
         return cls(pa.Table.from_pylist([clip._asdict() for clip in clips], schema=SCHEMA))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Clips"]) -> "Clips":
+        """The clips of some parts, one part after the other."""
+        return parts[0] if len(parts) == 1 else cls(pa.concat_tables(p._table for p in parts))
+
+    def picked(self, is_picked: NDArray[np.bool_]) -> "Clips":
+        """Some of the clips, in their order."""
+        return Clips(self._table.filter(pa.array(is_picked)))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -109,14 +118,24 @@ def ids_of(clips: Sequence[Clip]) -> NDArray[np.int64]:
     return Clips.of(clips).ids()
 
 
-def write_parts(path: Path, parts: Iterable[tuple[str, Iterator[pa.RecordBatch]]]) -> None:
+def write_parts(
+    path: Path,
+    parts: Iterable[tuple[str, Iterator[pa.RecordBatch]]],
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Publish clips by the name of their part, as an Arrow file that `read_parts` maps."""
-    schema = SCHEMA.append(pa.field("part", pa.string()))
+    schema = SCHEMA.append(pa.field("part", pa.string())).with_metadata(notes)
     with published(path) as file, pa.ipc.new_file(file, schema) as writer:
         for name, batches in parts:
             for batch in batches:
                 names = pa.array([name]).take(pa.array(np.zeros(len(batch), np.int8)))
                 writer.write_batch(batch.append_column("part", names))
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What was noted of clips when they were written."""
+    notes = pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}
+    return {name.decode(): text.decode() for name, text in notes.items()}
 
 
 def read_parts(path: Path) -> dict[str, Clips]:

@@ -8,9 +8,10 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from elastic.data.assign import Members
+from elastic.data.captions import captions_file, publish_captions
 from elastic.data.clips import Clip, ids_of
 from elastic.data.decode import DECODE_VERSION, BadVideo, to_unit
 from elastic.data.decoders import Wanted, shared_decoders
@@ -117,8 +119,8 @@ def plan_job(
     return EncodeJob(stage, weights, digest, scale, members, root, text, text_fields)
 
 
-def open_store(job: EncodeJob) -> LatentStore:
-    """The store of the job, started if it is not there."""
+def open_store(job: EncodeJob, damaged: Collection[str] = ()) -> LatentStore:
+    """The store of the job, started if it is not there; damaged captions are written again."""
     stage, buckets, largest = job.stage, [], 1
     for bucket in stage.buckets:
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
@@ -141,7 +143,12 @@ def open_store(job: EncodeJob) -> LatentStore:
         pooled_width=stage.text.pooled_width,
         packed=job.packed,
     )
-    return LatentStore.create(job.root, schema)
+    store = LatentStore.create(job.root, schema)
+    for name, clips in job.members.clips.items():
+        is_there = store.folder.size(captions_file(name)) is not None
+        if not is_there or captions_file(name) in damaged:
+            publish_captions(store.folder, name, clips)
+    return store
 
 
 def encode_shards(
@@ -339,13 +346,15 @@ def measure_scale(
 ) -> Scale:
     """Mean and deviation of each channel over the first clips of the stage's longest bucket.
 
-    Of what a DiT is trained on: the variance of the posterior counts where that is sampled.
+    Of what a DiT is trained on: the variance of the posterior counts where that is sampled. Of a
+    mix as many of each source, so that stages which differ in its weights have the same latents.
     """
     bucket = max(stage.buckets, key=lambda b: b.frames)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
     sums = torch.zeros(3, stage.codec.channels, dtype=torch.float64)
-    clips = members.clips[bucket.name][:STATISTICS_CLIPS]
+    alike = [Fraction(1)] * len(stage.data.sources)
+    clips = members.some(bucket.name, alike, STATISTICS_CLIPS)
     for _, decoded in decode_ahead(stage.codec, [Part(bucket, clips)], stage.rate, decoders):
         good = [x for x in decoded if isinstance(x, Tensor)]
         if not good:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic.data.order import BatchPlan, Indices, batch_at
+from elastic.data.order import BatchPlan, Layout, batch_at, first_of
+from elastic.data.permutation import Indices
 from elastic.world import World
 from models.text import TextBatch
 from stages.schedule import Bucket
@@ -62,6 +63,10 @@ class Source(Protocol):
 
     def counts(self) -> dict[str, int]:
         """Samples of each bucket, by its name."""
+        ...
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where the samples of each source of the stage lie in each bucket, by its name."""
         ...
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
@@ -148,6 +153,16 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
         )
 
 
+def own_rounds(plans: Iterable[BatchPlan], source: Source, world: World) -> Iterator[Micro]:
+    """This rank's micro-batches; what others of its context count as well has weight 0 here."""
+    for micro in rounds_of(plans, source, world.reader, world.readers):
+        if world.counts:
+            yield micro
+        else:
+            samples = replace(micro.samples, weight_B=torch.zeros_like(micro.samples.weight_B))
+            yield replace(micro, samples=samples)
+
+
 @dataclass(frozen=True)
 class Step:
     """The batch of one update: what this rank computes, and the ids of all of it."""
@@ -197,7 +212,7 @@ class Stream:
     def _read_ahead(self, position: int) -> None:
         try:
             shown, planned = itertools.tee(self._plans(position))
-            micros = rounds_of(planned, self._source, self._world.rank, self._world.size)
+            micros = own_rounds(planned, self._source, self._world)
             for plan in shown:
                 if self._closing.is_set():
                     break
@@ -209,9 +224,9 @@ class Stream:
                 raise
 
     def _plans(self, position: int) -> Iterator[BatchPlan]:
-        counts = self._source.counts()
+        layouts = self._source.layouts()
         while position < self._stage.budget:
-            plan = batch_at(self._stage, position, counts)
+            plan = batch_at(self._stage, position, layouts)
             yield plan
             position += plan.bucket.batch
 
@@ -229,9 +244,8 @@ class Stream:
                 continue
 
 
-def held_out_rounds(source: Source, bucket: Bucket, most: int, world: World) -> Iterator[Micro]:
-    """This rank's micro-batches of a fixed set of held-out samples."""
-    count = min(source.counts()[bucket.name], most)
-    indices = np.arange(count)
+def held_out_rounds(source: Source, stage: Stage, bucket: Bucket, world: World) -> Iterator[Micro]:
+    """This rank's micro-batches of a fixed set of held-out samples, from each source its share."""
+    indices = first_of(stage.data.shares, source.layouts()[bucket.name], stage.held_out)
     plan = BatchPlan(0, bucket, indices, np.zeros_like(indices))
-    return rounds_of([plan], source, world.rank, world.size)
+    return own_rounds([plan], source, world)

@@ -1,99 +1,82 @@
 """Which samples make up the batch at a position: a pure function of (seed, stage, position).
 
-The permutation is a keyed Feistel network over a grid of about sqrt(n) x sqrt(n) with cycle
-walking: O(1) in time and memory for any n, a bijection for any n, and after six half-rounds its
-serial pairs pass a chi-square test (four would do; two fail).
+O(1) in time and memory for any number of samples; the permutations are in `permutation.py`, and
+how a mix of sources is interleaved in `mix.py`.
 """
 
 import hashlib
-import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.fresh import named_seed
+from elastic.data.mix import Dealt, deal_sources, quotas, used_before
+from elastic.data.permutation import Indices, Permutation, WindowedPermutation
 from stages.init import Continue
-from stages.schedule import Bucket, Slot, Windows, samples_before, slot_at
+from stages.schedule import Bucket, Slot, samples_before, slot_at
 from stages.stage import Stage
 
-_HALF_ROUNDS = 6
-Indices = NDArray[np.int64]
 
+class Extent(NamedTuple):
+    """Samples of one source that lie side by side in a bucket: the first index, and how many.
 
-def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # Finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): full avalanche in three rounds.
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-class Permutation:
-    """A keyed bijection of [0, size)."""
-
-    def __init__(self, size: int, *key: str | int) -> None:
-        assert size > 0, f"cannot permute {size} elements"
-        self.size = size
-        self._rows = math.isqrt(size - 1) + 1
-        self._columns = -(-size // self._rows)
-        self._keys = [np.uint64(named_seed(*key, r)) for r in range(_HALF_ROUNDS)]
-
-    def __call__(self, index: Indices) -> Indices:
-        """Where each of the given indices goes."""
-        out = self._round_trip(np.asarray(index, dtype=np.uint64))
-        # The grid holds fewer than sqrt(n) cells too many: walk those on until they land inside.
-        while (outside := out >= self.size).any():
-            out[outside] = self._round_trip(out[outside])
-        return out.astype(np.int64)
-
-    def _round_trip(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
-        left, right = np.divmod(x, columns)
-        with np.errstate(over="ignore"):
-            for turn, key in enumerate(self._keys):
-                if turn % 2:
-                    right = (right + _mix64(left + key) % columns) % columns
-                else:
-                    left = (left + _mix64(right + key) % rows) % rows
-        return np.asarray(left * columns + right)
-
-
-class WindowedPermutation:
-    """A keyed bijection of [0, size) that keeps neighbours near one another.
-
-    Runs of places side by side are permuted, and then the places of `mixed` runs at a time. The
-    last run may reach beyond the size: places there are walked on until they land inside, which
-    sends less than a run of samples somewhere else.
+    They are drawn from when on `start` samples of the source have been: the end of an epoch of it.
     """
 
-    def __init__(self, size: int, windows: Windows, *key: str | int) -> None:
-        assert size > 0, f"cannot permute {size} elements"
-        self.size = size
-        self._run = min(windows.run, size)
-        self._num_runs = -(-size // self._run)
-        self._mixed = windows.mixed
-        self._runs = Permutation(self._num_runs, *key, "runs")
-        self._key = key
+    first: int
+    size: int
+    start: int = 0
 
-    def __call__(self, index: Indices) -> Indices:
-        """Where each of the given indices goes."""
-        out = self._place(np.asarray(index, dtype=np.int64))
-        while (outside := out >= self.size).any():
-            out[outside] = self._place(out[outside])
-        return out
 
-    def _place(self, x: Indices) -> Indices:
-        window_size = self._mixed * self._run
-        windows, within = np.divmod(x, window_size)
-        out = np.empty_like(x)
-        for window in np.unique(windows):
-            here = windows == window
-            first = int(window) * self._mixed
-            num_runs = min(self._mixed, self._num_runs - first)
-            mix = Permutation(num_runs * self._run, *self._key, "window", int(window))
-            runs, offsets = np.divmod(mix(within[here]), self._run)
-            out[here] = self._runs(first + runs) * self._run + offsets
-        return out
+Layout = tuple[tuple[Extent, ...], ...]
+"""Where the samples of each source of the stage lie in a bucket; those that came later come last.
+"""
+
+
+class Later(NamedTuple):
+    """How many samples of each source came later to a bucket, and their `Extent.start`."""
+
+    sizes: Sequence[int]
+    starts: Sequence[int]
+
+
+def layout_of(sizes: Sequence[int], later: Sequence[Later] = ()) -> Layout:
+    """Sources of these sizes, one after the other; and all of that again for each `later`."""
+    found: list[list[Extent]] = [[] for _ in sizes]
+    first = 0
+    for some, starts in (Later(sizes, [0] * len(sizes)), *later):
+        for extents, size, start in zip(found, some, starts, strict=True):
+            extents.append(Extent(first, size, start))
+            first += size
+    return tuple(map(tuple, found))
+
+
+def first_of(shares: Sequence[Fraction], layout: Layout, most: int) -> Indices:
+    """The indices of up to so many samples, the first of each source, by the sources' shares."""
+    began = [extents[0] for extents in layout]
+    counts = quotas(shares, [extent.size for extent in began], most)
+    parts = [one.first + np.arange(count) for one, count in zip(began, counts, strict=True)]
+    return np.concatenate(parts)
+
+
+class Era(NamedTuple):
+    """A stretch of a source's samples that are drawn from the same ones, epoch after epoch."""
+
+    start: int
+    epoch: int  # the first in it
+    size: int
+
+
+def eras_of(extents: Sequence[Extent]) -> list[Era]:
+    """One for each extent: it ends where the next one begins."""
+    eras = [Era(0, 0, extents[0].size)]
+    for extent in extents[1:]:
+        before = eras[-1]
+        epochs, inside = divmod(extent.start - before.start, before.size)
+        assert not inside, f"{extent} does not begin at an epoch of {before}"
+        eras.append(Era(extent.start, before.epoch + epochs, before.size + extent.size))
+    return eras
 
 
 class BatchPlan(NamedTuple):
@@ -102,7 +85,7 @@ class BatchPlan(NamedTuple):
     position: int
     bucket: Bucket
     indices: Indices
-    epochs: Indices  # how often each sample was used before in this stage
+    epochs: Indices  # of each sample's source, counted from 0
 
 
 def bucket_at(stage: Stage, position: int) -> tuple[Slot, Bucket]:
@@ -121,25 +104,91 @@ def bucket_at(stage: Stage, position: int) -> tuple[Slot, Bucket]:
     raise ValueError(f"stage {stage.name!r}: position {position} is inside a batch, not its start")
 
 
-def batch_at(stage: Stage, position: int, counts: dict[str, int]) -> BatchPlan:
-    """The batch at `position`, given how many samples each bucket (by name) holds.
+def batch_at(stage: Stage, position: int, layouts: Mapping[str, int | Layout]) -> BatchPlan:
+    """The batch at `position`, given where the samples of each bucket (by name) lie.
 
     A bucket is read as one endless stream, epoch after epoch, each in its own order; so batches
-    are always full, and each sample comes once an epoch.
+    are always full, and each sample comes once an epoch. Of a mix, each source is such a stream,
+    and that of the bucket is dealt from them by their shares; one that had no sample of the bucket
+    when the stage began takes no part in it. A number stands for one source that
+    had all of its samples from the beginning.
     """
     slot, bucket = bucket_at(stage, position)
-    size = counts[bucket.name]
-    first = samples_before(stage.schedule, slot, bucket)
-    stream = np.arange(first, first + bucket.batch)
-    epochs, within = np.divmod(stream, size)
-    indices = np.empty_like(within)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        key = ("order", stage.seed, stage.name, bucket.name, int(epoch))
-        windows = stage.order
-        order = WindowedPermutation(size, windows, *key) if windows else Permutation(size, *key)
-        indices[here] = order(within[here])
+    found = layouts[bucket.name]
+    layout = layout_of([found]) if isinstance(found, int) else found
+    numbers, shares = _taking_part(stage, layout)
+    dealt = _dealt(stage, bucket, shares, samples_before(stage.schedule, slot, bucket))
+    indices, epochs = np.empty_like(dealt.rank), np.empty_like(dealt.rank)
+    for place, number in enumerate(numbers):
+        here = dealt.source == place
+        key = _order_key(stage, bucket, layout, number)
+        indices[here], epochs[here] = _drawn(stage, layout[number], dealt.rank[here], *key)
     return BatchPlan(position, bucket, indices, epochs)
+
+
+def _taking_part(stage: Stage, layout: Layout) -> tuple[list[int], list[Fraction]]:
+    """The sources that have samples in a bucket, and their shares there: as in all, relatively."""
+    assert len(layout) == len(stage.data.shares), f"{stage.name}: {len(layout)} sources"
+    numbers = [number for number, extents in enumerate(layout) if extents[0].size]
+    shares = [stage.data.shares[number] for number in numbers]
+    return numbers, [share / sum(shares) for share in shares]
+
+
+def _order_key(stage: Stage, bucket: Bucket, layout: Layout, source: int) -> tuple[str | int, ...]:
+    key = ("order", stage.seed, stage.name, bucket.name)
+    return (*key, f"source {source}") if len(layout) > 1 else key
+
+
+def _dealt(stage: Stage, bucket: Bucket, shares: Sequence[Fraction], first: int) -> Dealt:
+    """The sources of a batch that begins at a place of the bucket's stream."""
+    if len(shares) > 1:
+        return deal_sources(shares, first, bucket.batch, stage.seed, stage.name, bucket.name)
+    stream = np.arange(first, first + bucket.batch)
+    return Dealt(np.zeros_like(stream), stream)
+
+
+def ranks_before(stage: Stage, bucket: Bucket, layout: Layout, place: int) -> list[int]:
+    """How many samples of each source come before a place of the bucket's stream."""
+    numbers, shares = _taking_part(stage, layout)
+    used = [place]
+    if len(shares) > 1:
+        used = used_before(shares, place, stage.seed, stage.name, bucket.name)
+    own = dict(zip(numbers, used, strict=True))
+    return [own.get(number, 0) for number in range(len(layout))]
+
+
+def _drawn(
+    stage: Stage, extents: Sequence[Extent], ranks: Indices, *key: str | int
+) -> tuple[Indices, Indices]:
+    """The indices and epochs of some of the samples of a source."""
+    if len(extents) == 1:
+        epochs, within = np.divmod(ranks, extents[0].size)
+        return extents[0].first + _shuffled(stage, extents[0].size, epochs, within, *key), epochs
+    eras, sizes = eras_of(extents), np.array([extent.size for extent in extents])
+    edges = np.cumsum(sizes)
+    shifts = np.array([extent.first for extent in extents]) - (edges - sizes)
+    numbers = np.searchsorted([era.start for era in eras], ranks, side="right") - 1
+    indices, epochs = np.empty_like(ranks), np.empty_like(ranks)
+    for number in np.unique(numbers):
+        here, (start, epoch, size) = numbers == number, eras[number]
+        passed, within = np.divmod(ranks[here] - start, size)
+        epochs[here] = epoch + passed
+        places = _shuffled(stage, size, epoch + passed, within, *key)
+        indices[here] = places + shifts[np.searchsorted(edges, places, side="right")]
+    return indices, epochs
+
+
+def _shuffled(
+    stage: Stage, size: int, epochs: Indices, within: Indices, *key: str | int
+) -> Indices:
+    """Where samples lie that come at some places of their epochs."""
+    out = np.empty_like(within)
+    for epoch in np.unique(epochs):
+        here, windows = epochs == epoch, stage.order
+        own = (*key, int(epoch))
+        order = WindowedPermutation(size, windows, *own) if windows else Permutation(size, *own)
+        out[here] = order(within[here])
+    return out
 
 
 def updates_before(stage: Stage, position: int) -> int:

@@ -1,4 +1,4 @@
-"""Files of the input by a path or a URL: there or not, how old, opened. URLs go by fsspec."""
+"""Files of the input by a path or a URL: there or not, how old, listed, opened. URLs: fsspec."""
 
 import errno
 import hashlib
@@ -93,6 +93,68 @@ def is_file(path: str) -> bool:
     if is_url(path):
         return stamp(path) is not None
     return os.path.isfile(path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether it names a folder: by a slash at its end, or since one is there. OSError as above."""
+    if path.endswith("/"):
+        return True
+    if not is_url(path):
+        return os.path.isdir(path)
+    try:
+        return bool(_file_system(path).info(path).get("type") == "directory")
+    except FileNotFoundError as error:
+        if _is_missing(error):
+            return False
+        raise OSError(f"{path}: {error.__cause__ or error}") from error
+    except Exception as error:  # a back end raises what it likes
+        raise OSError(f"{path}: {error}") from error
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """Names, from the folder on, of all files in it and in its folders, but hidden ones.
+
+    In no order. OSError where a part of it cannot be read.
+    """
+    if not is_url(folder):
+        yield from _local_files_below(folder)
+        return
+    system = _file_system(folder)
+    root = system._strip_protocol(folder).rstrip("/") + "/"
+    try:
+        # What was listed is kept by the back end, and would be taken for what is there later.
+        system.invalidate_cache()
+        paths = system.find(root)
+        system.invalidate_cache()
+    except FileNotFoundError as error:
+        if _is_missing(error):
+            return
+        raise OSError(f"{folder}: {error.__cause__ or error}") from error
+    except Exception as error:  # as above
+        raise OSError(f"{folder}: {error}") from error
+    for path in paths:
+        name = path.removeprefix(root)
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield name
+
+
+def _local_files_below(root: str) -> Iterator[str]:
+    """Links are followed, but not those to a folder that holds them."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        inside = os.path.realpath(folder) + os.sep
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and not inside.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
+        ]
+        for name in files:
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(folder, name), root)
 
 
 def is_there(path: str) -> bool:

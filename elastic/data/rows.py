@@ -88,6 +88,10 @@ class Rows:
         """The ids of present samples."""
         return self._sample_id.at(self._slots(indices)).astype(np.int64, copy=False)
 
+    def present_before(self, slot: int) -> int:
+        """How many of the samples that are planned before a slot are present."""
+        return slot - self._absent_before(slot)
+
     def text_lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Text tokens of present samples."""
         return self._length.at(self._slots(indices)).astype(np.int64)

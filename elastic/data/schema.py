@@ -186,11 +186,20 @@ def save_plan(folder: StoreFolder, schema: StoreSchema) -> bool:
     return schema.packed
 
 
-def load_schema(folder: StoreFolder) -> StoreSchema:
-    """The schema that a store was started with; InputError where its files are damaged."""
+def load_schema(folder: StoreFolder, sealed: Mapping[str, object] | None = None) -> StoreSchema:
+    """The schema that a store was started with; InputError where its files are damaged.
+
+    Or where it is not the one in `sealed`, the content of the seal.
+    """
     data = folder.read(PLAN)
     try:
         plan = json.loads(data)
+        # The digest that a run has pinned is of the seal: without this, not of shapes.
+        if sealed is not None and any(sealed.get(name) != value for name, value in plan.items()):
+            raise InputError(
+                f"{folder.where!r}: {PLAN} is not what was sealed; put it back from a copy, or "
+                "delete the folder and encode again"
+            )
         sizes = {name: plan[name] for name in _SIZES}
         buckets = tuple(_load_bucket(folder, *named) for named in plan["buckets"].items())
         packed = bool(plan.get(_PACKED, False))

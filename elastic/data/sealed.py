@@ -183,7 +183,7 @@ class SealedStore:
                 f"{folder.where}/{sealed_as} is not what its name says; delete {SEAL} there and "
                 "encode again"
             )
-        schema = load_schema(folder)
+        schema = load_schema(folder, sealed)
         rows = {
             bucket.name: load_rows(folder, schema, bucket.name, sealed["arrays"][bucket.name])
             for bucket in schema.buckets
@@ -199,6 +199,10 @@ class SealedStore:
     def count(self, bucket: str) -> int:
         """How many samples the bucket has."""
         return len(self._rows[bucket])
+
+    def present_before(self, bucket: str, slot: int) -> int:
+        """How many of the samples that are planned before a slot of the bucket are present."""
+        return self._rows[bucket].present_before(slot)
 
     def sample_ids(
         self, bucket: str, indices: NDArray[np.int64] | None = None

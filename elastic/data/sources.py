@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clips
 from elastic.data.decode import BadVideo, Unreachable, to_unit
 from elastic.data.decoders import Answer, Decoders, Wanted
+from elastic.data.growth import Growth
+from elastic.data.joined import JoinedStores
 from elastic.data.load import Round, Samples
-from elastic.data.order import Indices
+from elastic.data.order import Later, Layout, layout_of
+from elastic.data.permutation import Indices
 from elastic.data.sealed import SealedStore
 from elastic.errors import InputError
 from models.text import TextEmbedding, WordHash, pad
@@ -32,14 +35,31 @@ _PAUSES_S = (1.0, 4.0, 15.0, 40.0)  # before a file is tried again that cannot b
 class VideoSource:
     """Decodes clips when they are asked for, in processes of their own."""
 
-    def __init__(self, stage: Stage, members: Members, held_out: bool, decoders: Decoders) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        members: Members,
+        held_out: bool,
+        decoders: Decoders,
+        growths: Sequence[Growth] = (),
+    ) -> None:
         self._rate = stage.rate
         self._decoders = decoders
         self._broken: dict[Wanted | str, Answer] = {}  # once is enough: it may have taken minutes
         self._clips: dict[str, Clips] = {}
+        self._layouts: dict[str, Layout] = {}
         for bucket in stage.buckets:
             name = held_out_name(bucket) if held_out else bucket.name
-            self._clips[bucket.name] = Clips.of(members.clips[name])
+            parts = [members, *(growth.members for growth in growths)]
+            found = [Clips.of(part.clips[name]) for part in parts if name in part.clips]
+            self._clips[bucket.name] = Clips.joined(found)
+            # What is measured on stays as it was.
+            later = [] if held_out else [growth.later(name) for growth in growths]
+            self._layouts[bucket.name] = layout_of(members.sizes(name), later)
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where the clips of each source lie in each bucket, by its name."""
+        return self._layouts
 
     def counts(self) -> dict[str, int]:
         """Clips of each bucket, by its name."""
@@ -107,12 +127,61 @@ class VideoSource:
 
 
 class LatentSource:
-    """Reads latents and text from a sealed store; no video is opened."""
+    """Reads latents and text from sealed stores; no video is opened.
 
-    def __init__(self, stage: DiffusionStage, store: SealedStore, held_out: bool) -> None:
-        self._store = store
+    There is a store of what the stage began with, and one of each growth. Where the stage has a
+    mix, its members say which of them are of which source.
+    """
+
+    def __init__(
+        self,
+        stage: DiffusionStage,
+        stores: SealedStore | Sequence[SealedStore],
+        held_out: bool,
+        members: Members | None = None,
+        growths: Sequence[Growth] = (),
+    ) -> None:
+        self._store = JoinedStores([stores] if isinstance(stores, SealedStore) else stores)
         self._stage = stage
         self._names = {b.name: held_out_name(b) if held_out else b.name for b in stage.buckets}
+        self._layouts = {
+            name: self._layout(stored, members, () if held_out else growths)
+            for name, stored in self._names.items()
+        }
+        if not held_out:
+            self._require_each(members)
+
+    def layouts(self) -> dict[str, Layout]:
+        """Where the samples of each source lie in each bucket, by its name."""
+        return self._layouts
+
+    @property
+    def text_tokens(self) -> int:
+        """The most tokens that a text may have."""
+        return self._store.text_tokens
+
+    def _layout(self, stored: str, members: Members | None, growths: Sequence[Growth]) -> Layout:
+        """Where they lie now that those are left out which could not be encoded."""
+        if members is None:
+            return layout_of([self._store.count(stored)])
+        later = [
+            Later(self._store.present(number, stored, planned), starts)
+            for number, (planned, starts) in enumerate(
+                (growth.later(stored) for growth in growths), start=1
+            )
+        ]
+        return layout_of(self._store.present(0, stored, members.sizes(stored)), later)
+
+    def _require_each(self, members: Members | None) -> None:
+        for name, layout in self._layouts.items():
+            planned = [1] if members is None else members.sizes(name)
+            for number, extents in enumerate(layout):
+                if planned[number] and not extents[0].size:
+                    raise InputError(
+                        f"stage {self._stage.name!r}: bucket {name!r} has no latents of "
+                        f"{self._stage.data.sources[number].table!r}: none of its clips could be "
+                        "encoded; the reasons are in the log of the encoding"
+                    )
 
     def null_text(self) -> TextEmbedding:
         """What dropped text is replaced by."""
@@ -144,7 +213,7 @@ class LatentSource:
     def _most_ahead(self) -> int:
         """As many rounds as pay where the store lies, if memory has room for them."""
         largest = max(
-            bucket.micro * 4 * math.prod(self._store.schema.bucket(name).shape)
+            bucket.micro * 4 * math.prod(self._store.shape(name))
             for bucket, name in zip(self._stage.buckets, self._names.values(), strict=True)
         )
         return max(2, min(self._store.reads_at_once, _AHEAD_BYTES // largest))

@@ -1,4 +1,4 @@
-"""Reads the table of clips: which file, which caption, train or held out."""
+"""Reads the table of clips, or a folder: which file, which caption, train or held out."""
 
 import difflib
 import os
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
+from elastic.data.folder import names_in, read_folder
 from elastic.errors import InputError
-from stages.videos import Videos
+from stages.videos import Mix, Videos
 
 SPLITS = ("train", "held-out")
 _COLUMNS = ("path", "text", "split")
@@ -25,29 +26,99 @@ def read_table(videos: Videos, spill: Path | None = None) -> Clips:
 
     They are kept in memory, or in the file `spill`, which is then mapped and may be deleted.
     """
+    (clips,) = read_tables(videos, spill)
+    return clips
+
+
+def read_tables(data: Videos | Mix, spill: Path | None = None) -> list[Clips]:
+    """The rows of each source, as `read_table` reads them; of a mix, no two have the same id."""
+    rows = {str(number): _source(videos, number) for number, videos in enumerate(data.sources)}
+    if spill is None:
+        batches = {name: pa.Table.from_batches(some, schema=SCHEMA) for name, some in rows.items()}
+        parts = {name: Clips(table) for name, table in batches.items()}
+    else:
+        write_parts(spill, rows.items())
+        parts = read_parts(spill)
+    found = [parts.get(name, Clips(SCHEMA.empty_table())) for name in rows]
+    for videos, clips in zip(data.sources, found, strict=True):
+        if not len(clips):
+            raise InputError(
+                f"table {videos.table!r} has no rows; it needs at least one row of path and text"
+            )
+        _require_distinct(videos.table, clips.ids())
+    return found
+
+
+def check_videos(videos: Videos) -> None:
+    """InputError for a table or folder that cannot be used, or none of whose files exists."""
+    if _is_folder(videos):
+        names_in(_folder(videos))  # their captions are not looked at: that is long in a bucket
+        return
+    clips = read_table(videos)
+    # One that is there will do: files that are missing are quarantined one by one.
+    if not any(places.is_there(clip.path) for clip in clips):
+        raise InputError(
+            f"table {videos.table!r}: none of its {len(clips)} files exists, the first would "
+            f"be {clips[0].path!r}; relative paths are taken from the video folder: correct it"
+        )
+
+
+def _source(videos: Videos, number: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a source of a mix: names may be alike in several of them, ids may not.
+
+    The first source keeps its ids, so that its clips are those that they are without the mix.
+    """
+    for batch in _rows(videos):
+        if number == 0:
+            yield batch
+            continue
+        ids = [sample_id(f"{number}\0{own}") for own in batch.column("sample_id").to_pylist()]
+        columns = [pa.array(ids, pa.int64()), *batch.columns[1:]]
+        yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _rows(videos: Videos) -> Iterator[pa.RecordBatch]:
+    """The rows of the table, or those that stand for the files of the folder."""
+    if _is_folder(videos):
+        return read_folder(_folder(videos), videos.held_out_every)
+    return _all_clips(videos, _video_folder(videos))
+
+
+def _is_folder(videos: Videos) -> bool:
+    """Whether a folder stands in the place of the table."""
     name = videos.table
     for what, place in (("table", name), ("video folder", videos.folder or "")):
         if places.is_url(place):
             places.check_url(place, what)
-    folder = videos.folder or places.parent(name) or "."
-    if not places.is_url(folder):
-        folder = os.path.abspath(folder)
-    # Behind a URL there are no folders, only names that begin alike.
-    if not places.is_url(folder) and not os.path.isdir(folder):
+    try:
+        return places.is_folder(name)
+    except OSError as error:
+        raise InputError(f"table {name!r} cannot be reached: {error}") from error
+
+
+def _folder(videos: Videos) -> str:
+    """The folder that stands in the place of the table."""
+    name = videos.table
+    if videos.folder is not None:
+        raise InputError(
+            f"folder {videos.folder!r} is for the paths of a table, and {name!r} is a folder "
+            "itself: leave one of them out"
+        )
+    return name if places.is_url(name) else os.path.abspath(name)
+
+
+def _video_folder(videos: Videos) -> str:
+    """Where the relative paths of a table are taken from."""
+    folder = videos.folder or places.parent(videos.table) or "."
+    if places.is_url(folder):  # there are no folders, only names that begin alike
+        return folder
+    folder = os.path.abspath(folder)
+    if not os.path.isdir(folder):
         raise InputError(
             f"video folder {folder!r} does not exist; relative paths of the table "
-            f"{name!r} are taken from it: correct the folder"
+            f"{videos.table!r} are taken from it: correct the folder"
         )
-    rows = _all_clips(videos, folder)
-    if spill is None:
-        clips = Clips(pa.Table.from_batches(rows, schema=SCHEMA))
-    else:
-        write_parts(spill, [("table", rows)])
-        clips = read_parts(spill).get("table", Clips(SCHEMA.empty_table()))
-    if not len(clips):
-        raise InputError(f"table {name!r} has no rows; it needs at least one row of path and text")
-    _require_distinct(name, clips.ids())
-    return clips
+    return folder
 
 
 def _all_clips(videos: Videos, folder: str) -> Iterator[pa.RecordBatch]:

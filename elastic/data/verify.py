@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data import manifest
+from elastic.data.captions import captions_file, captions_fit
 from elastic.data.schema import (
     NULL_TEXT,
     PLAN,
@@ -89,6 +90,7 @@ def verify(root: str | Path, progress: Progress = lambda done, total: None) -> V
     progress(len(shards), len(shards))
     if sealed is not None:
         verdict.seal += _seal_faults(store, sealed)
+    verdict.seal += _caption_faults(store)
     fields = _read(store.folder, FIELDS)
     if fields is not None and not _stands_for(fields, store.schema.fingerprint):
         verdict.seal.append(Fault(FIELDS, "is not what the fingerprint stands for"))
@@ -183,6 +185,14 @@ def _seal_faults(store: LatentStore, sealed: dict[str, Any]) -> Iterator[Fault]:
         null = np.frombuffer(_read(folder, NULL_TEXT) or b"", np.uint8)
         if array_digest(null) != sealed["null_text"]:
             yield Fault(NULL_TEXT, "is not what was sealed")
+
+
+def _caption_faults(store: LatentStore) -> Iterator[Fault]:
+    for bucket in store.schema.buckets:
+        data = _read(store.folder, captions_file(bucket.name))
+        # Stores of before captions were kept have none.
+        if data is not None and not captions_fit(data, bucket.sample_ids):
+            yield Fault(captions_file(bucket.name), "is damaged, or not of the planned samples")
 
 
 def _stands_for(fields: bytes, wanted: str) -> bool:

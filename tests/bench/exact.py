@@ -32,7 +32,7 @@ from test_adversarial import DrawnClips
 from elastic import shard
 from elastic.checkpoint import Checkpoints, Fence, published
 from elastic.loop import Run, train_stage
-from elastic.meter import Meter
+from elastic.meter import OF_THE_MACHINES, Meter
 from elastic.objective import Objective, Reconstructing
 from elastic.world import World
 from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Phase, Stage
@@ -40,7 +40,6 @@ from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Phase, Stage
 WORLDS = (1, 2, 3, 4)
 TIMED_WORLDS = (1, 2)
 LINES = "lines.jsonl"
-TIMED = {"samples_per_s", "tokens_per_s", "data_wait"}
 Line = tuple[int, str, str]  # position, context, values and digest of the order as JSON
 
 
@@ -136,7 +135,7 @@ def said(folder: Path) -> list[Line]:
     lines = []
     for text in (folder / LINES).read_text().splitlines():
         line = json.loads(text)
-        values = {k: v for k, v in line["values"].items() if k not in TIMED}
+        values = {k: v for k, v in line["values"].items() if k not in OF_THE_MACHINES}
         told = json.dumps([values, line["order_digest"]], sort_keys=True)
         lines.append((line["position"], json.dumps(line["context"]), told))
     return lines

@@ -34,7 +34,8 @@ from elastic.align import Pairs
 from elastic.checkpoint import Checkpoints, Fence
 from elastic.data.load import Round, Samples
 from elastic.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, render_at
-from elastic.data.order import Indices
+from elastic.data.order import Layout, layout_of
+from elastic.data.permutation import Indices
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching
@@ -156,6 +157,9 @@ class Latents:
 
     def counts(self) -> dict[str, int]:
         return {self._bucket: len(self._ids)}
+
+    def layouts(self) -> dict[str, Layout]:
+        return {name: layout_of([count]) for name, count in self.counts().items()}
 
     def sample_ids(self, bucket: Bucket, indices: Indices) -> Indices:
         return self._ids[indices]
