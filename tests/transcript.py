@@ -64,7 +64,9 @@ dit = DiffusionStage(
 plan = Plan("mine", [vae, dit])
 '''
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_NOISE = re.compile(r"INFO (?!cli)|WARNING services|SUCC .*---|DeprecationWarning|warnings\.warn|^\s*$")
+_NOISE = re.compile(
+    r"INFO (?!cli)|WARNING services|SUCC .*---|DeprecationWarning|warnings\.warn|^\s*$"
+)
 
 
 class Session:
@@ -205,7 +207,9 @@ def play(session: Session) -> None:
     lost = session.start(f"{worker} --temp-dir=$HOME/ray-2")
     session.say("Who has not the token is sent away.")
     session.run(f"curl -s -o /dev/null -w '%{{http_code}}\\n' http://127.0.0.1:{jobs}/api/jobs/")
-    session.run(f"python -m elastic doctor --ray-address {address}:{gcs} | grep 'Ray cluster'")
+    session.run(
+        f"python -m elastic doctor --ray-address {address}:{gcs} | grep -E '^[a-z]+ +(Ray|node)'"
+    )
     session.say("The plan as a job.")
     session.run(
         f"ray job submit {at} --no-wait --submission-id first --working-dir . "
