@@ -1,6 +1,9 @@
 """`python -m elastic` and `restage`."""
 
+import atexit
+import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
@@ -18,9 +21,23 @@ def main() -> None:
         check_packages()
     except PackageError as error:
         sys.exit(_refuse(error))
+    from elastic.cli import INTERRUPTED
     from elastic.cli import main as run
 
-    sys.exit(run())
+    code = run()
+    if code == INTERRUPTED:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End without waiting for threads: one in the middle of a call into Ray would crash the
+    interpreter on its way out, and take the exit code with it.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _refuse(error: ImportError | str) -> int:

@@ -40,12 +40,12 @@ def cluster_findings(address: str) -> list[Finding]:
         remedy = "start a cluster there, or give another --ray-address"
         return [Finding("error", "Ray cluster", str(error), remedy, "a cluster that answers")]
     try:
-        return [_token(address), *node_findings()]
+        return [token_of(address), *node_findings()]
     finally:
         ray.shutdown()
 
 
-def _token(address: str) -> Finding:
+def token_of(address: str) -> Finding:
     """Whether it sends away who has no token."""
     rule = "a cluster that asks for a token (RAY_AUTH_MODE=token)"
     if asks_for_token(address) is False:

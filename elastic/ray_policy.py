@@ -95,11 +95,11 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """A group as large as the nodes allow now, or none yet."""
-        self._maybe_send_resource_request()
         if self._stop_wanted():
             self._tell_saved("no group trains")
             time.sleep(_WAIT_S)
             return NoopDecision()
+        self._maybe_send_resource_request()
         possible = self._possible(must_answer=True)
         if possible is not None and self._num_tries:
             # Somebody else's work is where the last group did not fit in time.
@@ -119,7 +119,8 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     ) -> Any:
         """Leave a node with notice in time, shrink at once, grow after a while."""
         self._num_tries = 0
-        self._maybe_send_resource_request()
+        if not self._is_saved:
+            self._maybe_send_resource_request()
         now = time_monotonic()
         if now - self._looked_at < self.scaling_config.elastic_resize_monitor_interval_s:
             return NoopDecision()
@@ -168,6 +169,7 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     def _tell_saved(self, reason: str) -> None:
         if not self._is_saved:
             self._is_saved = True
+            self._cancel_resource_request()  # else it would stand for three minutes
             self._tell("stop_saved", reason)
 
     def _may_grow(self, possible: int, now: float, began: float) -> bool:

@@ -71,6 +71,9 @@ class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
     def _maybe_send_resource_request(self) -> None:
         pass
 
+    def _cancel_resource_request(self) -> None:
+        self._coordinator.cancel_request("r")
+
     def _send_resource_request(self) -> None:
         asked = [{"CPU": 1.0}] * self._get_num_workers_for_resource_request()
         self._coordinator.request_resources(requester_id="r", resources=asked, expire_after_s=1e6)
@@ -568,6 +571,7 @@ def test_a_group_that_is_to_stop_is_asked_once_and_told_of_when_all_of_it_has(
     look(1.0)
     look(1.0)
     assert cluster.told.kinds == ["stop_saved"]
+    assert not cluster._reserved(), "the next driver does not wait for what this one has claimed"
 
 
 def test_where_no_group_runs_nothing_is_started_for_a_stop(now: SimpleNamespace) -> None:
