@@ -41,8 +41,7 @@ class Samples:
 class Micro:
     """One micro-batch of a step; `batch` is the global batch that its weights refer to.
 
-    `text_tokens` are those of its longest text, and `all_text_tokens` of the longest of each
-    micro-batch that any rank may have in this step.
+    `text_tokens` are those of its longest text.
     """
 
     position: int
@@ -52,7 +51,6 @@ class Micro:
     is_last: bool
     batch: int
     text_tokens: int = 0
-    all_text_tokens: frozenset[int] = frozenset()
 
 
 Round = tuple[Bucket, Indices]
@@ -108,7 +106,6 @@ class _Turn(NamedTuple):
     num_real: int
     is_last: bool
     text_tokens: int
-    all_text_tokens: frozenset[int]
 
 
 def by_text(plan: BatchPlan, lengths: Indices) -> tuple[BatchPlan, Indices]:
@@ -123,14 +120,14 @@ def by_text(plan: BatchPlan, lengths: Indices) -> tuple[BatchPlan, Indices]:
 
 def _turns(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[_Turn]:
     for given in plans:
+        if not len(given.indices):
+            continue  # a bucket may have lost all of its held-out clips
         plan, lengths = by_text(given, source.text_lengths(given.bucket, given.indices))
-        micro = plan.bucket.micro
-        # The last of each cut is its longest; what fills a round up is the first of the batch.
-        longest = {*lengths[micro - 1 :: micro].tolist(), int(lengths[0]), int(lengths[-1])}
-        dealt = deal(len(plan.indices), micro, rank, world)
+        dealt = deal(len(plan.indices), plan.bucket.micro, rank, world)
         for turn, (offsets, num_real) in enumerate(dealt):
-            is_last, own = turn == len(dealt) - 1, int(lengths[offsets].max())
-            yield _Turn(plan, offsets, num_real, is_last, own, frozenset(longest))
+            yield _Turn(
+                plan, offsets, num_real, turn == len(dealt) - 1, int(lengths[offsets].max())
+            )
 
 
 def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[Micro]:
@@ -138,7 +135,7 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
     turns, asked = itertools.tee(_turns(plans, source, rank, world))
     found = source.fetch_all((turn.plan.bucket, turn.plan.indices[turn.offsets]) for turn in asked)
     for turn, samples in zip(turns, found, strict=True):
-        plan, offsets, num_real, is_last, text_tokens, all_text_tokens = turn
+        plan, offsets, num_real, is_last, text_tokens = turn
         real_B = torch.arange(len(offsets)) < num_real
         weighted = replace(samples, weight_B=samples.weight_B * real_B.float())
         yield Micro(
@@ -149,7 +146,6 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
             is_last=is_last,
             batch=len(plan.indices),
             text_tokens=text_tokens,
-            all_text_tokens=all_text_tokens,
         )
 
 
@@ -190,6 +186,10 @@ class Stream:
             target=self._read_ahead, args=(position,), name="stream", daemon=True
         )
         self._thread.start()
+
+    def is_ready(self) -> bool:
+        """Whether the next step is there already."""
+        return not self._ready.empty()
 
     def step(self, position: int) -> Step:
         """The step at this position; positions must follow one another."""
