@@ -84,7 +84,7 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
     """This rank's rounds: offsets into the batch, always `micro` of them, and how many count.
 
     Micro-batches are cut from the batch without regard to the world and dealt in turn; every rank
-    has the same number of rounds. A round with nothing left repeats sample 0 with weight 0.
+    has the same number of rounds. A round with nothing left repeats the last sample with weight 0.
     """
     cuts = [
         list(range(first, min(first + micro, plan_size))) for first in range(0, plan_size, micro)
@@ -94,7 +94,7 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
     for turn in range(num_rounds):
         mine = turn * world + rank
         cut = cuts[mine] if mine < len(cuts) else []
-        rounds.append((cut + [0] * (micro - len(cut)), len(cut)))
+        rounds.append((cut + [plan_size - 1] * (micro - len(cut)), len(cut)))
     return rounds
 
 
@@ -109,11 +109,12 @@ class _Turn(NamedTuple):
 
 
 def by_text(plan: BatchPlan, lengths: Indices) -> tuple[BatchPlan, Indices]:
-    """The batch in the order of its texts' lengths, and those: what is padded together is alike.
+    """The batch from its longest text to its shortest, and the lengths: what is padded together is
+    alike, and what is not full is short.
 
     An update is a sum over its batch, which no order changes but in the rounding.
     """
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     sorted_plan = plan._replace(indices=plan.indices[order], epochs=plan.epochs[order])
     return sorted_plan, lengths[order]
 
