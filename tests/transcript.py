@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 from cluster import faults
+from cluster.token import takes_jobs_from_anyone
 from elastic.journal import read_events
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +63,10 @@ dit = DiffusionStage(
 )
 plan = Plan("mine", [vae, dit])
 '''
-_NOISE = re.compile(r"INFO|WARNING services|DeprecationWarning|warnings\.warn|^\s*$")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_NOISE = re.compile(
+    r"INFO (?!cli)|WARNING services|SUCC .*---|DeprecationWarning|warnings\.warn|^\s*$"
+)
 
 
 class Session:
@@ -79,6 +84,7 @@ class Session:
             "RAY_TMPDIR": str(home / "ray"),
             "PYTHONWARNINGS": "ignore",
         }
+        self._hidden: dict[str, str] = {}
         self._behind: list[subprocess.Popen[bytes]] = []
 
     def say(self, text: str) -> None:
@@ -120,7 +126,7 @@ class Session:
 
     def _show(self, command: str, output: str) -> None:
         lines, is_left_out = [], False
-        for line in output.splitlines():
+        for line in _COLOUR.sub("", output).splitlines():
             if _NOISE.search(line):
                 is_left_out = True
                 continue
@@ -130,7 +136,13 @@ class Session:
         self.lines.append(f"```\n{text}\n```")
         print(text, flush=True)
 
+    def hide(self, word: str, name: str) -> None:
+        """Show a name in place of something that is this machine's own."""
+        self._hidden[word] = name
+
     def _shortened(self, text: str) -> str:
+        for word, name in self._hidden.items():
+            text = text.replace(word, name)
         text = text.replace(str(self.home), "~").replace(f"@{socket.gethostname()}", "@head")
         return text.replace(str(ROOT), "~/restage")
 
@@ -152,14 +164,22 @@ def _num(session: Session, kind: str, stage: str = "dit") -> int:
     return sum(event["kind"] == kind and event["stage"] == stage for event in events)
 
 
+def _answers(url: str) -> bool:
+    try:
+        return not takes_jobs_from_anyone(url)
+    except OSError:
+        return False
+
+
 def play(session: Session) -> None:
     """The whole session."""
     home = session.home
     (home / "my_parts.py").write_text(PARTS)
     (home / "my_plan.py").write_text(PLAN.format(home=home))
-    address, gcs, jobs = "127.0.0.1", _free_port(), _free_port()
+    address, gcs, jobs = ray.util.get_node_ip_address(), _free_port(), _free_port()
+    session.hide(address, "HEAD")
     node = "ray start --block --disable-usage-stats --object-store-memory=100000000"
-    at = f"--address http://{address}:{jobs}"
+    at = f"--address http://127.0.0.1:{jobs}"
 
     session.say("My own stage file, and a module beside it; clips to train on.")
     session.run("cat my_parts.py my_plan.py")
@@ -177,22 +197,23 @@ def play(session: Session) -> None:
     )
     session.say("A head and two workers.")
     session.start(
-        f"{node} --head --num-cpus=0 --node-ip-address={address} --port={gcs} "
-        f"--dashboard-host={address} --dashboard-port={jobs} --dashboard-agent-listen-port=0"
+        f"{node} --head --num-cpus=0 --port={gcs} --temp-dir=$HOME/ray "
+        f"--dashboard-port={jobs} --dashboard-agent-listen-port=0"
     )
-    alive = f"curl -sf -o /dev/null http://{address}:{jobs}/api/version"
-    session.wait(lambda: os.system(alive) == 0, "the job API")
-    worker = f"{node} --address={address}:{gcs} --node-ip-address={address} --num-cpus=1"
-    worker += " --dashboard-agent-listen-port=0"
-    session.start(worker)
-    lost = session.start(worker)
+    session.wait(lambda: _answers(f"http://127.0.0.1:{jobs}"), "the job API")
+    # On one machine each node needs a folder of its own for what jobs carry.
+    worker = f"{node} --address={address}:{gcs} --num-cpus=1 --dashboard-agent-listen-port=0"
+    session.start(f"{worker} --temp-dir=$HOME/ray-1")
+    lost = session.start(f"{worker} --temp-dir=$HOME/ray-2")
     session.say("Who has not the token is sent away.")
-    session.run(f"curl -s -o /dev/null -w '%{{http_code}}\\n' http://{address}:{jobs}/api/jobs/")
-    session.run(f"python -m elastic doctor --ray-address {address}:{gcs} | grep 'Ray cluster'")
+    session.run(f"curl -s -o /dev/null -w '%{{http_code}}\\n' http://127.0.0.1:{jobs}/api/jobs/")
+    session.run(
+        f"python -m elastic doctor --ray-address {address}:{gcs} | grep -E '^[a-z]+ +(Ray|node)'"
+    )
     session.say("The plan as a job.")
     session.run(
         f"ray job submit {at} --no-wait --submission-id first --working-dir . "
-        '--runtime-env-json \'{"excludes": ["ray", "runs", "clips"]}\' '
+        '--runtime-env-json \'{"excludes": ["ray*", "runs", "clips", "*.log"]}\' '
         "-- python -m elastic train my_plan.py --storage $HOME/runs --min-stay 2 --no-aim"
     )
     session.wait(lambda: _num(session, "publish") > 0, "a checkpoint")
@@ -205,7 +226,7 @@ def play(session: Session) -> None:
     faults.kill_tree(lost.pid)
     session.wait(lambda: _num(session, "start") > starts, "a group without it")
     starts = _num(session, "start")
-    session.start(worker)
+    session.start(f"{worker} --temp-dir=$HOME/ray-3")
     session.wait(lambda: _num(session, "start") > starts, "a group with another one")
     session.run(
         "python -c 'from elastic.journal import read_events; "
@@ -220,11 +241,11 @@ def play(session: Session) -> None:
         lambda: "PENDING" not in _status(session, at) and "RUNNING" not in _status(session, at),
         "the end of the job",
     )
-    session.run(f"ray job status {at} first | tail -2")
+    session.run(f"ray job status {at} first 2>&1 | grep Status")
     session.say("Submit it again, with our own verb this time: it goes on, and ends.")
     session.run(
         f"python -m elastic submit my_plan.py {at} --storage $HOME/runs --min-stay 2 --no-aim "
-        "--exclude ray --exclude clips --exclude '*.log'"
+        "--exclude 'ray*' --exclude clips --exclude '*.log'"
     )
     session.run("python -m elastic status runs/mine")
 
