@@ -1,5 +1,6 @@
 """`python -m elastic` and `restage`."""
 
+import os
 import sys
 
 
@@ -18,9 +19,17 @@ def main() -> None:
         check_packages()
     except PackageError as error:
         sys.exit(_refuse(error))
+    from elastic.cli import INTERRUPTED
     from elastic.cli import main as run
 
-    sys.exit(run())
+    code = run()
+    if code == INTERRUPTED:
+        # The course's thread may still wait for Ray, which is gone: it would not survive Python's
+        # own end. All that has to be ended or written is.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _refuse(error: ImportError | str) -> int:

@@ -70,8 +70,9 @@ def test_a_foreign_cluster_that_asks_nobody_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     address, asks = head
-    found = {one.what: one for one in doctor.findings(tmp_path, address)}["Ray cluster"]
+    found = {one.what: one for one in doctor.findings(tmp_path, address)}["Ray token"]
     assert found.level == ("ok" if asks else "warn")
+    caplog.clear()
     monkeypatch.setattr(drive, "join", lambda address: None)
     with caplog.at_level(logging.WARNING):
         drive.connect(Settings(ray_address=address), None)
