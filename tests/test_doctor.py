@@ -78,7 +78,7 @@ def test_what_is_wrong_has_a_rule_and_a_remedy_and_nothing_is_left(tmp_path: Pat
         if one.level != "ok":
             require_complete(one)
     by_name = {one.what: one for one in found}
-    assert by_name["gloo"].level == by_name["loopback"].level == "ok"
+    assert by_name["gloo"].level == by_name["loopback"].level == "ok", by_name
     assert list(tmp_path.iterdir()) == [], "the probes are removed, and no folder is made"
 
 
