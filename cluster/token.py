@@ -4,6 +4,7 @@ Without it whoever reaches a port of a cluster runs what he likes on it.
 """
 
 import http
+import http.client
 import os
 import secrets
 import urllib.error
@@ -87,3 +88,5 @@ def takes_jobs_from_anyone(url: str) -> bool:
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             return False
+    except http.client.HTTPException as error:
+        raise OSError(f"what answers there is no job API ({error!r})") from None

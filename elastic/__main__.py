@@ -1,9 +1,7 @@
 """`python -m elastic` and `restage`."""
 
-import atexit
 import os
 import sys
-from typing import NoReturn
 
 
 def main() -> None:
@@ -26,18 +24,12 @@ def main() -> None:
 
     code = run()
     if code == INTERRUPTED:
-        _leave(code)
+        # The course's thread may still wait for Ray, which is gone: it would not survive Python's
+        # own end. All that has to be ended or written is.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End without waiting for threads: one in the middle of a call into Ray would crash the
-    interpreter on its way out, and take the exit code with it.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _refuse(error: ImportError | str) -> int:

@@ -35,6 +35,8 @@ dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_
 total = torch.tensor([rank + 1])
 dist.all_reduce(total)
 assert total.item() == 3, total
+dist.barrier()  # who ends first would cut the other off
+dist.destroy_process_group()
 """
 
 

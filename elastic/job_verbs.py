@@ -50,6 +50,13 @@ def submit_verb(flags: argparse.Namespace, plan: Plan, settings: Settings) -> in
             f"{flags.file}: {'; '.join(relative)}: relative, so it would be looked for in the "
             "job's own copy of the folder; write the whole path, as all machines see it"
         )
+    for name in ("latents", "checkpoints"):
+        place = getattr(settings, name)
+        if place is not None and not is_url(place) and not os.path.isabs(place):
+            raise InputError(
+                f"{name} {place!r}: relative, so it would lie in the job's own copy of the folder; "
+                "give a URL, or the whole path of a folder that all machines of the cluster see"
+            )
     address = flags.address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
         raise InputError("submit needs --address of the job API, such as http://127.0.0.1:8265")

@@ -21,7 +21,7 @@ from elastic.errors import InputError
 from elastic.files import write_atomic
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.record import described, difference, has_started
-from elastic.weights import WEIGHTS
+from elastic.weights import WEIGHTS, file_digest
 from stages.init import Continue
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -59,7 +59,7 @@ def jobs_of(
     """
     weights = codec_weights(folder, stage)
     pinned = pin_of(folder, stage)
-    scale = read_scale(pinned) or scale_ahead(folder, stage)
+    scale = read_scale(pinned) or scale_ahead(folder, stage, file_digest(weights))
     if scale is None and isinstance(stage.init, Continue):
         # The parameters that go on know latents of this scale.
         scale = read_scale(folder.stage(stage.init.stage.name) / LATENT_PINS)
@@ -137,17 +137,29 @@ def read_scale(path: Path) -> Scale | None:
     return Scale(tuple(scale["mean"]), tuple(scale["std"]))
 
 
-def note_ahead(folder: RunFolder, stage: DiffusionStage, scale: Scale | None = None) -> None:
-    """Note what the stage's clips, and its scale once that is known, are pinned for."""
-    note = {"stage": _asked(stage), "scale": scale and {"mean": scale.mean, "std": scale.std}}
+def note_ahead(
+    folder: RunFolder, stage: DiffusionStage, scale: Scale | None = None, weights: str = ""
+) -> None:
+    """Note what the stage's clips are pinned for, and its scale once that is known.
+
+    `weights` is the digest of the codec's file that the scale was found with.
+    """
+    known = scale and {"mean": scale.mean, "std": scale.std}
+    note = {"stage": _asked(stage), "scale": known, "weights": weights}
     write_atomic(folder.stage(stage.name) / AHEAD, json.dumps(note, indent=1).encode())
 
 
-def scale_ahead(folder: RunFolder, stage: DiffusionStage) -> Scale | None:
-    """The scale that was found ahead: measured elsewhere it might differ in its last bit."""
+def scale_ahead(folder: RunFolder, stage: DiffusionStage, weights: str) -> Scale | None:
+    """The scale that was found ahead: measured elsewhere it might differ in its last bit.
+
+    None for a codec of other weights.
+    """
     path = folder.stage(stage.name) / AHEAD
-    scale = json.loads(path.read_text())["scale"] if path.exists() else None
-    return scale and Scale(tuple(scale["mean"]), tuple(scale["std"]))
+    note = json.loads(path.read_text()) if path.exists() else {}
+    scale = note.get("scale")
+    if not scale or note["weights"] != weights:
+        return None
+    return Scale(tuple(scale["mean"]), tuple(scale["std"]))
 
 
 def forget_stale(folder: RunFolder, stage: Stage) -> None:

@@ -25,7 +25,8 @@ def settle_latents(folder: RunFolder, setting: str | None) -> None:
         _require_none(folder, wanted)
     note = folder.root / LATENTS_AT
     run = json.loads(note.read_text())["run"] if note.exists() else uuid.uuid4().hex
-    write_atomic(note, json.dumps({"place": wanted, "run": run}).encode())
+    # First who asks, where it was: a place that is refused is not noted.
+    write_atomic(note, json.dumps({"place": folder.latents, "run": run}).encode())
     storage = open_storage(wanted)
     storage.claim(json.dumps({"run": run, "folder": str(folder.root)}).encode())
     try:
@@ -38,6 +39,7 @@ def settle_latents(folder: RunFolder, setting: str | None) -> None:
             f"latents {setting!r}: {wanted} holds {whose}; give another --latents, or go on in the "
             f"run folder that they belong to; if they are this run's, remove its {OWNER}"
         )
+    write_atomic(note, json.dumps({"place": wanted, "run": run}).encode())
 
 
 def _place_for(setting: str, folder: RunFolder) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from elastic.checkpoint import Checkpoints
-from elastic.data.load import Stream
+from elastic.data.load import Step, Stream
 from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
 from elastic.exact import OrderedGradients, reproducible, square_sum
@@ -70,6 +70,11 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         return _train(stage, objective, run)
 
 
+def _is_new(objective: Objective, step: Step | None, compiled_for: set[tuple[str, int]]) -> bool:
+    """Whether a step has something that this process has not computed yet."""
+    return step is not None and not objective.graphs(step) <= compiled_for
+
+
 def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     world = run.world.arranged(stage.context, stage.shard_within)
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
@@ -111,12 +116,13 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         run.checkpoints.poll()  # of the save that goes on beside the updates
         # Report, save and stop before training, so a resumed run and a finished one use one door.
         finished = progress.samples >= stage.budget
-        if not finished:
-            run.beat("read", progress.samples)  # storage may be slow without being dead
+        step = None
+        if not finished and stream.is_ready():
             step = run.meter.waiting(stream.step, progress.samples)
-        # Everyone has read when this returns: who trains may not be silent for long, and would be
-        # while another rank still reads.
-        asked = world.most(_STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0)
+        asked = _STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0
+        # One agreement: what is asked, whether somebody has to wait for storage, or to compile.
+        agreed = world.most(4 * asked + 2 * (step is None) + _is_new(objective, step, compiled_for))
+        asked, rest = divmod(agreed, 4)
         stopping = asked == _STOP
         if is_due(stage.evaluate_every, progress.samples, evaluated_at) or finished:
             run.beat("evaluate", progress.samples)
@@ -131,9 +137,16 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         if finished or stopping:
             break
 
+        if asked or rest > 1:  # what the others have said beside it is not known
+            run.beat("read", progress.samples)  # storage may be slow without being dead
+            if step is None:
+                step = run.meter.waiting(stream.step, progress.samples)
+            # Who trains may not be silent for long, and would be while another rank still reads.
+            rest = world.most(_is_new(objective, step, compiled_for))
+        assert step is not None, "it was there, or has been waited for"
         # Whoever compiles keeps the others waiting.
-        is_new = compiled and not objective.graphs(step) <= compiled_for
-        run.beat("compile" if is_new else "train", progress.samples)
+        phase = "compile" if compiled and rest else "train"
+        run.beat(phase, progress.samples)
         compiled_for |= objective.graphs(step)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
@@ -155,7 +168,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             if critic is not None:
                 critic.end_round(micro.position, world)
             run.meter.add_losses(micro, losses, weight_B)  # stays on the device
-            run.beat("train", progress.samples)
+            run.beat(phase, progress.samples)
         if ordered is not None:
             ordered.finish()
 

@@ -147,8 +147,7 @@ def made_up(stage: Stage, bucket: Bucket, micro: int) -> Micro:
         torch.ones(micro),
         ends_BCTHW,
     )
-    lengths = frozenset({length})
-    return Micro(0, bucket, samples, np.zeros_like(ids), True, micro, length, lengths)
+    return Micro(0, bucket, samples, np.zeros_like(ids), True, micro, length)
 
 
 def objective_of(stage: Stage, device: torch.device) -> Objective:

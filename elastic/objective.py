@@ -61,7 +61,7 @@ class Objective(Protocol):
         ...
 
     def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
-        """What would be compiled for a step on any rank; the same on every rank."""
+        """What this rank compiles for a step, unless it has before."""
         ...
 
     def evaluate(self, model: nn.Module, world: World) -> dict[str, float]:
@@ -140,10 +140,9 @@ class FlowMatching:
         return Losses(loss_B, workload(self._stage, micro, text))
 
     def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
-        """What would be compiled for a step, by any rank: each bucket and length of text."""
+        """What this rank compiles for a step, unless it has before: bucket and lengths of text."""
         bucket = step.plan.bucket
-        lengths = step.micros[0].all_text_tokens
-        return frozenset((bucket.name, self._room(bucket, length)) for length in lengths)
+        return frozenset((bucket.name, self._room(bucket, m.text_tokens)) for m in step.micros)
 
     def _room(self, bucket: Bucket, longest: int) -> int:
         """Text tokens that are computed for; the null text may take the place of any other."""

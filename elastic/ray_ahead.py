@@ -40,6 +40,7 @@ from elastic.data.store import LatentStore
 from elastic.data.table import read_tables
 from elastic.errors import last_line
 from elastic.latent_pins import (
+    codec_weights,
     forget_stale,
     jobs_of,
     note_ahead,
@@ -50,7 +51,7 @@ from elastic.latent_pins import (
 from elastic.ray_encode import begin, result_of
 from elastic.ray_nodes import Spare, decoders_of_a_task, slots
 from elastic.ray_tracker import EncodeTeller
-from elastic.weights import finished
+from elastic.weights import file_digest, finished
 from stages.init import Continue
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 from stages.videos import Data, Mix, Videos
@@ -145,12 +146,13 @@ def _encode(course: Course, stage: DiffusionStage, tasks: "Tasks") -> None:
         tasks.one(_probe, absolute(stage.data), folder.probes, spilled, tasks.decoders)
     finally:
         spilled.unlink(missing_ok=True)
-    note_ahead(folder, stage, scale_ahead(folder, stage))
+    digest = file_digest(codec_weights(folder, stage))
+    note_ahead(folder, stage, scale_ahead(folder, stage, digest), digest)
     members = pin_members(course, stage)
 
     def scale_of(weights: Path) -> Scale:
         scale: Scale = tasks.one(find_scale, stage, weights, members, tasks.decoders)
-        note_ahead(folder, stage, scale)
+        note_ahead(folder, stage, scale, digest)
         return scale
 
     (job,) = jobs_of(folder, stage, members, scale_of, course.packs)
@@ -167,12 +169,12 @@ def _encode(course: Course, stage: DiffusionStage, tasks: "Tasks") -> None:
         calls = [(shared, shard, tasks.decoders, teller) for shard in missing]
         for shard in tasks.all(_encode_shard, calls):
             told.shard(shard)
-        digest = store.seal()
-        pin_latents(folder, [job], [digest])
+        sealed = store.seal()
+        pin_latents(folder, [job], [sealed])
     except Stopped:
         told.end("stopped: its turn encodes the rest")
         raise
-    told.end(f"sealed as {digest}")
+    told.end(f"sealed as {sealed}")
 
 
 class _Told:
@@ -280,9 +282,11 @@ class Tasks:
                     running[self._submit(function, call, node)] = _Running(call, node)
                 yield from self._finished(left, running)
         finally:
-            for reference in running:
-                if ray.is_initialized():
+            if running and ray.is_initialized():
+                for reference in running:
                     ray.cancel(reference, force=True)
+                # Whoever works on the same store next is not to meet them.
+                ray.wait(list(running), num_returns=len(running), timeout=_CLOSE_S)
 
     def _finished(self, left: "deque[_Call]", running: dict[Any, _Running]) -> Iterator[Any]:
         """Results that come within a look's time; lost tasks go back to those that are left."""

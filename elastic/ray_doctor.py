@@ -33,19 +33,22 @@ class Node(NamedTuple):
 def cluster_findings(address: str) -> list[Finding]:
     """Look at the cluster whose head is at HOST:PORT."""
     settings = read_settings(ray_address=address)
+    token: list[Finding] = []
     try:
         check_address(settings)
+        token.append(_token(address))
         connect(settings, None)
     except InputError as error:
         remedy = "start a cluster there, or give another --ray-address"
-        return [Finding("error", "Ray cluster", str(error), remedy, "a cluster that answers")]
+        answers = "a cluster that answers"
+        return [*token, Finding("error", "Ray cluster", str(error), remedy, answers)]
     try:
-        return [token_of(address), *node_findings()]
+        return [*token, *node_findings()]
     finally:
         ray.shutdown()
 
 
-def token_of(address: str) -> Finding:
+def _token(address: str) -> Finding:
     """Whether it sends away who has no token."""
     rule = "a cluster that asks for a token (RAY_AUTH_MODE=token)"
     if asks_for_token(address) is False:

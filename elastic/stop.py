@@ -78,7 +78,6 @@ class StopWatch:
         self._event = event
         self._told: StopRequest | None = None
         self._since = 0.0
-        forget(root)  # it was asked of a driver that is gone
 
     def look(self, stage: str | None, is_training: bool, is_saved: bool) -> None:
         """To be called again and again; a group that trains is waited for if it is to save."""
@@ -120,6 +119,8 @@ def driven(root: Path) -> Iterator[None]:
         handle.truncate(0)
         handle.write(_machine())
         handle.flush()
+        os.fsync(handle.fileno())  # other machines look at it
+        forget(root)  # it was asked of a driver that is gone
         try:
             yield
         finally:

@@ -78,7 +78,7 @@ def test_what_is_wrong_has_a_rule_and_a_remedy_and_nothing_is_left(tmp_path: Pat
         if one.level != "ok":
             require_complete(one)
     by_name = {one.what: one for one in found}
-    assert by_name["gloo"].level == by_name["loopback"].level == "ok"
+    assert by_name["gloo"].level == by_name["loopback"].level == "ok", by_name
     assert list(tmp_path.iterdir()) == [], "the probes are removed, and no folder is made"
 
 
@@ -138,7 +138,7 @@ def test_a_bucket_that_answers_is_written_and_read_and_left_empty(server: str) -
     (one,) = place("checkpoints", f"s3://{BUCKET}/below")
     assert one.level != "error", one  # on a machine that is busy it may be slow
     assert one.value.startswith("writes ")
-    assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket=BUCKET)
+    assert "Contents" not in boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix="below")
 
 
 def test_a_bucket_that_is_not_there_is_an_error(server: str) -> None:

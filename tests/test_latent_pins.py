@@ -33,7 +33,7 @@ SCALE = Scale((0.1, 1 / 3), (0.7, 2e-7))
 def folder(tmp_path: Path) -> RunFolder:
     """A run in which everything of the stage has been pinned ahead."""
     folder = RunFolder(tmp_path / "run")
-    note_ahead(folder, STAGE, SCALE)
+    note_ahead(folder, STAGE, SCALE, "aa")
     for name in (MEMBERS, LATENT_PINS):
         (folder.stage(STAGE.name) / name).touch()
     return folder
@@ -57,7 +57,8 @@ def test_what_the_clips_and_latents_do_not_follow_from_may_change(
 ) -> None:
     forget_stale(folder, changed)
     assert left(folder) == {MEMBERS, LATENT_PINS, AHEAD}
-    assert scale_ahead(folder, changed) == SCALE, "bit for bit"
+    assert scale_ahead(folder, changed, "bb") is None, "of other weights"
+    assert scale_ahead(folder, changed, "aa") == SCALE, "bit for bit"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_what_they_follow_from_makes_them_be_chosen_again(
 ) -> None:
     forget_stale(folder, changed)
     assert left(folder) == set()
-    assert scale_ahead(folder, changed) is None
+    assert scale_ahead(folder, changed, "aa") is None
 
 
 def test_pins_of_a_stage_that_has_started_are_never_forgotten(folder: RunFolder) -> None:

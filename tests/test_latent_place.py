@@ -50,6 +50,8 @@ def test_another_run_is_refused_the_same_place(place: Place, tmp_path: Path) -> 
     settle_latents(first, place.root)
     with pytest.raises(InputError, match=f"holds the latents of {first.root}; give another"):
         settle_latents(second, place.root)
+    settle_latents(second, None)
+    assert second.latents == str(second.root / "latents"), "what was refused is not used later"
     settle_latents(first, place.root)
 
 

@@ -131,9 +131,17 @@ def test_a_driver_of_another_machine_is_stopped_through_the_folder_alone(
 
 def test_what_was_asked_of_a_driver_that_is_gone_stops_no_other(tmp_path: Path) -> None:
     ask(tmp_path, saves=False)
-    watch = StopWatch(tmp_path, writer(tmp_path))
-    watch.look(None, True, False)
-    assert asked(tmp_path) is None
+    with driven(tmp_path):
+        StopWatch(tmp_path, writer(tmp_path)).look(None, True, False)
+        assert asked(tmp_path) is None
+
+
+def test_what_is_asked_of_a_driver_that_only_starts_is_kept_for_it(tmp_path: Path) -> None:
+    with driven(tmp_path):
+        ask(tmp_path, saves=False)
+        watch = StopWatch(tmp_path, writer(tmp_path))  # when its cluster is up
+        with pytest.raises(RunStopped):
+            watch.look(None, False, False)
 
 
 def test_a_stop_without_a_save_does_not_wait_for_the_one_before_it(tmp_path: Path) -> None:

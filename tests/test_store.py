@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from s3_server import s3_server  # noqa: F401  # a fixture
 from store_places import Place, a_bucket, a_place  # noqa: F401  # fixtures
 
+from elastic.data.packing import pack, unpack
 from elastic.data.schema import NULL_TEXT, PLAN, array_digest, plan_json, sealed_file, shard_file
 from elastic.data.shards import (
     canonical_digest,
@@ -318,6 +320,19 @@ def test_packed_latents_take_less_and_are_the_same(tmp_path: Path) -> None:
         _check(tmp_path / str(packed), schema)
         sizes[packed] = sum(store.folder.sizes(f"{VIDEO}/latent").values())
     assert sizes[True] < 0.8 * sizes[False], "of noise, which packs worst"
+
+
+def test_packed_bytes_are_a_function_of_the_content_in_any_thread() -> None:
+    chunk = np.random.default_rng(0).standard_normal(2**21, np.float32).view(np.uint8)
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(pack, chunk).result()
+    for _ in range(3):
+        assert np.array_equal(pack(chunk), elsewhere)
+    out = np.zeros(len(chunk), np.uint8)
+    unpack(elsewhere, [len(elsewhere)], out)
+    assert np.array_equal(out, chunk)
+    with pytest.raises(ValueError, match="holds 8388608 bytes instead of 8388610"):
+        unpack(elsewhere, [len(elsewhere)], np.zeros(len(chunk) + 2, np.uint8))
 
 
 def test_a_store_that_was_begun_stays_packed_or_not(tmp_path: Path) -> None:

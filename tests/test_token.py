@@ -11,8 +11,7 @@ import pytest
 
 from cluster import token
 from cluster.token import own_token
-from elastic import drive
-from elastic.ray_doctor import token_of
+from elastic import doctor, drive
 from elastic.settings import Settings
 
 
@@ -66,14 +65,23 @@ def head(request: pytest.FixtureRequest) -> Iterator[tuple[str, bool]]:
 
 def test_a_foreign_cluster_that_asks_nobody_is_warned_of(
     head: tuple[str, bool],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     address, asks = head
-    assert token_of(address).level == ("ok" if asks else "warn")
+    found = {one.what: one for one in doctor.findings(tmp_path, address)}["Ray token"]
+    assert found.level == ("ok" if asks else "warn")
+    caplog.clear()
     monkeypatch.setattr(drive, "join", lambda address: None)
     with caplog.at_level(logging.WARNING):
         drive.connect(Settings(ray_address=address), None)
     assert [one for one in caplog.messages if "takes work from whoever" in one] == (
         [] if asks else [token.advice(address)]
     )
+
+
+def test_a_head_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    found = {one.what: one for one in doctor.findings(tmp_path, "127.0.0.1:1")}["Ray cluster"]
+    assert found.level == "error"
+    assert "127.0.0.1:1" in found.value

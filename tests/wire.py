@@ -41,11 +41,13 @@ class Wire(TorchDispatchMode):
         self.at_updates: list[float] = []
         self.unknown: set[str] = set()  # operations of an update that are not counted
         self._updates = False
+        self._begun: set[int] = set()  # positions
 
     def beat(self, phase: str, position: int) -> None:
-        """For the loop, which says what it does; an update begins with reading its batch."""
+        """For the loop, which says what it does; an update begins with its first sign of life."""
         self._updates = phase in ("read", "compile", "train")
-        if phase == "read":
+        if self._updates and position not in self._begun:
+            self._begun.add(position)
             self.at_updates.append(self.sent)
 
     def __torch_dispatch__(

@@ -41,8 +41,7 @@ class Samples:
 class Micro:
     """One micro-batch of a step; `batch` is the global batch that its weights refer to.
 
-    `text_tokens` are those of its longest text, and `all_text_tokens` of the longest of each
-    micro-batch that any rank may have in this step.
+    `text_tokens` are those of its longest text.
     """
 
     position: int
@@ -52,7 +51,6 @@ class Micro:
     is_last: bool
     batch: int
     text_tokens: int = 0
-    all_text_tokens: frozenset[int] = frozenset()
 
 
 Round = tuple[Bucket, Indices]
@@ -86,7 +84,7 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
     """This rank's rounds: offsets into the batch, always `micro` of them, and how many count.
 
     Micro-batches are cut from the batch without regard to the world and dealt in turn; every rank
-    has the same number of rounds. A round with nothing left repeats sample 0 with weight 0.
+    has the same number of rounds. A round with nothing left repeats the last sample with weight 0.
     """
     cuts = [
         list(range(first, min(first + micro, plan_size))) for first in range(0, plan_size, micro)
@@ -96,7 +94,7 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
     for turn in range(num_rounds):
         mine = turn * world + rank
         cut = cuts[mine] if mine < len(cuts) else []
-        rounds.append((cut + [0] * (micro - len(cut)), len(cut)))
+        rounds.append((cut + [plan_size - 1] * (micro - len(cut)), len(cut)))
     return rounds
 
 
@@ -108,29 +106,29 @@ class _Turn(NamedTuple):
     num_real: int
     is_last: bool
     text_tokens: int
-    all_text_tokens: frozenset[int]
 
 
 def by_text(plan: BatchPlan, lengths: Indices) -> tuple[BatchPlan, Indices]:
-    """The batch in the order of its texts' lengths, and those: what is padded together is alike.
+    """The batch from its longest text to its shortest, and the lengths: what is padded together is
+    alike, and what is not full is short.
 
     An update is a sum over its batch, which no order changes but in the rounding.
     """
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     sorted_plan = plan._replace(indices=plan.indices[order], epochs=plan.epochs[order])
     return sorted_plan, lengths[order]
 
 
 def _turns(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[_Turn]:
     for given in plans:
+        if not len(given.indices):
+            continue  # a bucket may have lost all of its held-out clips
         plan, lengths = by_text(given, source.text_lengths(given.bucket, given.indices))
-        micro = plan.bucket.micro
-        # The last of each cut is its longest; what fills a round up is the first of the batch.
-        longest = {*lengths[micro - 1 :: micro].tolist(), int(lengths[0]), int(lengths[-1])}
-        dealt = deal(len(plan.indices), micro, rank, world)
+        dealt = deal(len(plan.indices), plan.bucket.micro, rank, world)
         for turn, (offsets, num_real) in enumerate(dealt):
-            is_last, own = turn == len(dealt) - 1, int(lengths[offsets].max())
-            yield _Turn(plan, offsets, num_real, is_last, own, frozenset(longest))
+            yield _Turn(
+                plan, offsets, num_real, turn == len(dealt) - 1, int(lengths[offsets].max())
+            )
 
 
 def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[Micro]:
@@ -138,7 +136,7 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
     turns, asked = itertools.tee(_turns(plans, source, rank, world))
     found = source.fetch_all((turn.plan.bucket, turn.plan.indices[turn.offsets]) for turn in asked)
     for turn, samples in zip(turns, found, strict=True):
-        plan, offsets, num_real, is_last, text_tokens, all_text_tokens = turn
+        plan, offsets, num_real, is_last, text_tokens = turn
         real_B = torch.arange(len(offsets)) < num_real
         weighted = replace(samples, weight_B=samples.weight_B * real_B.float())
         yield Micro(
@@ -149,7 +147,6 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
             is_last=is_last,
             batch=len(plan.indices),
             text_tokens=text_tokens,
-            all_text_tokens=all_text_tokens,
         )
 
 
@@ -190,6 +187,10 @@ class Stream:
             target=self._read_ahead, args=(position,), name="stream", daemon=True
         )
         self._thread.start()
+
+    def is_ready(self) -> bool:
+        """Whether the next step is there already."""
+        return not self._ready.empty()
 
     def step(self, position: int) -> Step:
         """The step at this position; positions must follow one another."""

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numcodecs import blosc
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
 from elastic.data.shards import Bytes, crc32c
 
+# With threads of its own, blocks would lie in the order in which these end.
+blosc.use_threads = False
 _LEVEL = 3
 _ABSENT = np.uint64(2**64 - 1)
 _ENTRY = 16  # bytes: where a chunk begins, and how long it is
@@ -36,18 +39,22 @@ class DamagedIndex(ValueError):
 
 def pack(chunk: Bytes) -> Bytes:
     """A chunk of bf16, packed."""
-    blosc = Blosc(cname="zstd", clevel=_LEVEL, shuffle=Blosc.SHUFFLE)
-    return np.frombuffer(blosc.encode(chunk.view(np.uint16)), np.uint8)
+    codec = Blosc(cname="zstd", clevel=_LEVEL, shuffle=Blosc.SHUFFLE)
+    return np.frombuffer(codec.encode(chunk.view(np.uint16)), np.uint8)
 
 
 def unpack(stored: Bytes, sizes: Sequence[int], out: Bytes) -> None:
     """Unpack the chunks of a sample, which have these sizes; ValueError if they do not fill it."""
-    at, blosc = 0, Blosc()
+    at, codec = 0, Blosc()
     each = len(out) // len(sizes) if sizes else 0
     for number, size in enumerate(sizes):
         into = out[number * each : (number + 1) * each]
+        chunk = stored[at : at + size]
         try:
-            blosc.decode(stored[at : at + size], out=into)
+            found = int.from_bytes(chunk[4:8].tobytes(), "little")  # Blosc's header says so
+            if found != len(into):
+                raise ValueError(f"holds {found} bytes instead of {len(into)}")
+            codec.decode(chunk, out=into)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"cannot be unpacked ({error})") from None
         at += size

@@ -42,6 +42,10 @@ class OpenFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether it is what lies at a path now."""
+        return path.exists() and os.path.samestat(os.fstat(self._descriptor), path.stat())
+
     def fill(self, out: Bytes, start: int) -> int:
         """Read into `out`; how many bytes there were."""
         if start < 0:

@@ -127,10 +127,12 @@ class UrlFolder:
                     if not self._download(name, copy):
                         return None
                 file = OpenFile(copy)
-            if file.digest(without) == digest:
                 os.utime(copy)
+            if file.digest(without) == digest:
                 return file
-            copy.unlink(missing_ok=True)
+            with _alone(copy.parent):
+                if file.is_at(copy):  # and not a whole one that somebody else has fetched since
+                    copy.unlink()
             if is_new:
                 break
         return None

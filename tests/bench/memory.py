@@ -106,11 +106,11 @@ def train_few(world: World, stage: DiffusionStage, until_save: Any) -> None:
     folder = Path(world.from_first(tempfile.mkdtemp() if world.is_first else None))
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
     source = DrawnLatents(stage, {stage.buckets[0].name: CLIPS}, 0)
-    begun = 0
+    begun: set[int] = set()
 
     def beat(phase: str, position: int) -> None:
-        nonlocal begun
-        begun += phase == "read"
+        if phase in ("read", "compile", "train"):
+            begun.add(position)
         if phase == "save":
             until_save()
 
@@ -122,7 +122,7 @@ def train_few(world: World, stage: DiffusionStage, until_save: Any) -> None:
         world=world,
         checkpoints=Checkpoints(folder, world, fence, ignored),
         meter=Meter(stage, world, fence.attempt, lambda line: None),
-        stop_wanted=lambda: begun >= UPDATES,
+        stop_wanted=lambda: len(begun) >= UPDATES,
         event=ignored,
         beat=beat,
     )
