@@ -21,6 +21,8 @@ from elastic.ray_package import pack
 
 PLAN, RUN = "restage_plan", "restage_run"  # keys of a job's metadata
 _LOOK_EVERY_S = 1.0
+# What Ray says, and had started nothing, while the head's agent is still coming up.
+_NO_AGENT, _AGENT_S = "No available agent", 60.0
 _INTERRUPTED = 130
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray lets them win over what is asked for
 
@@ -108,13 +110,20 @@ def _start(
     environment: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    started: str = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", "elastic", *command]),
-        submission_id=f"restage-{name}-{uuid.uuid4().hex[:8]}",
-        runtime_env=dict(environment),
-        metadata=dict(metadata or {}),
-    )
-    return started
+    deadline = time.monotonic() + _AGENT_S
+    while True:
+        try:
+            started: str = client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "elastic", *command]),
+                submission_id=f"restage-{name}-{uuid.uuid4().hex[:8]}",
+                runtime_env=dict(environment),
+                metadata=dict(metadata or {}),
+            )
+            return started
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_EVERY_S)
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:

@@ -125,6 +125,24 @@ def test_a_run_is_trained_by_one_job_at_a_time_and_another_follows_when_that_has
     assert set(job["runtime_env"]) == {"working_dir"}, "no variable of this shell goes along"
 
 
+def test_a_head_that_is_still_starting_is_waited_for_and_no_other_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "_LOOK_EVERY_S", 0.0)
+    says = ["status code 500: No available agent to submit job.", "status code 500: disk full"]
+    tries: list[str] = []
+
+    def refuses(**job: Any) -> str:
+        tries.append(job["submission_id"])
+        raise RuntimeError(says[len(tries) - 1])
+
+    client = Client()
+    monkeypatch.setattr(client, "submit_job", refuses)
+    with pytest.raises(RuntimeError, match="disk full"):
+        submit(client, submission(tree(tmp_path, "a b.py")))  # type: ignore[arg-type]
+    assert len(tries) == 2
+
+
 @pytest.mark.parametrize("name", ["tiny", "/mounted/runs/tiny"])
 def test_a_job_is_stopped_by_another_beside_it_with_the_same_files(
     name: str, capsys: pytest.CaptureFixture[str]
