@@ -32,7 +32,7 @@ def latents_flag(parser: argparse.ArgumentParser) -> None:
         "--pack-latents",
         action="store_const",
         const=True,
-        help="compress them: a quarter less to store, some ms a megabyte to read",
+        help="compress them: a quarter less to store, about a ms a megabyte to read",
     )
 
 

@@ -70,11 +70,6 @@ def train_stage(stage: Stage, objective: Objective, run: Run) -> Outcome:
         return _train(stage, objective, run)
 
 
-def _is_new(objective: Objective, step: Step | None, compiled_for: set[tuple[str, int]]) -> bool:
-    """Whether a step has something that this process has not computed yet."""
-    return step is not None and not objective.graphs(step) <= compiled_for
-
-
 def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     world = run.world.arranged(stage.context, stage.shard_within)
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
@@ -110,6 +105,10 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
     stream = Stream(stage, objective.source, world, progress.samples)
     compiled_for: set[tuple[str, int]] = set()
+
+    def compiles_now(step: Step | None) -> bool:
+        return compiled and step is not None and not objective.graphs(step) <= compiled_for
+
     saved_at = progress.samples
     evaluated_at = progress.samples or -1  # a fresh stage is measured before its first update
     while True:
@@ -121,7 +120,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             step = run.meter.waiting(stream.step, progress.samples)
         asked = _STOP if run.stop_wanted() else _SAVE if run.save_wanted() else 0
         # One agreement: what is asked, whether somebody has to wait for storage, or to compile.
-        agreed = world.most(4 * asked + 2 * (step is None) + _is_new(objective, step, compiled_for))
+        agreed = world.most(4 * asked + 2 * (step is None) + compiles_now(step))
         asked, rest = divmod(agreed, 4)
         stopping = asked == _STOP
         if is_due(stage.evaluate_every, progress.samples, evaluated_at) or finished:
@@ -142,12 +141,13 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             if step is None:
                 step = run.meter.waiting(stream.step, progress.samples)
             # Who trains may not be silent for long, and would be while another rank still reads.
-            rest = world.most(_is_new(objective, step, compiled_for))
+            rest = world.most(compiles_now(step))
         assert step is not None, "it was there, or has been waited for"
         # Whoever compiles keeps the others waiting.
-        phase = "compile" if compiled and rest else "train"
+        phase = "compile" if rest else "train"
         run.beat(phase, progress.samples)
-        compiled_for |= objective.graphs(step)
+        if compiled:
+            compiled_for |= objective.graphs(step)
         batch = step.plan.bucket.batch
         rate = rate_at(stage, progress.samples + batch)
         held_rate = rate_at(stage, progress.samples + batch, held=True)

@@ -22,6 +22,7 @@ from elastic.journal import EVENTS, Event, read_events
 _REQUEST, _LOCK = "stop.json", ".driver.lock"
 _SAVE_S = 600.0  # as before a resize
 _ANSWER_S = 60.0  # a mounted folder may show a new file late
+_END_S = 120.0  # for the last lines and processes of a driver
 _LOOK_EVERY_S = 0.5
 _TRIES, _TRY_AGAIN_S = 5, 0.1
 
@@ -163,6 +164,7 @@ def stop_run(root: Path, saves: bool, say: Callable[[str], None]) -> bool:
     request = ask(root, saves)
     say(f"asked the driver of {str(root)!r} to stop {'after a save' if saves else 'now'}")
     answered_by = time.monotonic() + _ANSWER_S
+    ended_by = answered_by + _END_S + (_SAVE_S if saves else 0.0)
     for events in _news(root):
         mine = [n for n, event in enumerate(events) if event.get("what") == request.id]
         ends = (
@@ -175,6 +177,10 @@ def stop_run(root: Path, saves: bool, say: Callable[[str], None]) -> bool:
         if mine and has_driver(root) is False:
             say("the driver has ended without a word; what is published stays")
             return False
+        if mine and time.monotonic() > ended_by:  # a machine that is lost cannot say that it is
+            last = _outcome(events[num_before:], ends[0]) if ends else "the driver has not ended"
+            say(f"{last}; whether its machine still runs cannot be seen from here: look there")
+            return bool(ends)
         if not mine and (time.monotonic() > answered_by or has_driver(root) is False):
             forget(root)
             say(f"no driver of {str(root)!r} has answered, here or elsewhere: nothing was stopped")

@@ -35,8 +35,9 @@ from tiny import (
 )
 from worlds import run_world
 
+import elastic.objective
 from elastic.checkpoint import published
-from elastic.data.load import Samples
+from elastic.data.load import Samples, Step
 from elastic.data.order import batch_at, updates_before
 from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights, local
@@ -353,6 +354,64 @@ def _slow_to_read(world: World, folder: Path) -> bool:
 def test_nobody_says_that_it_trains_while_another_rank_still_reads(tmp_path: Path) -> None:
     """Silence in training is a hang after a minute; reading may take longer."""
     assert run_world(_slow_to_read, 2, tmp_path) == [True, True]
+
+
+def _stands_still(world: World, folder: Path) -> Outcome:
+    """How a stage ends that is to stop while its first batch cannot be read."""
+    goes_on = threading.Event()
+
+    class Stalled(DrawnLatents):
+        def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
+            assert goes_on.wait(30), "the loop waited for storage before it saved"
+            return super().fetch(bucket, indices)
+
+    goal = objective()
+    goal.source = Stalled(STAGE, {CLIP: 23, STILL: 17}, 100)
+
+    def beat(phase: str, position: int) -> None:
+        if phase == "save":
+            goes_on.set()
+
+    return attempt(world, folder, STAGE, goal, stop_after=0, beat=beat).outcome
+
+
+def test_storage_that_stands_still_keeps_nobody_from_saving_and_stopping(tmp_path: Path) -> None:
+    assert run_world(_stands_still, 1, tmp_path) == [Outcome.STOPPED]
+
+
+def _told_to_compile(world: World, folder: Path) -> tuple[set[int], set[int]]:
+    """Positions at which this rank says that something compiles, and those where it does itself."""
+    torch.compile = lambda function, **how: function
+    elastic.objective.text_room = lambda longest, *_: longest  # every length is one of its own
+    stage = STAGE.replace(compile=True)
+    goal, told, seen = objective(stage), set[int](), dict[int, frozenset[tuple[str, int]]]()
+    graphs = goal.graphs
+
+    def watched(step: Step) -> frozenset[tuple[str, int]]:
+        seen[step.plan.position] = graphs(step)
+        return seen[step.plan.position]
+
+    goal.graphs = watched  # type: ignore[method-assign]
+
+    def beat(phase: str, position: int) -> None:
+        if phase == "compile":
+            told.add(position)
+
+    attempt(world, folder, stage, goal, stop_after=20, beat=beat)
+    known: set[tuple[str, int]] = set()
+    own = set()
+    for position in sorted(seen)[:20]:
+        if not seen[position] <= known:
+            own.add(position)
+        known |= seen[position]
+    return told, own
+
+
+def test_what_one_rank_compiles_is_said_by_all(tmp_path: Path) -> None:
+    """The others wait for it, and their silence in training would be a hang."""
+    (told, one), (told_too, other) = run_world(_told_to_compile, 2, tmp_path)
+    assert one != other, "each has lengths that the other has not"
+    assert told == told_too == one | other
 
 
 def test_two_half_batches_move_the_average_as_far_as_one() -> None:

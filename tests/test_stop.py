@@ -129,6 +129,28 @@ def test_a_driver_of_another_machine_is_stopped_through_the_folder_alone(
     assert driver.reason
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_driver_whose_machine_is_lost_after_its_answer_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_ended: bool
+) -> None:
+    (tmp_path / ".driver.lock").write_text("another boot of another machine\n")
+    for name in ("_ANSWER_S", "_END_S", "_SAVE_S", "_LOOK_EVERY_S"):
+        monkeypatch.setattr(stop, name, 0.05)
+    tell, asks = writer(tmp_path), stop.ask
+
+    def answered(root: Path, saves: bool) -> stop.StopRequest:
+        request = asks(root, saves)
+        tell("stop_requested", None, reason=request.text(), what=request.id)
+        if has_ended:
+            tell("run_end", reason="stopped")
+        return request
+
+    monkeypatch.setattr(stop, "ask", answered)
+    said: list[str] = []
+    assert stop_run(tmp_path, True, said.append) is has_ended
+    assert "cannot be seen from here" in said[-1]
+
+
 def test_what_was_asked_of_a_driver_that_is_gone_stops_no_other(tmp_path: Path) -> None:
     ask(tmp_path, saves=False)
     with driven(tmp_path):

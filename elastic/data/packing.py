@@ -1,7 +1,8 @@
 """How the samples of a shard lie in its file: chunk after chunk, as they are or packed; an index.
 
-Packed is Blosc with Zstandard over shuffled bytes: a quarter less, for some ms a megabyte when it
-is read. The CRC of a sample is that of its stored bytes, and is compared before they are unpacked.
+Packed is Blosc with Zstandard over shuffled bytes: a quarter less, for about a millisecond
+a megabyte when it is read. The CRC of a sample is that of its stored
+bytes, and is compared before they are unpacked.
 """
 
 import struct
