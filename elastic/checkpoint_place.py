@@ -107,14 +107,19 @@ def _claim(stage: Path, place: str, run: str, is_new: bool) -> None:
     storage = open_storage(place)
     if not storage.owner() and is_new and (there := storage.positions()):
         _refuse(stage, place, f"checkpoints (newest: {there[0]}) of a run that left no mark")
-    storage.claim(json.dumps({"run": run, "stage": str(stage)}).encode())
+    whose = marked_by_another(storage, run, "stage", stage)
+    if whose is not None:
+        _refuse(stage, place, f"the checkpoints of {whose}")
+
+
+def marked_by_another(storage: Storage, run: str, word: str, home: Path) -> str | None:
+    """Mark a place as a run's, whose home is told under `word`; the other's if it has a mark."""
+    storage.claim(json.dumps({"run": run, word: str(home)}).encode())
     try:
         owner = json.loads(storage.owner())
-        is_ours, whose = owner["run"] == run, f"the checkpoints of {owner['stage']}"
+        return None if owner["run"] == run else str(owner[word])
     except (ValueError, LookupError, TypeError) as error:
-        is_ours, whose = False, f"an {OWNER} that cannot be read ({error!r})"
-    if not is_ours:
-        _refuse(stage, place, whose)
+        return f"somebody whose {OWNER} cannot be read ({error!r})"
 
 
 def _refuse(stage: Path, place: str, whose: str) -> None:

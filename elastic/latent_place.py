@@ -4,7 +4,7 @@ import json
 import uuid
 from pathlib import Path
 
-from elastic.checkpoint_place import open_storage
+from elastic.checkpoint_place import marked_by_another, open_storage
 from elastic.checkpoint_store import OWNER
 from elastic.data.places import is_url, join
 from elastic.errors import InputError
@@ -27,17 +27,12 @@ def settle_latents(folder: RunFolder, setting: str | None) -> None:
     run = json.loads(note.read_text())["run"] if note.exists() else uuid.uuid4().hex
     # First who asks, where it was: a place that is refused is not noted.
     write_atomic(note, json.dumps({"place": folder.latents, "run": run}).encode())
-    storage = open_storage(wanted)
-    storage.claim(json.dumps({"run": run, "folder": str(folder.root)}).encode())
-    try:
-        owner = json.loads(storage.owner())
-        is_ours, whose = owner["run"] == run, f"the latents of {owner['folder']}"
-    except (ValueError, LookupError, TypeError) as error:
-        is_ours, whose = False, f"an {OWNER} that cannot be read ({error!r})"
-    if not is_ours:
+    whose = marked_by_another(open_storage(wanted), run, "folder", folder.root)
+    if whose is not None:
         raise InputError(
-            f"latents {setting!r}: {wanted} holds {whose}; give another --latents, or go on in the "
-            f"run folder that they belong to; if they are this run's, remove its {OWNER}"
+            f"latents {setting!r}: {wanted} holds the latents of {whose}; give another "
+            "--latents, or go on in the run folder that they belong to; if they are this run's, "
+            f"remove its {OWNER}"
         )
     write_atomic(note, json.dumps({"place": wanted, "run": run}).encode())
 
