@@ -89,9 +89,9 @@ class FlowMatching:
         self.source = source
         self._text_tokens = text_tokens or sys.maxsize
         self.critic: Critic | None = None
-        self._held_out = held_out
+        self.held_out = held_out
         self._stage = stage
-        self._null = null
+        self.null = null
         self._alpha = {}
         for bucket in stage.buckets:
             grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
@@ -117,7 +117,7 @@ class FlowMatching:
         z_BCTHW = self._latents(micro, use)
         noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
-        text = without_text(samples.text, self._null, *dropped)
+        text = without_text(samples.text, self.null, *dropped)
         given_BCTHW = self._given(micro, choice)
         device = next(model.parameters()).device
         is_compiled = compiles(self._stage, device)
@@ -148,7 +148,7 @@ class FlowMatching:
         """Text tokens that are computed for; the null text may take the place of any other."""
         grid = self._stage.codec.grid(bucket.frames, bucket.height, bucket.width)
         tokens = self._stage.model.tokens(grid)
-        null = len(self._null.embedding_LD)
+        null = len(self.null.embedding_LD)
         return text_room(max(longest, null), tokens, max(self._text_tokens, null))
 
     def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
@@ -217,7 +217,7 @@ class FlowMatching:
         losses: list[Tensor] = []
         weights: list[Tensor] = []
         for bucket in buckets:
-            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
+            for micro in held_out_rounds(self.held_out, self._stage, bucket, world):
                 weight_B = micro.samples.weight_B.to(world.device).double()
                 with torch.no_grad():
                     loss_B = self._losses(model, micro, "held-out", choice).model_B

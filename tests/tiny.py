@@ -23,6 +23,7 @@ from elastic.ema import EmaWeights
 from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching, Objective
+from elastic.preview import Previews
 from elastic.randomness import normals, sample_generator
 from elastic.shard import shard
 from elastic.start import NOWHERE, Origin
@@ -150,6 +151,7 @@ def attempt(
     stop_after: int | None = None,
     origin: Origin = NOWHERE,
     beat: Callable[[str, int], None] = lambda phase, position: None,
+    previews: Previews | None = None,
 ) -> Attempt:
     """One attempt at a stage; only the last rank is told to stop, after `stop_after` updates."""
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
@@ -174,6 +176,7 @@ def attempt(
         event=event,
         origin=origin,
         beat=beat,
+        previews=previews,
     )
     return Attempt(train_stage(stage, goal, run), lines, events)
 
