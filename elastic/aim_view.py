@@ -21,10 +21,12 @@ SAMPLES, RECONSTRUCTIONS = "samples", "reconstructions"  # names of images
 
 # Aim shows them as warnings in its Messages; all other kinds as information.
 _ALARMING = frozenset({"blocked", "crash", "fault_injected", "quarantine", "resize_requested"})
-# Events that are seen in charts: Aim has no marks for them, so each is a line that goes up and
-# comes down again, of a metric by the name of the texts.
-EVENTS = "events"
+EVENTS = "events"  # name of texts
+# Those that are seen in charts too: Aim has no marks for them, so each is a line that goes up and
+# comes down again. How high says what it is, and the name, which is a chart's title, says how.
 MARKED = {"crash": "crash", "hang": "crash", "resize_requested": "resize", "stage_start": "switch"}
+HEIGHTS = {"switch": 1, "resize": 2, "crash": 3}
+MARKS = "events: " + ", ".join(f"{height} {what}" for what, height in HEIGHTS.items())
 _SHOWN_IN = frozenset({"sample", "preview"})  # events that name pictures
 _UNTOLD = frozenset({"pids", "supervisors", "paths", "captions", "table", "clock", "phases"})
 
@@ -65,7 +67,7 @@ class AimView:
         said = {"world_size": metric["world"], "attempt": attempt, "wall": metric["wall"]}
         if not about:
             self._reached[stage] = metric["position"]
-            said[EVENTS] = 0  # what the marks stand on, as long as the other charts
+            said[MARKS] = 0  # what the marks stand on, as long as the other charts
         shown += [(key, value, own) for key, value in said.items()]
         if not about and "loss" in values:  # what was lost and done again stays to be seen
             one = {**own, "attempt": str(attempt)}
@@ -93,7 +95,7 @@ class AimView:
             context = {"stage": stage or "plan", "kind": kind}
             run.track(self._aim.Text(text), name=EVENTS, step=step, context=context)
             if kind in MARKED and step:  # nothing is switched from at the plan's beginning
-                self._mark(run, MARKED[kind], step)
+                self._mark(run, stage, MARKED[kind], step)
         if kind in _SHOWN_IN and stage != PLAN_RUN:
             self._show(event, targets)
 
@@ -106,9 +108,10 @@ class AimView:
             return 0  # told again by every driver
         return self._reached.get(stage, 0)
 
-    def _mark(self, run: Any, what: str, step: int) -> None:
-        for at, height in ((step - 1, 0), (step, 1), (step + 1, 0)):
-            run.track(height, name=EVENTS, step=at, context={"event": what})
+    def _mark(self, run: Any, stage: str, what: str, step: int) -> None:
+        context = {"stage": stage, "event": what}
+        for at, height in ((step - 1, 0), (step, HEIGHTS[what]), (step + 1, 0)):
+            run.track(height, name=MARKS, step=at, context=context)
 
     def account(self, events: list[Event], metrics: list[Metric], last: Event) -> None:
         """Show where the time went until the end of a stage, or of a driver."""

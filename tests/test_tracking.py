@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from elastic.aim_view import AIM_RUNS, PLAN_RUN, RECONSTRUCTIONS, sentence
+from elastic.aim_view import AIM_RUNS, HEIGHTS, MARKS, PLAN_RUN, RECONSTRUCTIONS, sentence
 from elastic.clock import boot_clock
 from elastic.data.moving_shapes import render
 from elastic.film import write_mp4
@@ -356,8 +356,8 @@ def _journals(run_dir: Path) -> None:
     metrics.close()
 
 
-CRASHES = [(19, 0), (20, 1), (21, 0), (149, 0), (150, 1), (151, 0)]
-MARKS = {"crash": CRASHES, "resize": CRASHES[3:], "switch": [(99, 0), (100, 1), (101, 0)]}
+def up_and_down(step: int, what: str) -> list[tuple[int, float]]:
+    return [(step - 1, 0), (step, HEIGHTS[what]), (step + 1, 0)]
 
 
 @pytest.mark.parametrize("way", ["rebuilt", "live", "by two drivers"])
@@ -383,11 +383,16 @@ def test_crashes_resizes_and_switches_stand_in_a_chart_where_they_happened(
         tracker.close()
         assert tracker.aim_problem() is None
         tmp_path = played
-    series = Reader(tmp_path).series("events")
-    for what, points in MARKS.items():
-        assert series["demo", context(event=what)] == points, what
-    assert series["demo / 1-vae", context(event="crash")] == CRASHES[:3]
-    assert series["demo / 2-dit <i>", context(event="resize")] == [(49, 0), (50, 1), (51, 0)]
+    series = Reader(tmp_path).series(MARKS)
+    for number, stage, position, what in (
+        (1, "vae", 20, "crash"),
+        (2, "dit <i>", 50, "resize"),
+        (2, "dit <i>", 50, "crash"),
+    ):
+        about, before = context(stage=stage, event=what), 100 * (number - 1)
+        assert series[f"demo / {number}-{stage}", about] == up_and_down(position, what)
+        assert series["demo", about] == up_and_down(before + position, what)
+    assert series["demo", context(stage="dit <i>", event="switch")] == up_and_down(100, "switch")
     # What they stand on reaches as far as the other charts do.
     assert series["demo", context(stage="vae")] == [(10, 0), (20, 0), (30, 0), (100, 0)]
     assert series["demo", context(stage="dit <i>")] == [(150, 0), (160, 0)]
