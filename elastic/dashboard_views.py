@@ -33,9 +33,10 @@ def standard_views(plan: str) -> list[View]:
                  ("goodput",), overall),
         _metrics(plan, "Where the time went", "seconds of each activity since the beginning",
                  ("seconds",), "metric.context.stage == 'plan'", colour="activity"),
-        _images(plan, "Samples", "each caption over the positions of a stage", "samples"),
+        _images(plan, "Samples", "each caption over the positions of a stage", "samples",
+                ("stage", "caption")),
         _images(plan, "Reconstructions", "clips beside what the codec gives back of them",
-                "reconstructions"),
+                "reconstructions", ("stage",)),
     ]  # fmt: skip
 
 
@@ -58,9 +59,9 @@ def _metrics(
     return View(name, description, "metrics", {"select": _select(query), "grouping": grouping})
 
 
-def _images(plan: str, name: str, description: str, what: str) -> View:
+def _images(plan: str, name: str, description: str, what: str, rows: tuple[str, ...]) -> View:
     query = f"{_of(plan)} and images.name == {what!r}"
-    grouping = {"row": ["context.stage", "context.caption"], "isApplied": {"row": True}}
+    grouping = {"row": [f"context.{key}" for key in rows], "isApplied": {"row": True}}
     return View(name, description, "images", {"select": _select(query), "grouping": grouping})
 
 

@@ -127,14 +127,14 @@ def test_samples_and_reconstructions_are_shown_by_stage_and_caption(
     opened: tuple[Any, Told],
 ) -> None:
     page, told = opened
-    for view, stages in (
-        ("Samples", ("dit-hunyuan", "dit-dc-ae")),
+    for view, rows in (
+        # Those of a caption in a row of its own, over the positions.
+        ("Samples", ("dit-hunyuan", "dit-dc-ae", "a red circle")),
         ("Reconstructions", ("hunyuan-vae", "dc-ae")),
     ):
         open_view(page, view)
-        for stage in stages:
-            page.get_by_text(f'"{stage}"').first.wait_for(state="attached")
-        page.get_by_text('"a red circle"').first.wait_for(state="attached")
+        for row in rows:
+            page.get_by_text(f'"{row}"').first.wait_for(state="attached")
         pictures = page.locator("img[src^='data:image']")
         pictures.nth(3).wait_for()
         page.wait_for_function("() => [...document.images].every(i => i.naturalWidth > 0)")
