@@ -356,6 +356,7 @@ def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
     clip_paths = members.clips[long.name][:3]
     given_BCTHW = found.fetch(long, np.arange(3)).given_BCTHW
     assert given_BCTHW is not None
+    given_BCTHW = given_BCTHW.float()
     x_BCTHW = _pixels(clip_paths, long)
     repeats = 4 if mode == "dc-ae" else 1
     for place in (0, -1):

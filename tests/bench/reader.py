@@ -10,8 +10,8 @@ of a sample when a process reads it for the first time: `ours, first time` has t
 
 `batches` is what a training loop gets: batches of 8 in random order, read ahead of the loop in the
 way that each has for it: ours by the threads of a rank's stream, Streaming and safetensors by
-torch's `DataLoader` with one process or two, whose processor time is counted too. There a batch goes
-through memory that processes share; ours is read to where it stays.
+torch's `DataLoader` with one process or two, whose processor time is counted too. There a batch
+goes through memory that processes share; ours is read to where it stays.
 
 Peers need `pip install tensorstore mosaicml-streaming webdataset`; one that is not there is left
 out, and then the goal does not hold.
