@@ -1026,9 +1026,9 @@ def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(
     assert text is not None
     assert text.mask_BL is not None
     for row, embedding in enumerate(expected):
-        stored_LD = text.text_BLD[row, text.mask_BL[row]]
+        stored_LD = text.text_BLD[row, text.mask_BL[row]].float()
         torch.testing.assert_close(stored_LD, embedding.embedding_LD, rtol=BF16_ROUNDING, atol=1e-5)
-        stored_D = text.pooled_BD[row]
+        stored_D = text.pooled_BD[row].float()
         torch.testing.assert_close(stored_D, embedding.pooled_D, rtol=BF16_ROUNDING, atol=1e-5)
     assert torch.equal(source.null_text().embedding_LD, null.embedding_LD.bfloat16().float())
     assert torch.equal(source.null_text().pooled_D, null.pooled_D.bfloat16().float())
