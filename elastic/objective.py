@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.critic import Critic
+from elastic.data.ahead import read_ahead
 from elastic.data.load import Micro, Source, Step, held_out_rounds
 from elastic.errors import InputError
 from elastic.exact import totals
@@ -234,9 +236,10 @@ class FlowMatching:
         """The mean over the held-out samples of these buckets; None if there are none."""
         losses: list[Tensor] = []
         weights: list[Tensor] = []
+        ready = partial(self._inputs, device=world.device, use="held-out", choice=choice)
         for bucket in buckets:
-            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
-                inputs = self._inputs(micro, world.device, "held-out", choice)
+            micros = held_out_rounds(self._held_out, self._stage, bucket, world)
+            for inputs in read_ahead(ready, micros, most=2):
                 with torch.no_grad():
                     loss_B = self.losses(model, inputs).model_B
                 weight_B = inputs.weight_B.double()
