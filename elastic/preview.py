@@ -32,7 +32,7 @@ from elastic.kernels import eager
 from elastic.meter import is_due
 from elastic.sample import Guided, captions_of, longest_bucket, noise_of, to_frames, walk
 from elastic.weights import file_digest, load_weights
-from elastic.world import World, on_device
+from elastic.world import World
 from models.codec import CodecModule
 from models.text import TextBatch, TextEmbedding
 from stages.stage import DiffusionStage
@@ -147,7 +147,7 @@ class Previews:
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
         text = self._text(one)
         noise_BCTHW = noise_of((stage.codec.channels, *grid), one.place)[None]
-        z_BCTHW = on_device(noise_BCTHW, world.device)
+        z_BCTHW = noise_BCTHW.to(world.device)
         return walk(stage, model, z_BCTHW, text, self._null, self._job.guided)
 
     def _text(self, one: Shown) -> TextBatch:
@@ -155,7 +155,8 @@ class Previews:
         bucket = longest_bucket(self._stage)
         (samples,) = self._held_out.fetch_all([(bucket, np.array([one.row]))])
         assert samples.text is not None, "a diffusion stage reads latents with their text"
-        return samples.text
+        text_BLD, mask_BL, pooled_BD = samples.text
+        return TextBatch(text_BLD.float(), mask_BL, pooled_BD.float())
 
     def _publish(
         self, world: World, latents: list[Tensor], position: int, tell: "Teller"

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from test_adversarial import STAGE as JUDGED
 from test_loop import TOLERANCE
 from test_muon import MUON
-from tiny import CLIP, STAGE, STILL, Attempt, Turn, attempt, in_turn, objective, train
+from tiny import CLIP, STAGE, STILL, Attempt, Turn, attempt, in_turn, losses_of, objective, train
 from torch._dynamo.testing import CompileCounterWithBackend
 from wire import SameCaption, Wire, total
 from worlds import run_world
@@ -99,7 +99,7 @@ def _compiled(world: World) -> tuple[list[tuple[float, float]], int]:
                     block._run = torch.compile(  # type: ignore[method-assign]
                         block._run, fullgraph=True, dynamic=False, backend=counter
                     )
-        weighted_B = goal.losses(model, micro).both_B * micro.samples.weight_B
+        weighted_B = losses_of(goal, model, micro).both_B * micro.samples.weight_B
         weighted_B.sum().backward()
         norm = clip_gradients(model, 1.0, world)
         model.zero_grad()
