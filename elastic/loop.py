@@ -145,7 +145,8 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             break
         if previews is not None and previews.is_due(progress.samples):
             # After the save: whatever becomes of them, no update has to be done again.
-            previews.make(model, ema, world, progress.samples, Teller(run.beat, run.event))
+            tell = Teller(run.beat, run.event, run.stop_wanted)
+            previews.make(model, ema, world, progress.samples, tell)
 
         if asked or rest > 1:  # what the others have said beside it is not known
             run.beat("read", progress.samples)  # storage may be slow without being dead

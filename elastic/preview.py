@@ -97,20 +97,24 @@ class Previews:
     ) -> None:
         """Publish the samples of this position, unless they are there; what fails is told.
 
-        Nothing of it is kept by the model, the average or the order, and training goes on.
+        Nothing of it is kept by the model, the average or the order, and training goes on. Given up
+        when a rank is asked to stop: whoever goes on from here makes them.
         """
-        self._sampled_at, began = position, time.monotonic()
-        reason: str | None = "averaged weights"
-        kind = "preview"
+        began, kind, reason = time.monotonic(), "preview", "averaged weights"
         if world.on_first(lambda: position in positions_in(self.folder)):
             reason = "made before"  # the attempt that made them may not have lived to tell
         else:
-            with ema.in_place(), eager():
-                latents = self._walk(model, world, lambda: tell.beat("sample", position))
-            problem = self._publish(world, latents, position, tell)
+            watch = partial(_watch, world, position, tell)
+            try:
+                with ema.in_place(), eager():
+                    latents = self._walk(model, world, watch)
+                problem = self._publish(world, latents, position, watch)
+            except _Asked:
+                log.info("no samples at %s: asked to stop", f"{position:,}")
+                return
             if problem is not None:
                 kind, reason = "preview_failed", problem
-                log.warning("no samples at %s: %s", f"{position:,}", problem)
+        self._sampled_at = position
         more: dict[str, Any] = {"seconds": round(time.monotonic() - began, 3)}  # Any: of an event
         if kind == "preview":
             paths = [self._path(position, one) for one in self._shown]
@@ -121,7 +125,7 @@ class Previews:
     def _path(self, position: int, one: Shown) -> Path:
         return self.folder / str(position) / f"{one.place:02d}.mp4"
 
-    def _walk(self, model: nn.Module, world: World, beat: Callable[[], None]) -> list[Tensor]:
+    def _walk(self, model: nn.Module, world: World, watch: Callable[[], None]) -> list[Tensor]:
         """The latents of each caption, on the CPU of every rank.
 
         Every rank runs the same number of times: one with no caption left walks the last again.
@@ -129,7 +133,7 @@ class Previews:
         count = len(self._shown)
 
         def watched(*inputs: Any) -> Tensor:  # Any: whatever the model takes
-            beat()
+            watch()
             velocity_BCTHW: Tensor = model(*inputs)
             return velocity_BCTHW
 
@@ -159,7 +163,7 @@ class Previews:
         return TextBatch(text_BLD.float(), mask_BL, pooled_BD.float())
 
     def _publish(
-        self, world: World, latents: list[Tensor], position: int, tell: "Teller"
+        self, world: World, latents: list[Tensor], position: int, watch: Callable[[], None]
     ) -> str | None:
         """Decode on the first rank, and publish by one rename; why that failed, on every rank."""
         darkroom = _Darkroom(self._stage, self._job, self.folder / f".{position}", world.device)
@@ -169,21 +173,34 @@ class Previews:
             *(partial(darkroom.add, *pair) for pair in zip(names, latents, strict=True)),
             partial(darkroom.publish, self.folder / str(position)),
         ]
-        problem = None
-        for step in steps:
-            tell.beat("sample", position)  # who waits is alive too
-            problem = world.on_first(partial(_tried, step))
-            if problem is not None:
-                break
-        darkroom.close()
-        return problem
+        try:
+            for step in steps:
+                watch()  # who waits is alive too
+                problem = world.on_first(partial(_tried, step))
+                if problem is not None:
+                    return problem
+        finally:
+            darkroom.close()
+        return None
 
 
 class Teller(NamedTuple):
-    """What is said meanwhile: signs of life, and what came of it."""
+    """What is said meanwhile: signs of life, what came of it, and whether this rank shall stop."""
 
     beat: Callable[[str, int], None]
     event: Callable[..., None]
+    stop_wanted: Callable[[], bool]
+
+
+class _Asked(Exception):
+    """A rank has been asked to stop; raised on all of them."""
+
+
+def _watch(world: World, position: int, tell: Teller) -> None:
+    """Give a sign of life, and find out whether to go on."""
+    tell.beat("sample", position)
+    if world.most(int(tell.stop_wanted())):
+        raise _Asked
 
 
 class _Darkroom:

@@ -1,5 +1,9 @@
 """Samples while a stage trains: they change nothing that is trained, and are there whole or not."""
 
+import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +27,13 @@ from tiny import (
     restored,
     world_of_one,
 )
+from torch import nn
 from worlds import run_world
 
 from elastic import preview
 from elastic.data.clips import Clip
 from elastic.data.latents import Scale
+from elastic.ema import EmaWeights
 from elastic.film import read_mp4, write_mp4
 from elastic.loop import Outcome
 from elastic.meter import OF_THE_MACHINES
@@ -111,24 +117,42 @@ def _stopped_and_resumed(world: World, folder: Path) -> tuple[dict[str, int], di
     return before, _written_at(folder)
 
 
-def _killed_and_resumed(world: World, folder: Path) -> tuple[list[str], Sampled]:
-    """Die while the second film of the first position is written; what lay there, and the rest."""
+def _killed(folder: Path) -> None:
+    """Die by SIGKILL while the second film of the first position is written."""
     written: list[Path] = []
 
     def dying(path: Path, *film: Any) -> None:
         if written:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
         written.append(path)
         write_mp4(path, *film)
 
-    preview.write_mp4 = dying  # type: ignore[assignment]  # the films of one rank
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            _train(world, folder)
-    finally:
-        preview.write_mp4 = write_mp4
-    left = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.mp4"))]
-    return left, _train(world, folder)
+    preview.write_mp4 = dying  # type: ignore[assignment]  # as it is called there
+    with world_of_one() as world:
+        _train(world, folder)
+
+
+class Interrupted(Previews):
+    """The last rank is asked to stop in the second round of the first position."""
+
+    def make(
+        self, model: nn.Module, ema: EmaWeights, world: World, position: int, tell: Teller
+    ) -> None:
+        calls = itertools.count()
+
+        def asked() -> bool:
+            return next(calls) > STEPS and world.rank == world.size - 1
+
+        super().make(model, ema, world, position, tell._replace(stop_wanted=asked))
+
+
+def _interrupted_and_resumed(world: World, folder: Path) -> tuple[Attempt, list[str], Attempt]:
+    goal, own = objective(SAMPLED), folder / "stages" / SAMPLED.name
+    previews = Interrupted(SAMPLED, _job(folder), CLIPS, goal.held_out, goal.null)
+    first = attempt(world, own, SAMPLED, goal, UPDATES[0] + 1, previews=previews)
+    left = sorted(files_of(folder / "samples"))
+    world.barrier()
+    return first, left, _train(world, folder).attempt
 
 
 def _written_at(folder: Path) -> dict[str, int]:
@@ -153,7 +177,7 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
         **{f"on-{n}": Turn(n, _train, (folder / f"on-{n}",)) for n in (1, 2, 3)},
         "shared": Turn(2, _train, (folder / "shared", shared)),
         "resumed": Turn(2, _stopped_and_resumed, (folder / "resumed",)),
-        "killed": Turn(1, _killed_and_resumed, (folder / "killed",)),
+        "asked": Turn(2, _interrupted_and_resumed, (folder / "asked",)),
     }
     results = run_world(in_turn, 3, folder, list(turns.values()))
     ranks = {name: [rank[number] for rank in results] for number, name in enumerate(turns)}
@@ -229,12 +253,19 @@ def test_what_was_sampled_before_a_stop_is_not_sampled_again(course: Course) -> 
     assert before.items() <= after.items()
 
 
-def test_a_kill_in_the_middle_leaves_nothing_half_written(course: Course) -> None:
-    left, rest = course.first["killed"]
-    assert left == [f"samples/tiny/.{DUE[0]}/00.mp4"], "nothing under the position's own name"
-    samples = course.folder / "killed" / "samples" / "tiny"
-    assert sorted(path.name for path in samples.iterdir()) == sorted(map(str, DUE))
-    assert rest.attempt.outcome is Outcome.FINISHED
+def test_a_kill_in_the_middle_leaves_nothing_half_written(
+    course: Course, world: World, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "codec.safetensors").symlink_to(course.folder / "codec.safetensors")
+    process = multiprocessing.get_context("spawn").Process(target=_killed, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    samples = folder / "samples" / "tiny"
+    assert list(files_of(samples)) == [f".{DUE[0]}/00.mp4"], "nothing under the position's own name"
+    assert positions_in(samples) == []
+    assert _train(world, folder).attempt.outcome is Outcome.FINISHED
     assert files_of(samples).keys() == files_of(course.folder / "on-1/samples/tiny").keys()
 
 
@@ -256,6 +287,22 @@ def test_a_position_that_was_stopped_at_is_sampled_by_who_goes_on(
     assert positions_in(samples) == DUE[:1]
 
 
+def test_asked_to_stop_meanwhile_the_ranks_give_up_together_and_lose_nothing(
+    course: Course,
+) -> None:
+    first, left, rest = course.first["asked"]
+    assert left == []
+    stopped_at = first.events[-1][1]
+    assert first.events[-1] == ("publish", stopped_at, "stop")
+    assert "preview" not in [event[0] for event in first.events]
+    assert rest.events[:2] == [
+        ("start", stopped_at, "resumed"),
+        ("preview", stopped_at, "averaged weights"),
+    ]
+    weights = [course.folder / name / "stages/tiny" / WEIGHTS for name in ("asked", "plain")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_a_film_is_what_the_stages_end_would_show(
     course: Course, world: World, tmp_path: Path
 ) -> None:
@@ -270,7 +317,7 @@ def test_a_film_is_what_the_stages_end_would_show(
         told.append((*event, more))
 
     _previews(SAMPLED, job, goal).make(
-        state.model, state.ema, world, PLAIN.budget, Teller(lambda *a: None, tell)
+        state.model, state.ema, world, PLAIN.budget, Teller(lambda *a: None, tell, lambda: False)
     )
     captions = tuple(dict.fromkeys(clip.text for clip in CLIPS))
     request = SampleRequest(

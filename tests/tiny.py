@@ -163,12 +163,15 @@ def attempt(
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
     lines: list[dict[str, Any]] = []
     events: list[tuple[str, int, str]] = []
-    updates = 0
+    updated: set[int] = set()  # at these positions
+
+    def beaten(phase: str, position: int) -> None:
+        if phase in ("train", "compile"):
+            updated.add(position)
+        beat(phase, position)
 
     def stop_wanted() -> bool:
-        nonlocal updates
-        updates += 1
-        return updates - 1 == stop_after and world.rank == world.size - 1
+        return len(updated) == stop_after and world.rank == world.size - 1
 
     def event(kind: str, position: int, reason: str, **more: Any) -> None:
         events.append((kind, position, reason))
@@ -181,7 +184,7 @@ def attempt(
         stop_wanted=stop_wanted,
         event=event,
         origin=origin,
-        beat=beat,
+        beat=beaten,
         previews=previews,
     )
     return Attempt(train_stage(stage, goal, run), lines, events)
