@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -251,6 +252,21 @@ def test_what_was_sampled_before_a_stop_is_not_sampled_again(course: Course) -> 
     assert len(before) == NUM_PREVIEWS
     assert len(after) == len(DUE) * NUM_PREVIEWS
     assert before.items() <= after.items()
+
+
+def test_updates_that_are_done_again_after_a_crash_make_no_film_again(
+    course: Course, world: World, tmp_path: Path
+) -> None:
+    """It is told of once more: the attempt that made them may not have lived to tell."""
+    folder = tmp_path / "run"
+    (tmp_path / "codec.safetensors").symlink_to(course.folder / "codec.safetensors")
+    _train(world, folder, stop_after=UPDATES[0] + 1)
+    before = _written_at(folder)
+    shutil.rmtree(folder / "stages" / "tiny" / "checkpoints")
+    again = _train(world, folder, stop_after=UPDATES[0] + 1).attempt
+    assert ("preview", DUE[0], "made before") in again.events
+    assert _written_at(folder) == before
+    assert len(before) == NUM_PREVIEWS
 
 
 def test_a_kill_in_the_middle_leaves_nothing_half_written(
