@@ -58,7 +58,7 @@ def _stage(run_dir: Path, events: list[Event], stage: str, is_pair: bool, room: 
     if not rows and not figures:
         return ""
     told = [f"at {film.position:,} samples" for film in last[:1]]
-    told += ["by samples seen first frames, and the last film"] if rows else []
+    told += ["first frames by samples seen, and the last film"] if rows else []
     told += ["left the clip, right what the codec gives back of it"] if is_pair else []
     grid = f'<div class="samples{" pairs" if is_pair else ""}">{"".join(figures)}</div>'
     return (
