@@ -20,7 +20,7 @@ from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Objective
-from elastic.shard import shard
+from elastic.shard import each_round, shard
 from elastic.spike import watch
 from elastic.start import NOWHERE, Origin, begin, publish_table
 from elastic.state import Progress, TrainState
@@ -82,6 +82,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     fused = not (stage.exact and world.device.type == "cpu")
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage), fused)
     ordered = OrderedGradients(model, world) if stage.exact else None
+    exchanges = each_round(sum(parameter.numel() for parameter in model.parameters()))
     ema = EmaWeights(model, stage.ema, samples_carried(stage))
     progress = Progress(stage=stage.name)
     critic = objective.critic  # of an adversarial stage
@@ -157,7 +158,8 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
         for micro in step.micros:
             if ordered is None:
-                model.set_requires_gradient_sync(micro.is_last)
+                model.set_requires_gradient_sync(micro.is_last or exchanges)
+                model.set_requires_all_reduce(micro.is_last)  # replicas' sums wait as shards
             else:
                 ordered.begin_round(micro.is_last)
             losses = objective.losses(model, micro)
