@@ -228,7 +228,7 @@ def measure(case: Case, recompute: Recompute) -> dict[str, Any]:
     stage = stage_of(case, recompute, 1 if cuda else 2)
     module, bucket = stage.build(), stage.buckets[0]
     need = needed(stage, module, bucket, stage.workers[0], recompute)
-    ranks = [peak_on_gpu(stage)] if cuda else run_world(peak_on_cpu, 2, stage)
+    ranks = [peak_on_gpu(stage)] if cuda else run_world(peak_on_cpu, 2, stage, is_fresh=True)
     most = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
     return {
         "said": shown(need.total),
