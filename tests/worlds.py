@@ -1,8 +1,8 @@
 """Worlds of several ranks on this machine: spawned processes, gloo, a rendezvous by file.
 
 A process that has played a rank waits for the next world: to start it and to import torch takes
-seconds. It gets the environment of the moment and the generator of a process that begins, and is
-always the same rank: torch remembers for a mesh which part of it is its own.
+seconds. It gets the environment of the moment, and is always the same rank: torch remembers for a
+mesh which part of it is its own.
 """
 
 import multiprocessing
@@ -92,7 +92,6 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    seed = torch.initial_seed()
     while True:
         try:
             folder, rank, size, environment, function, arguments = pipe.recv()
@@ -100,7 +99,6 @@ def _serve(pipe: Connection) -> None:
             return
         os.environ.clear()
         os.environ.update(environment | {"OMP_NUM_THREADS": "1"})
-        torch.manual_seed(seed)
         try:
             pipe.send(("result", _play(folder, rank, size, function, arguments)))
         except BaseException:
