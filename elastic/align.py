@@ -105,7 +105,7 @@ def _cells(stage: DiffusionStage, source: Source, bucket: Bucket, ids: Indices) 
     indices = place[np.searchsorted(every, ids, sorter=place)]
     # A store of means and deviations holds the means first.
     (samples,) = source.fetch_all([(bucket, indices)])
-    z_BCTHW = samples.x_BCTHW[:, : stage.codec.channels]
+    z_BCTHW = samples.x_BCTHW[:, : stage.codec.channels].float()
     t, h, w = stage.model.token_grid(_grid(stage, bucket))
     cells_BNC = patches(z_BCTHW, stage.model.patch)
     return rearrange(cells_BNC, "b (t h w) c -> b t h w c", t=t, h=h, w=w)

@@ -224,11 +224,11 @@ def make_objective(job: WorkerJob, device: torch.device, num_decoders: int) -> O
         )
     assert job.latents, f"stage {job.stage.name} was started without its latents"
     stores = [SealedStore.open(*latents) for latents in job.latents]
-    pinned = (
-        load_members(job.folder / MEMBERS) if growths or len(job.stage.data.sources) > 1 else None
-    )
-    source = LatentSource(job.stage, stores, held_out=False, members=pinned, growths=growths)
-    held_out = LatentSource(job.stage, stores, held_out=True, members=pinned)
+    is_mixed = growths or len(job.stage.data.sources) > 1
+    mix = load_members(job.folder / MEMBERS) if is_mixed else None
+    is_gpu = device.type == "cuda"
+    source = LatentSource(job.stage, stores, False, mix, growths, is_gpu)
+    held_out = LatentSource(job.stage, stores, True, mix, pinned=is_gpu)
     return FlowMatching(job.stage, source, held_out, source.null_text(), source.text_tokens)
 
 

@@ -3,14 +3,13 @@
 import ipaddress
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from elastic import agreement
 from elastic.finding import Finding
 
 # Where Ray and Aim listen if nobody says otherwise; none of them asks for a login by default.
@@ -22,22 +21,6 @@ PORTS = {
     43800: "Aim's pages",
     53800: "Aim's server",
 }
-_GLOO_S = 120
-_PEER = """
-import sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-
-place, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
-total = torch.tensor([rank + 1])
-dist.all_reduce(total)
-assert total.item() == 3, total
-dist.barrier()  # who ends first would cut the other off
-dist.destroy_process_group()
-"""
 
 
 def loopback() -> Finding:
@@ -60,22 +43,12 @@ def gloo() -> Finding:
     """Whether two processes of this machine agree on a sum, as the workers of a run do."""
     rule = "two processes agree on a sum"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", _PEER, str(Path(folder) / "store")]
-        peers = [
-            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-            for rank in range(2)
-        ]
-        try:
-            said = [peer.communicate(timeout=_GLOO_S)[1] for peer in peers]
-        except subprocess.TimeoutExpired:
-            said = [f"no agreement in {_GLOO_S} s"]
-        finally:
-            for peer in peers:
-                peer.kill()
-                peer.wait()
-    if all(peer.returncode == 0 for peer in peers):
+        place = f"file://{Path(folder) / 'store'}"
+        peers = [agreement.begin("gloo", place, rank, 2) for rank in range(2)]
+        said = [agreement.why_not(peer) for peer in peers]
+    why = next((one for one in said if one), "")
+    if not why:
         return Finding("ok", "gloo", "two processes agree", rule=rule)
-    why = next((lines[-1] for one in said if (lines := one.strip().splitlines())), "no reason")
     card = os.environ.get("GLOO_SOCKET_IFNAME")
     advice = "set GLOO_SOCKET_IFNAME to a network card that is up (ip -br addr), such as lo; "
     advice += f"it is {card!r}" if card else "look where the host's name leads (getent hosts)"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from elastic.data.load import Step, Stream
 from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
 from elastic.exact import OrderedGradients, reproducible, square_sum
+from elastic.inputs import Inputs
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
@@ -25,7 +27,7 @@ from elastic.spike import watch
 from elastic.start import NOWHERE, Origin, begin, publish_table
 from elastic.state import Progress, TrainState
 from elastic.weights import export
-from elastic.world import World, on_device
+from elastic.world import World
 from stages.init import Switch, is_held
 from stages.optimizer import AdamW, Muon, learning_rate
 from stages.stage import DiffusionStage, Stage
@@ -104,10 +106,11 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     )
     run.meter.begin(progress.samples)
 
-    stream = Stream(stage, objective.source, world, progress.samples)
+    ready = partial(objective.inputs, device=world.device)
+    stream = Stream(stage, objective.source, world, progress.samples, ready)
     compiled_for: set[tuple[str, int]] = set()
 
-    def compiles_now(step: Step | None) -> bool:
+    def compiles_now(step: Step[Inputs] | None) -> bool:
         return compiled and step is not None and not objective.graphs(step) <= compiled_for
 
     saved_at = progress.samples
@@ -156,14 +159,14 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             group["lr"] = held_rate if group["held"] else rate
 
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
-        for micro in step.micros:
+        for inputs in step.micros:
+            micro, weight_B = inputs.micro, inputs.weight_B
             if ordered is None:
                 model.set_requires_gradient_sync(micro.is_last or exchanges)
                 model.set_requires_all_reduce(micro.is_last)  # replicas' sums wait as shards
             else:
                 ordered.begin_round(micro.is_last)
-            losses = objective.losses(model, micro)
-            weight_B = on_device(micro.samples.weight_B, world.device)
+            losses = objective.losses(model, inputs)
             # FSDP averages over ranks; undo that, so the step is a mean over the global batch.
             share = (1 if stage.exact else world.size) / micro.batch
             ((losses.both_B * weight_B).sum() * share).backward()

@@ -27,6 +27,7 @@ from elastic.data.permutation import Indices
 from elastic.exact import reproducible
 from elastic.files import write_atomic
 from elastic.fit import local_device_bytes, sample_layers
+from elastic.inputs import Inputs
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.loop import build_optimizer, clip_gradients
 from elastic.memory import HEADROOM, peak_memory
@@ -183,9 +184,13 @@ class Trainer:
             compile_blocks(self._model)
         self._optimizer = build_optimizer(stage.optimizer, self._model)
 
-    def round(self, micro: Micro) -> None:
+    def inputs(self, micro: Micro) -> Inputs:
+        """What training would read ahead."""
+        return self._objective.inputs(micro, self._world.device)
+
+    def round(self, inputs: Inputs) -> None:
         """Forward and backward of one micro-batch."""
-        self._objective.losses(self._model, micro).both_B.mean().backward()
+        self._objective.losses(self._model, inputs).both_B.mean().backward()
 
     def update(self) -> None:
         """What ends an update; it drops the gradients."""
@@ -244,7 +249,7 @@ def _measure_bucket(
             break
     update_s = 0.0
     if any(one.round_s is not None for one in tried):
-        first = made_up(stage, bucket, 1)
+        first = trainer.inputs(made_up(stage, bucket, 1))
         trainer.round(first)
         trainer.update()  # makes the moments
         trainer.round(first)
@@ -257,7 +262,7 @@ def _try(trainer: Trainer, stage: Stage, bucket: Bucket, micro: int, said: float
     try:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        made = made_up(stage, bucket, micro)
+        made = trainer.inputs(made_up(stage, bucket, micro))
         trainer.round(made)  # compiles, and finds the kernels
         seconds = [trainer.seconds(lambda: trainer.round(made)) for _ in range(_ROUNDS)]
         peak = torch.cuda.max_memory_allocated() if cuda else None

@@ -14,6 +14,7 @@ from elastic.data.load import Micro, Step
 from elastic.device_peaks import memory_peak, peak_flops
 from elastic.errors import StageBlocked
 from elastic.exact import totals
+from elastic.inputs import Inputs
 from elastic.objective import Losses
 from elastic.state import Progress
 from elastic.workload import model_flops, useful_tokens, video_tokens
@@ -122,7 +123,7 @@ class Meter:
         """Start counting at this position."""
         self._restart(samples)
 
-    def waiting(self, wait: Callable[[int], Step], position: int) -> Step:
+    def waiting(self, wait: Callable[[int], Step[Inputs]], position: int) -> Step[Inputs]:
         """Take the next step from `wait`, and count the time until it was there."""
         began = time.monotonic()
         step = wait(position)
@@ -158,7 +159,7 @@ class Meter:
             self._norms.popleft().check(self._stage.name)
 
     def stepped(
-        self, progress: Progress, step: Step, rate: float, norms: dict[str, Tensor]
+        self, progress: Progress, step: Step[Inputs], rate: float, norms: dict[str, Tensor]
     ) -> dict[str, Sum]:
         """Count one update; when a log point is passed, write the lines.
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from elastic.critic import Critic
+from elastic.data.ahead import read_ahead
 from elastic.data.load import Micro, Source, Step, held_out_rounds
 from elastic.errors import InputError
 from elastic.exact import totals
+from elastic.inputs import Inputs
 from elastic.kernels import compiles, text_room
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.workload import Workload, workload
-from elastic.world import World, on_device
+from elastic.world import World
 from models.codec import Reconstruction
 from models.flow import conditioned, flow_loss_B, time_shift, timesteps
 from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss, ssim_B
-from models.text import TextBatch, TextEmbedding, padded, trimmed, without_text
+from models.text import TextEmbedding, padded, trimmed, without_text
 from stages.given import Choice
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
@@ -56,11 +59,18 @@ class Objective(Protocol):
         """The model on the meta device."""
         ...
 
-    def losses(self, model: nn.Module, micro: Micro) -> Losses:
+    def inputs(self, micro: Micro, device: torch.device) -> Inputs:
+        """What the model is given for a micro-batch; another thread than the training's calls it.
+
+        All that is drawn for it is drawn here: it is a function of the samples alone.
+        """
+        ...
+
+    def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """The losses of each sample of a micro-batch, unweighted."""
         ...
 
-    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
         """What this rank compiles for a step, unless it has before."""
         ...
 
@@ -102,14 +112,26 @@ class FlowMatching:
         """The DiT on the meta device."""
         return self._stage.build()
 
-    def losses(self, model: nn.Module, micro: Micro) -> Losses:
-        """Squared error of the velocity, per sample."""
-        return self._losses(model, micro, "train")
+    def inputs(self, micro: Micro, device: torch.device) -> Inputs:
+        """Latents, noise, times, text and given frames."""
+        return self._inputs(micro, device, "train")
 
-    def _losses(
-        self, model: nn.Module, micro: Micro, use: Use, choice: Choice | None = None
-    ) -> Losses:
-        """The loss of each sample, given the frames of `choice`; None draws it for each."""
+    def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
+        """Squared error of the velocity, per sample."""
+        inputs.arrive()
+        noise_BCTHW, t_B, text = inputs.noise_BCTHW, inputs.t_B, inputs.text
+        assert noise_BCTHW is not None, "flow matching adds noise"
+        assert t_B is not None, "flow matching draws times"
+        assert text is not None, "a diffusion stage reads latents with their text"
+        strength = 1.0 if self._stage.model.guidance else None
+        conditioned_model = conditioned(model, strength, inputs.given_BCTHW)
+        loss_B = flow_loss_B(conditioned_model, inputs.x_BCTHW, noise_BCTHW, t_B, text)
+        return Losses(loss_B, inputs.work)
+
+    def _inputs(
+        self, micro: Micro, device: torch.device, use: Use, choice: Choice | None = None
+    ) -> Inputs:
+        """Given are the frames of `choice`; None draws it for each sample."""
         samples = micro.samples
         generators = self._generators(micro, use)
         t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
@@ -118,31 +140,29 @@ class FlowMatching:
         noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
         text = without_text(samples.text, self._null, *dropped)
-        given_BCTHW = self._given(micro, choice)
-        device = next(model.parameters()).device
         is_compiled = compiles(self._stage, device)
         text = (
             padded(text, self._room(micro.bucket, micro.text_tokens))
             if is_compiled
             else trimmed(text)
         )
-        loss_B = flow_loss_B(
-            conditioned(
-                model,
-                1.0 if self._stage.model.guidance else None,
-                None if given_BCTHW is None else on_device(given_BCTHW, device),
-            ),
-            on_device(z_BCTHW, device),
-            on_device(noise_BCTHW, device),
-            on_device(t_B, device),
-            TextBatch(*(None if x is None else on_device(x, device) for x in text)),  # type: ignore[arg-type]  # only the mask may be None
+        found = Inputs(
+            micro=micro,
+            work=workload(self._stage, micro, text),
+            x_BCTHW=z_BCTHW,
+            weight_B=samples.weight_B,
+            noise_BCTHW=noise_BCTHW,
+            t_B=t_B,
+            text=text,
+            given_BCTHW=self._given(micro, choice),
         )
-        return Losses(loss_B, workload(self._stage, micro, text))
+        return found.to(device)
 
-    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
         """What this rank compiles for a step, unless it has before: bucket and lengths of text."""
         bucket = step.plan.bucket
-        return frozenset((bucket.name, self._room(bucket, m.text_tokens)) for m in step.micros)
+        lengths = {inputs.micro.text_tokens for inputs in step.micros}
+        return frozenset((bucket.name, self._room(bucket, length)) for length in lengths)
 
     def _room(self, bucket: Bucket, longest: int) -> int:
         """Text tokens that are computed for; the null text may take the place of any other."""
@@ -164,7 +184,7 @@ class FlowMatching:
         x_BCTHW = micro.samples.x_BCTHW
         if self._stage.codec.mode == "mean":
             return x_BCTHW
-        mean_BCTHW, deviation_BCTHW = x_BCTHW.chunk(2, dim=1)
+        mean_BCTHW, deviation_BCTHW = x_BCTHW.float().chunk(2, dim=1)
         if use == "held-out":
             return mean_BCTHW
         generators = self._generators(micro, "posterior")
@@ -216,11 +236,13 @@ class FlowMatching:
         """The mean over the held-out samples of these buckets; None if there are none."""
         losses: list[Tensor] = []
         weights: list[Tensor] = []
+        ready = partial(self._inputs, device=world.device, use="held-out", choice=choice)
         for bucket in buckets:
-            for micro in held_out_rounds(self._held_out, self._stage, bucket, world):
-                weight_B = micro.samples.weight_B.to(world.device).double()
+            micros = held_out_rounds(self._held_out, self._stage, bucket, world)
+            for inputs in read_ahead(ready, micros, most=2):
                 with torch.no_grad():
-                    loss_B = self._losses(model, micro, "held-out", choice).model_B
+                    loss_B = self.losses(model, inputs).model_B
+                weight_B = inputs.weight_B.double()
                 losses.append((loss_B * weight_B).sum())
                 weights.append(weight_B.sum())
         total, count = totals([losses, weights], world)
@@ -260,8 +282,13 @@ class Reconstructing:
         """The codec on the meta device."""
         return self._stage.build()
 
-    def losses(self, model: nn.Module, micro: Micro) -> Losses:
-        """Reconstruction loss per sample; the latent is sampled if its KL has a weight."""
+    def inputs(self, micro: Micro, device: torch.device) -> Inputs:
+        """Pixels, and noise for the latent if its KL has a weight."""
+        noise = self._noise(micro) if self._stage.kl_weight else None
+        samples, work = micro.samples, workload(self._stage, micro)
+        return Inputs(micro, work, samples.x_BCTHW, samples.weight_B, noise).to(device)
+
+    def _noise(self, micro: Micro) -> Tensor:
         stage, bucket = self._stage, micro.bucket
         shape = (
             stage.codec.channels,
@@ -273,20 +300,22 @@ class Reconstructing:
             )
             for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
         ]
-        device = next(model.parameters()).device
-        x_BCTHW = on_device(micro.samples.x_BCTHW, device)
-        noise = on_device(normals(generators, shape), device) if stage.kl_weight else None
-        reconstruction = model(x_BCTHW, noise)
+        return normals(generators, shape)
+
+    def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
+        """Reconstruction loss per sample; the latent is sampled if its KL has a weight."""
+        inputs.arrive()
+        x_BCTHW, position = inputs.x_BCTHW, inputs.micro.position
+        reconstruction = model(x_BCTHW, inputs.noise_BCTHW)
         parts_B = self._parts_B(x_BCTHW, reconstruction)
         critic_B = None
-        if self.critic is not None and self.critic.judges_at(micro.position):
+        if self.critic is not None and self.critic.judges_at(position):
             parts_B["loss_adversarial"] = self.critic.deception_B(reconstruction.x_BCTHW)
             critic_B = self.critic.loss_B(x_BCTHW, reconstruction.x_BCTHW)
         loss_B = torch.stack(list(parts_B.values())).sum(0)
         if critic_B is not None:
             parts_B["loss_critic"] = critic_B
-        work = workload(stage, micro)
-        return Losses(loss_B, work, critic_B, parts_B if len(parts_B) > 1 else {})
+        return Losses(loss_B, inputs.work, critic_B, parts_B if len(parts_B) > 1 else {})
 
     def _parts_B(self, x_BCTHW: Tensor, reconstruction: Reconstruction) -> dict[str, Tensor]:
         """The addends of the loss by name, without the critic's."""
@@ -299,7 +328,7 @@ class Reconstructing:
             parts_B["loss_perceptual"] = self._stage.perceptual.weight * distance_B
         return parts_B
 
-    def graphs(self, step: Step) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
         """Nothing of an autoencoder is compiled."""
         return frozenset()
 

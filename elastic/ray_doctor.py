@@ -1,7 +1,7 @@
 """What `doctor` asks of a cluster: its nodes' versions, clocks, memory, and ways to each other."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ray
@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.token import advice, asks_for_token
+from elastic.agreement import Backend
 from elastic.drive import check_address, connect
 from elastic.errors import InputError
 from elastic.finding import Finding
@@ -16,6 +17,8 @@ from elastic.ray_peer import NodeFacts, Peer, versions
 from elastic.settings import read_settings
 
 _ANSWER_S = 60.0
+_AGREE_S = 150.0  # more than `agreement` gives a process
+_SUM = "a process on each node takes part in a sum, as the workers of a run do"
 _MOST_SKEW_S = 1.0
 _LEAST_SHARED = 1 << 30
 _ALIKE = "the Python, Ray and torch of this machine on every node"
@@ -71,7 +74,44 @@ def node_findings() -> list[Finding]:
         for one, other in ring
     }
     tried, lost = _ask(asked)
-    return [*found, check_ways({way: why for way, why in {**tried, **lost}.items() if why})]
+    ways = check_ways({way: why for way, why in {**tried, **lost}.items() if why})
+    sums = [] if ways.level == "error" else list(_sums(nodes))
+    return [*found, ways, *sums]
+
+
+def _sums(nodes: list[Node]) -> Iterator[Finding]:
+    """Whether processes on all nodes agree, and those on the GPUs of the nodes that have some."""
+    yield _sum("gloo", nodes)
+    with_gpus = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")}
+    on_gpus, busy = _peers(only=with_gpus, gpus=1)
+    if busy:
+        value = f"not tried: no GPU is free on {', '.join(busy)}"
+        yield Finding("warn", "nccl of all nodes", value, "ask again when nothing trains", _SUM)
+    elif on_gpus:
+        yield _sum("nccl", on_gpus)
+
+
+def _sum(backend: Backend, nodes: list[Node]) -> Finding:
+    """Have a process on each node take part in a sum."""
+    first = nodes[0]
+    port = ray.get(first.peer.free_port.remote(), timeout=_ANSWER_S)
+    place = f"tcp://{first.address}:{port}"
+    asked = {
+        one.name: one.peer.agree.remote(backend, place, rank, len(nodes))
+        for rank, one in enumerate(nodes)
+    }
+    answers, silent = _ask(asked, _AGREE_S)
+    return check_sum(backend, {**answers, **silent})
+
+
+def check_sum(backend: Backend, said: Mapping[str, str]) -> Finding:
+    """Whether all agreed; `said` has of each node why it did not, or nothing."""
+    why = "; ".join(f"{name}: {reason}" for name, reason in said.items() if reason)
+    if why:
+        card = f"{backend.upper()}_SOCKET_IFNAME"
+        remedy = f"set {card} on every node to the network card by which the nodes reach each other"
+        return Finding("error", f"{backend} of all nodes", why, f"{remedy} (ip -br addr)", _SUM)
+    return Finding("ok", f"{backend} of all nodes", f"{len(said)} processes agree", rule=_SUM)
 
 
 def check_versions(facts: Mapping[str, NodeFacts], here: Mapping[str, str]) -> Finding:
@@ -137,28 +177,32 @@ def _answering(nodes: list[Node], silent: Mapping[str, str]) -> Finding:
     return Finding("ok", "nodes", f"{len(nodes)} answer", rule=rule)
 
 
-def _peers() -> tuple[list[Node], dict[str, str]]:
-    """An actor on each living node; of those where none starts, why."""
+def _peers(only: Container[str] | None = None, gpus: int = 0) -> tuple[list[Node], dict[str, str]]:
+    """An actor on each living node, or on `only` these; of those where none starts, why."""
     actors, addresses = {}, {}
     for node in ray.nodes():
-        if node["Alive"]:
+        if node["Alive"] and (only is None or node["NodeID"] in only):
             address, identity = node["NodeManagerAddress"], node["NodeID"]
             name = f"{address} ({identity[:6]})"
             strategy = NodeAffinitySchedulingStrategy(identity, soft=False)
-            options = ray.remote(Peer).options(num_cpus=0, scheduling_strategy=strategy)
+            options = ray.remote(Peer).options(
+                num_cpus=0, num_gpus=gpus, scheduling_strategy=strategy
+            )
             actors[name], addresses[name] = options.remote(address), address
     ports, silent = _ask({name: actor.port.remote() for name, actor in actors.items()})
     return [Node(name, addresses[name], ports[name], actors[name]) for name in ports], silent
 
 
-def _ask(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _ask(
+    asked: Mapping[str, Any], seconds: float = _ANSWER_S
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What came of Ray's references in time, and why the others gave nothing."""
     references = list(asked.values())
-    ready, _ = ray.wait(references, num_returns=len(references), timeout=_ANSWER_S)
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=seconds)
     answers, silent = {}, {}
     for name, reference in asked.items():
         if reference not in ready:
-            silent[name] = f"no answer in {_ANSWER_S:.0f} s"
+            silent[name] = f"no answer in {seconds:.0f} s"
             continue
         try:
             answers[name] = ray.get(reference)

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from elastic import agreement
+
 _ANSWER_S = 5.0
 COMPARED = ("ray", "torch")  # and Python: what drivers and workers must have alike
 
@@ -23,6 +25,7 @@ class Peer:
     """On one node: listens for the others, and tries to reach them."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._server = socket.create_server((address, 0))
 
     def port(self) -> int:
@@ -36,6 +39,15 @@ class Peer:
     def clock(self) -> float:
         """The time of day here."""
         return time.time()
+
+    def free_port(self) -> int:
+        """One that a server may listen on."""
+        with socket.create_server((self._address, 0)) as server:
+            return int(server.getsockname()[1])
+
+    def agree(self, backend: agreement.Backend, place: str, rank: int, size: int) -> str:
+        """Why a process of this node does not agree on a sum with the others'; empty if it does."""
+        return agreement.why_not(agreement.begin(backend, place, rank, size))
 
     def reach(self, address: str, port: int) -> str:
         """Why another peer cannot be reached; empty if it can."""

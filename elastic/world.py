@@ -152,12 +152,5 @@ class World:
 _CPU = torch.device("cpu")
 
 
-def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device, by a copy that the host does not wait for."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
 def _has_gpu() -> bool:
     return torch.cuda.is_available() and dist.get_backend() != "gloo"

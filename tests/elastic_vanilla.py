@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def train_func(config: dict[str, Any]) -> None:
     assert isinstance(model, FSDPModule), "FSDP2 has wrapped it"
     tell = Lines(stage, root, world)
     tell.start(progress)
-    stream = Stream(stage, objective.source, world, progress.samples)
+    ready = partial(objective.inputs, device=world.device)
+    stream = Stream(stage, objective.source, world, progress.samples, ready)
     is_saved_for_notice = False
     while progress.samples < stage.budget:
         before = progress.samples
@@ -104,9 +106,10 @@ def train_func(config: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(stage, before + step.plan.bucket.batch)
         loss = torch.zeros(())
-        for micro in step.micros:
+        for inputs in step.micros:
+            micro = inputs.micro
             model.set_requires_gradient_sync(micro.is_last)
-            weighted = (objective.losses(model, micro).model_B * micro.samples.weight_B).sum()
+            weighted = (objective.losses(model, inputs).model_B * inputs.weight_B).sum()
             (weighted * (world.size / micro.batch)).backward()
             loss += weighted.detach()
         clip_gradients(model, stage.optimizer.max_norm, world)

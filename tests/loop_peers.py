@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tiny import losses_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -74,7 +75,7 @@ class Task:
     def losses_B(self, model: nn.Module, micro: Micro) -> Tensor:
         """The loss of each sample."""
         if self.is_check:
-            return self.objective.losses(model, micro).model_B
+            return losses_of(self.objective, model, micro).model_B
         z_BCTHW, text, stage = micro.samples.x_BCTHW, micro.samples.text, self.stage
         assert text is not None, "latents have text"
         count = len(z_BCTHW)

@@ -53,9 +53,9 @@ def wrap(module: ModuleType) -> None:
 
 
 def _with_faults(losses: Any) -> Any:
-    def with_faults(self: Any, model: Any, micro: Any) -> Any:
-        found = losses(self, model, micro)
-        planned = take(self._stage.name, micro.position)
+    def with_faults(self: Any, model: Any, inputs: Any) -> Any:
+        found = losses(self, model, inputs)
+        planned = take(self._stage.name, inputs.micro.position)
         return found if planned is None else _do(planned, found)
 
     return with_faults

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import Attempt, Turn, attempt, files_of, in_turn, world_of_one
+from tiny import Attempt, Turn, attempt, files_of, in_turn, losses_of, world_of_one
 from torch import Tensor
 from worlds import run_world
 
@@ -323,7 +323,7 @@ def test_one_backward_pass_gives_each_side_its_own_gradient_and_nothing_of_the_o
     sides = {"codec": dict(model.named_parameters()), "critic": _parameters(goal.critic)}
 
     def gradients(what: str) -> dict[str, dict[str, Tensor | None]]:
-        losses = goal.losses(model, _micros(START)[0])
+        losses = losses_of(goal, model, _micros(START)[0])
         getattr(losses, what).sum().backward()
         found = {side: {name: p.grad for name, p in named.items()} for side, named in sides.items()}
         for named in sides.values():
@@ -349,7 +349,7 @@ def test_the_critics_gradient_is_that_of_the_mean_over_the_whole_batch(world: Wo
     position = next(p for p in (25, 32, 39) if any(BROKEN in m.samples.ids for m in _micros(p)))
     micros = _micros(position)
     for micro in micros:
-        losses = goal.losses(model, micro)
+        losses = losses_of(goal, model, micro)
         ((losses.both_B * micro.samples.weight_B).sum() / micro.batch).backward()
     norm = goal.critic.clip_gradients(position, world)["critic_grad_norm"]
     parameters = _parameters(goal.critic)

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,37 @@ def test_fish_is_told_every_verb_flag_and_value() -> None:
         for flag in verb.flags:
             (line,) = [line for line in own if f" -l {flag.name[2:]} " in line]
             assert all(choice in line for choice in flag.choices)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("restage st", ["status", "stop"]),
+        ("restage train --ray", ["--ray-address"]),
+        ("restage completion ", ["bash", "fish", "zsh"]),
+        ("restage export --dtype ", ["bf16", "fp32"]),
+    ],
+)
+def test_fish_itself_offers_them(typed: str, offered: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "restage.fish"
+    file.write_text(script(make_parser(), "fish"))
+    code = f"source {file}; complete -C '{typed}'"
+    assert [line.split("\t")[0] for line in _said_by("fish", "--no-config", "-c", code)] == offered
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_itself_takes_the_script(tmp_path: Path) -> None:
+    file = tmp_path / "restage.zsh"
+    file.write_text(script(make_parser(), "zsh"))
+    code = f'ZDOTDIR={tmp_path}; source {file}; print "${{_comps[restage]}}"'
+    assert _said_by("zsh", "-f", "-c", code) == ["_bash_complete -o default -F _restage"]
+
+
+def _said_by(*command: str) -> list[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
 
 
 def test_words_that_a_shell_would_read_are_quoted() -> None:

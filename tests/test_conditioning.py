@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import CLIP, STAGE, STILL, DrawnLatents, objective, world_of_one
+from tiny import CLIP, STAGE, STILL, DrawnLatents, losses_of, objective, world_of_one
 from torch import Tensor, nn
 
 from elastic.data.load import Micro, Samples, Source, rounds_of
@@ -91,7 +91,7 @@ def _seen(
 
 
 def _rows(trained: FlowMatching, model: Watching, micro: Micro) -> list[tuple[int, Seen, bool]]:
-    loss_B = trained.losses(model, micro).model_B
+    loss_B = losses_of(trained, model, micro).model_B
     x = model.inputs
     return [
         (
@@ -398,7 +398,7 @@ def test_the_transformer_learns_from_given_frames() -> None:
         trained = _objective(stage, None)
         plan = BatchPlan(0, VIDEO.replace(micro=4), np.arange(4), np.zeros(4))
         (micro,) = rounds_of([plan], trained.source, 0, 1)
-        trained.losses(model, micro).model_B.sum().backward()
+        losses_of(trained, model, micro).model_B.sum().backward()
         gradient = model.cond_in.weight.grad
         assert gradient is not None
         assert bool(gradient.any()) is learns

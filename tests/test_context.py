@@ -15,17 +15,18 @@ from safetensors import safe_open
 from test_adversarial import STAGE as JUDGED
 from test_loop import TOLERANCE
 from test_muon import MUON
-from tiny import CLIP, STAGE, STILL, Attempt, Turn, attempt, in_turn, objective, train
+from tiny import CLIP, STAGE, STILL, Attempt, Turn, attempt, in_turn, losses_of, objective, train
 from torch._dynamo.testing import CompileCounterWithBackend
 from wire import SameCaption, Wire, total
 from worlds import run_world
 
 from elastic import shard as sharding
-from elastic.data.load import Micro, held_out_rounds
+from elastic.data.load import held_out_rounds
 from elastic.ema import local
 from elastic.errors import InputError
 from elastic.fit import check_fit, needed, workers_on
 from elastic.forecast import forecast
+from elastic.inputs import Inputs
 from elastic.loop import clip_gradients
 from elastic.memory import HEADROOM, activations, state_memory
 from elastic.shard import initialise, shard
@@ -90,11 +91,11 @@ def _each_round(
         goal = objective(stage)
         inner = goal.losses
 
-        def losses(model: Any, micro: Micro) -> Any:
+        def losses(model: Any, inputs: Inputs) -> Any:
             nonlocal most
             values = [getattr(p, "grad", None) for p in model.parameters()]
             most = max(most, sum(local(g).numel() for g in values if g is not None))
-            return inner(model, micro)
+            return inner(model, inputs)
 
         patch.setattr(goal, "losses", losses)
         return attempt(world, folder, stage, goal, stop_after=updates), most
@@ -124,7 +125,7 @@ def _compiled(world: World) -> tuple[list[tuple[float, float]], int]:
                     block._run = torch.compile(  # type: ignore[method-assign]
                         block._run, fullgraph=True, dynamic=False, backend=counter
                     )
-        weighted_B = goal.losses(model, micro).both_B * micro.samples.weight_B
+        weighted_B = losses_of(goal, model, micro).both_B * micro.samples.weight_B
         weighted_B.sum().backward()
         norm = clip_gradients(model, 1.0, world)
         model.zero_grad()

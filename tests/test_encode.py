@@ -356,6 +356,7 @@ def test_first_and_last_frame_are_stored_as_if_there_were_no_others(
     clip_paths = members.clips[long.name][:3]
     given_BCTHW = found.fetch(long, np.arange(3)).given_BCTHW
     assert given_BCTHW is not None
+    given_BCTHW = given_BCTHW.float()
     x_BCTHW = _pixels(clip_paths, long)
     repeats = 4 if mode == "dc-ae" else 1
     for place in (0, -1):
@@ -658,14 +659,13 @@ def test_a_growth_keeps_the_latents_that_it_was_pinned_to(
         encode_stage(driver, stage, members)
 
 
-def test_latents_are_read_widened_with_text_padded_and_by_split(job: EncodeJob) -> None:
+def test_latents_are_read_as_stored_with_text_padded_and_by_split(job: EncodeJob) -> None:
     store = _sealed(job)
     source = LatentSource(STAGE, store, held_out=False)
     indices = np.array([2, 0, 1])
     samples = source.fetch(SHORT, indices)
     read = store.read_batch(SHORT.name, indices)
-    assert samples.x_BCTHW.dtype == torch.float32
-    assert torch.equal(samples.x_BCTHW, read.latents_BCTHW.float())
+    assert torch.equal(samples.x_BCTHW, read.latents_BCTHW)  # bf16, as they are stored
     assert samples.ids.tolist() == source.sample_ids(SHORT, indices).tolist()
     assert samples.weight_B.tolist() == [1, 1, 1]
     assert samples.text is not None
@@ -1026,9 +1026,9 @@ def test_text_of_an_encoder_in_files_is_stored_and_read_without_it(
     assert text is not None
     assert text.mask_BL is not None
     for row, embedding in enumerate(expected):
-        stored_LD = text.text_BLD[row, text.mask_BL[row]]
+        stored_LD = text.text_BLD[row, text.mask_BL[row]].float()
         torch.testing.assert_close(stored_LD, embedding.embedding_LD, rtol=BF16_ROUNDING, atol=1e-5)
-        stored_D = text.pooled_BD[row]
+        stored_D = text.pooled_BD[row].float()
         torch.testing.assert_close(stored_D, embedding.pooled_D, rtol=BF16_ROUNDING, atol=1e-5)
     assert torch.equal(source.null_text().embedding_LD, null.embedding_LD.bfloat16().float())
     assert torch.equal(source.null_text().pooled_D, null.pooled_D.bfloat16().float())

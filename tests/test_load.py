@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tiny import CLIP, STAGE, STILL, DrawnLatents
 
 from elastic.data.load import (
+    Micro,
     Samples,
     Source,
     Stream,
@@ -177,8 +178,8 @@ def threads_end() -> Iterator[None]:
     assert set(threading.enumerate()) <= before
 
 
-def _stream(source: Source, position: int = 0) -> Stream:
-    return Stream(STAGE, source, _world(0, 1), position)
+def _stream(source: Source, position: int = 0) -> Stream[Micro]:
+    return Stream(STAGE, source, _world(0, 1), position, lambda micro: micro)
 
 
 @pytest.mark.usefixtures("threads_end")

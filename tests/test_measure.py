@@ -77,8 +77,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> l
     """Rounds take what is said of their size, and are not computed; the sizes that were tried."""
     tried: list[int] = []
 
-    def round_of(self: Any, micro: Any) -> None:
-        tried.append(len(micro.samples.ids))
+    def round_of(self: Any, inputs: Any) -> None:
+        tried.append(len(inputs.micro.samples.ids))
 
     def seconds_of_call(self: Any, act: Callable[[], None]) -> float:
         act()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from tiny import losses_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -211,7 +212,8 @@ def test_lpips_is_a_part_of_the_loss_and_no_part_of_the_state(weights: Path) -> 
     model = stage.codec.build()
     bucket, x_BCTHW, ids = stage.buckets[0], clips(2, 3, 4, 32, 32), np.arange(2)
     samples = Samples(x_BCTHW, None, ids, torch.ones(2))
-    losses = goal.losses(model, Micro(0, bucket, samples, np.zeros_like(ids), True, 2))
+    micro = Micro(0, bucket, samples, np.zeros_like(ids), True, 2)
+    losses = losses_of(goal, model, micro)
     distance_B = Lpips(weights=str(weights)).build()(x_BCTHW, model(x_BCTHW).x_BCTHW)
     torch.testing.assert_close(losses.parts_B["loss_perceptual"], 0.4 * distance_B)
     torch.testing.assert_close(losses.model_B, sum(losses.parts_B.values()))

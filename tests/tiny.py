@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint import Checkpoints, Fence
-from elastic.data.load import Round, Samples
+from elastic.data.load import Micro, Round, Samples
 from elastic.data.order import Layout, layout_of
 from elastic.data.permutation import Indices
 from elastic.ema import EmaWeights
 from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
-from elastic.objective import FlowMatching, Objective
+from elastic.objective import FlowMatching, Losses, Objective
 from elastic.randomness import normals, sample_generator
 from elastic.shard import shard
 from elastic.start import NOWHERE, Origin
@@ -120,6 +121,11 @@ def objective(stage: DiffusionStage = STAGE, poisoned: int = -1) -> FlowMatching
         DrawnLatents(stage, dict.fromkeys(counts, 5), 5000),
         stage.text.null(),
     )
+
+
+def losses_of(goal: Objective, model: nn.Module, micro: Micro) -> Losses:
+    """The losses of a micro-batch, its inputs made here and now."""
+    return goal.losses(model, goal.inputs(micro, torch.device("cpu")))
 
 
 class Attempt(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from elastic.data.permutation import Indices
 from elastic.data.sealed import LatentBatch, SealedStore
@@ -62,17 +63,18 @@ class JoinedStores:
             lengths[where] = store.text_lengths(bucket, own)
         return lengths
 
-    def read_batch(self, bucket: str, indices: Indices) -> LatentBatch:
-        """Read some samples."""
+    def read_batch(self, bucket: str, indices: Indices, out_BCTHW: Tensor) -> LatentBatch:
+        """Read some samples; latents go into `out_BCTHW`, bf16."""
         parts = list(self._split(bucket, indices))
+        if len(parts) == 1:
+            ((store, _, own),) = parts
+            return store.read_batch(bucket, own, out_BCTHW)
         read = [store.read_batch(bucket, own) for store, _, own in parts]
-        if len(read) == 1:
-            return read[0]
         order = torch.from_numpy(np.argsort(np.concatenate([where for _, where, _ in parts])))
         texts = [text_LD for batch in read for text_LD in batch.texts_LD]
         stills = [batch.given_BCTHW for batch in read if batch.given_BCTHW is not None]
         return LatentBatch(
-            torch.cat([batch.latents_BCTHW for batch in read])[order],
+            out_BCTHW.copy_(torch.cat([batch.latents_BCTHW for batch in read])[order]),
             [texts[place] for place in order.tolist()],
             torch.cat([batch.pooled_BP for batch in read])[order],
             np.concatenate([batch.sample_ids for batch in read])[order.numpy()],

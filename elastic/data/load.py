@@ -5,9 +5,9 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from stages.schedule import Bucket
 from stages.stage import Stage
 
 _CLOSE_S = 10.0  # for the thread of a stream to end
+Ready = TypeVar("Ready")
 
 
 @dataclass(frozen=True)
 class Samples:
     """Tensors of some samples: pixels (B 3 T H W in [-1, 1]) or latents (B C t h w), and text.
 
+    Latents, stills and text may be bf16, as they are stored.
     `given_BCTHW` are the stills (B C 2 h w) of their first and last frames, where those are given.
     A sample that could not be read has weight 0 and a reason.
     """
@@ -166,27 +168,35 @@ def own_rounds(plans: Iterable[BatchPlan], source: Source, world: World) -> Iter
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[Ready]):
     """The batch of one update: what this rank computes, and the ids of all of it."""
 
     plan: BatchPlan
     sample_ids: Indices
-    micros: list[Micro]
+    micros: list[Ready]
 
 
-class Stream:
-    """Steps from a position on, read by a thread ahead of the training.
+class Stream(Generic[Ready]):
+    """Steps from a position on, read by a thread ahead of the training, and made `ready` for it.
 
     What has been read but not trained on carries no state: after a restart it is read again.
     """
 
     _DEPTH = 2
 
-    def __init__(self, stage: Stage, source: Source, world: World, position: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        source: Source,
+        world: World,
+        position: int,
+        ready: Callable[[Micro], Ready],
+    ) -> None:
         self._stage = stage
+        self._make_ready = ready
         self._source = source
         self._world = world
-        self._ready: queue.Queue[Step | BaseException] = queue.Queue(self._DEPTH)
+        self._ready: queue.Queue[Step[Ready] | BaseException] = queue.Queue(self._DEPTH)
         self._closing = threading.Event()
         self._thread = threading.Thread(
             target=self._read_ahead, args=(position,), name="stream", daemon=True
@@ -197,7 +207,7 @@ class Stream:
         """Whether the next step is there already."""
         return not self._ready.empty()
 
-    def step(self, position: int) -> Step:
+    def step(self, position: int) -> Step[Ready]:
         """The step at this position; positions must follow one another."""
         step = self._ready.get()
         if isinstance(step, BaseException):
@@ -236,13 +246,15 @@ class Stream:
             yield plan
             position += plan.bucket.batch
 
-    def _read(self, plan: BatchPlan, micros: Iterator[Micro]) -> Step:
-        mine: list[Micro] = []
-        while not mine or not mine[-1].is_last:
-            mine.append(next(micros))
+    def _read(self, plan: BatchPlan, micros: Iterator[Micro]) -> Step[Ready]:
+        mine, is_last = [], False
+        while not is_last:
+            micro = next(micros)
+            mine.append(self._make_ready(micro))
+            is_last = micro.is_last
         return Step(plan, self._source.sample_ids(plan.bucket, plan.indices), mine)
 
-    def _put(self, item: Step | BaseException) -> None:
+    def _put(self, item: Step[Ready] | BaseException) -> None:
         while not self._closing.is_set():
             try:
                 return self._ready.put(item, timeout=0.1)

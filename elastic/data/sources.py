@@ -140,7 +140,10 @@ class LatentSource:
         held_out: bool,
         members: Members | None = None,
         growths: Sequence[Growth] = (),
+        pinned: bool = False,
     ) -> None:
+        """`pinned`: latents are read to where a GPU can fetch them from."""
+        self._pinned = pinned
         self._store = JoinedStores([stores] if isinstance(stores, SealedStore) else stores)
         self._stage = stage
         self._names = {b.name: held_out_name(b) if held_out else b.name for b in stage.buckets}
@@ -213,22 +216,28 @@ class LatentSource:
     def _most_ahead(self) -> int:
         """As many rounds as pay where the store lies, if memory has room for them."""
         largest = max(
-            bucket.micro * 4 * math.prod(self._store.shape(name))
+            bucket.micro * torch.bfloat16.itemsize * math.prod(self._store.shape(name))
             for bucket, name in zip(self._stage.buckets, self._names.values(), strict=True)
         )
         return max(2, min(self._store.reads_at_once, _AHEAD_BYTES // largest))
 
     def fetch(self, bucket: Bucket, indices: Indices) -> Samples:
-        """Read these samples, widened to fp32."""
-        read = self._store.read_batch(self._names[bucket.name], indices)
+        """Read these samples, bf16."""
+        stored = self._names[bucket.name]
+        out_BCTHW = torch.empty(
+            (len(indices), *self._store.shape(stored)),
+            dtype=torch.bfloat16,
+            pin_memory=self._pinned,
+        )
+        read = self._store.read_batch(stored, indices, out_BCTHW)
         texts = [
-            TextEmbedding(text_LD.float(), pooled_P.float())
+            TextEmbedding(text_LD, pooled_P)
             for text_LD, pooled_P in zip(read.texts_LD, read.pooled_BP, strict=True)
         ]
         return Samples(
-            x_BCTHW=read.latents_BCTHW.float(),
+            x_BCTHW=read.latents_BCTHW,
             text=pad(texts),
             ids=read.sample_ids,
             weight_B=torch.ones(len(indices)),
-            given_BCTHW=None if read.given_BCTHW is None else read.given_BCTHW.float(),
+            given_BCTHW=read.given_BCTHW,
         )

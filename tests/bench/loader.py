@@ -1,7 +1,7 @@
 """The share of a training step that waits for data: real latents and text, steps of 50 ms.
 
-The loop's own stream reads a latent store: clips of 256 px and 129 frames of HunyuanVAE (1.1 MB as
-bf16) with text of up to 120 tokens of width 4096 (1 MB), eight a step, in the order of training.
+The loop's own stream reads a latent store and draws the noise: clips of 256 px and 129 frames of
+HunyuanVAE (1.1 MB as bf16) with text of up to 120 tokens of width 4096 (1 MB), eight a step.
 The step either leaves the processor alone, as one on a GPU does while it computes (`sleeping`), or
 holds Python's lock all the time, as one that launches kernels may at worst (`busy`). The goal is
 for `sleeping`. Measured is the time in `Stream.step` over time in all, as `data_wait` in a log is.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +30,11 @@ from elastic.data.load import Stream
 from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource
 from elastic.data.store import BucketPlan, LatentStore, Sample, StoreSchema
+from elastic.objective import FlowMatching
 from models import DiT, HunyuanVAE, WordHash
 from stages import Bucket, DiffusionStage, Phase
 
-STEP_S, BATCH, CLIPS, TOKENS, WIDTH, POOLED = 0.05, 8, 192, 120, 4096, 768
+STEP_S, BATCH, CLIPS, TOKENS, WIDTH = 0.05, 8, 192, 120, 4096
 WARM_UPS, MOST = 10, 0.01
 
 
@@ -62,7 +64,7 @@ def write_store(root: Path, stage: DiffusionStage) -> SealedStore:
         samples_per_shard=16,
         text_tokens=TOKENS,
         text_width=WIDTH,
-        pooled_width=POOLED,
+        pooled_width=WIDTH,
     )
     store, made = LatentStore.create(root, schema), torch.Generator().manual_seed(0)
     for shard in store.missing():
@@ -71,7 +73,7 @@ def write_store(root: Path, stage: DiffusionStage) -> SealedStore:
                 number,
                 torch.randn(shape, generator=made).bfloat16(),
                 torch.randn(20 + number * 7 % (TOKENS - 19), WIDTH, generator=made).bfloat16(),
-                torch.randn(POOLED, generator=made).bfloat16(),
+                torch.randn(WIDTH, generator=made).bfloat16(),
             )
             for number in store.planned(shard)
         ]
@@ -96,16 +98,20 @@ def share_waited(
     store: SealedStore, stage: DiffusionStage, steps: int, step: Callable[[], None]
 ) -> float:
     """Of so many steps, after those in which the reader gets ahead."""
+    source = LatentSource(stage, store, held_out=False)
     with world_of_one() as world:
-        stream = Stream(stage, LatentSource(stage, store, held_out=False), world, 0)
+        goal = FlowMatching(stage, source, source, source.null_text())
+        ready = partial(goal.inputs, device=world.device)
+        stream = Stream(stage, source, world, 0, ready)
         waited = began = 0.0
         for number in range(steps):
             if number == WARM_UPS:
                 waited, began = 0.0, time.perf_counter()
             asked = time.perf_counter()
-            stream.step(number * BATCH)
+            given = stream.step(number * BATCH)
             waited += time.perf_counter() - asked
             step()
+            del given  # as a loop lets go of it: not while it waits
         total = time.perf_counter() - began
         stream.close()
     return waited / total

@@ -125,7 +125,7 @@ def compute_one(world: World, stage: DiffusionStage) -> tuple[float, float, floa
         local(parameter.detach()).add_(0.02)  # or the layers that start at zero hide the others
     began = time.monotonic()
     (micro,) = held_out_rounds(source, stage.replace(held_out=1), bucket, world)
-    weighted_B = goal.losses(model, micro).both_B * micro.samples.weight_B
+    weighted_B = tiny.losses_of(goal, model, micro).both_B * micro.samples.weight_B
     (weighted_B.sum() * world.size).backward()
     norm = clip_gradients(model, 1.0, world)
     return float(world.sum(weighted_B.detach().sum())), float(norm), time.monotonic() - began

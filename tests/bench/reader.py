@@ -8,6 +8,11 @@ back take part. Files are in the page cache, so this is what software costs; the
 from one place in memory to another. Readers take turns, round by round. Ours compares the CRC-32C
 of a sample when a process reads it for the first time: `ours, first time` has them all like that.
 
+`batches` is what a training loop gets: batches of 8 in random order, read ahead of the loop in the
+way that each has for it: ours by the threads of a rank's stream, Streaming and safetensors by
+torch's `DataLoader` with one process or two, whose processor time is counted too. There a batch
+goes through memory that processes share; ours is read to where it stays.
+
 Peers need `pip install tensorstore mosaicml-streaming webdataset`; one that is not there is left
 out, and then the goal does not hold.
 """
@@ -23,26 +28,31 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import zarr
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 # What lies beside this script is measured, whatever is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from figure import record
 
+from elastic.data.ahead import read_ahead
 from elastic.data.store import BucketPlan, LatentStore, Sample, SealedStore, StoreSchema
 
 BUCKET = "bench"
 SHAPES = {"1.1 MB": ((16, 33, 32, 32), 256, 16), "9.7 MB": ((16, 33, 96, 96), 64, 8)}
 OF_MEMCPY, OF_STREAMING = 0.7, 3.0
+BATCH = 8
 Order = list[int]
 Read = Callable[[Order], Iterator[Tensor]]  # samples of an order, one by one, in any memory
 
@@ -262,6 +272,95 @@ def measure(latents: Latents, rounds: int) -> dict[str, Any]:
     }
 
 
+class _Kept(Dataset[Tensor]):
+    """Samples by index, as torch's loader wants them; Streaming's bytes or safetensors' files."""
+
+    def __init__(self, latents: Latents, name: str) -> None:
+        self._shape = latents.shape
+        self._files = latents.folder / "safetensors" if name == "safetensors" else None
+        if name == "streaming":
+            module: Any = importlib.import_module("streaming")
+            mds = str(latents.folder / "mds")
+            self._data = module.StreamingDataset(local=mds, shuffle=False, batch_size=1)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._files is not None:
+            return load_file(self._files / f"{index}.safetensors")["x"]
+        bits = torch.frombuffer(self._data[index]["x"], dtype=torch.bfloat16)
+        return bits.view(self._shape)
+
+
+def our_batches(latents: Latents) -> Read:
+    """Our reader, ahead by as many threads as pay."""
+    store = SealedStore.open(latents.folder / "store", "bench")
+
+    def read(order: Order) -> Iterator[Tensor]:
+        cuts = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+        for found in read_ahead(lambda cut: store.read_batch(BUCKET, cut), cuts, 4):
+            yield found.latents_BCTHW
+
+    return read
+
+
+def loader_of(name: str, workers: int) -> Callable[[Latents], Read]:
+    """torch's loader with so many processes, which stay from round to round."""
+
+    def make(latents: Latents) -> Read:
+        sampler: list[list[int]] = []
+        data = _Kept(latents, name)
+        loader: DataLoader[Tensor] = DataLoader(
+            data, batch_sampler=sampler, num_workers=workers, persistent_workers=True
+        )
+
+        def read(order: Order) -> Iterator[Tensor]:
+            sampler[:] = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+            yield from loader
+
+        return read
+
+    return make
+
+
+LOADERS: dict[str, Callable[[Latents], Read]] = {
+    "ours": our_batches,
+    **{
+        f"{name}, {workers} process{'es' * (workers > 1)}": loader_of(name, workers)
+        for name in ("streaming", "safetensors")
+        for workers in (1, 2)
+    },
+}
+
+
+def cpu_of_all() -> float:
+    """Processor seconds of this process and of those that it started, also while they run."""
+    own = psutil.Process()
+    spent = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            spent += sum(process.cpu_times()[:2])
+    return spent
+
+
+def measure_batches(latents: Latents, rounds: int) -> dict[str, Any]:
+    """Seconds and processor seconds of a sample that comes in a batch; loaders take turns."""
+    taken: dict[str, list[tuple[float, float]]] = {}
+    readers: dict[str, Read] = {}
+    for name, make in LOADERS.items():
+        with suppress(ImportError):
+            readers[name] = make(latents)
+            for first, found in enumerate(readers[name](list(range(2 * BATCH)))):
+                assert torch.equal(found[0], latents.tensor(first * BATCH)), f"{name}: another"
+    for turn in range(rounds):
+        order = orders(latents, turn)["random"]
+        names = list(readers)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            wall, cpu = time.perf_counter(), cpu_of_all()
+            num = sum(len(found) for found in readers[name](order))
+            assert num == latents.count
+            taken.setdefault(name, []).append((time.perf_counter() - wall, cpu_of_all() - cpu))
+    return {name: row(spent, latents) for name, spent in taken.items()}
+
+
 def row(spent: list[tuple[float, float]], latents: Latents) -> dict[str, Any]:
     """Medians of one reader, and its spread."""
     per_s = sorted(latents.count / wall for wall, _ in spent)
@@ -288,6 +387,7 @@ def main() -> int:
             size = count // 8 if asked.quick else count
             latents = Latents(Path(folder), shape, size, per_shard)
             figures[name] = measure(latents, 2 if asked.quick else 7)
+            figures[name]["batches"] = measure_batches(latents, 2 if asked.quick else 7)
             print(name, json.dumps(figures[name]), flush=True)
     shares = {
         f"{name}, {order}": [
