@@ -37,6 +37,8 @@ from elastic.link import Ended, Failed, Link, Measured, Order, Told
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching, Objective, Reconstructing
+from elastic.preview import PreviewJob, Previews
+from elastic.sample import clips_looked_at
 from elastic.start import Origin
 from elastic.world import COLLECTIVE, World
 from stages.init import parent_of
@@ -75,6 +77,7 @@ class WorkerJob:
     parent_latents: tuple[Latents, ...] = ()  # of that stage, where latents are paired
     keep: Keep = DEFAULT_KEEP
     checkpoints: str | None = None  # where the checkpoints of all plans lie, if not in the runs
+    previews: PreviewJob | None = None  # of a stage that is sampled while it trains
 
 
 class Phases:
@@ -158,6 +161,8 @@ def run(order: Order, link: Link, listening: int | None) -> str:
         if kind == "publish" and reason == "finished":
             link.settle()  # the last lines of a stage are kept before it counts as finished
 
+    with phases("data"):
+        objective = make_objective(job, world.device, order.num_decoders)
     settings = Run(
         folder=job.folder,
         world=world,
@@ -177,9 +182,8 @@ def run(order: Order, link: Link, listening: int | None) -> str:
         beat=link.beat,
         phase=phases,
         origin=make_origin(job),
+        previews=make_previews(job, objective),
     )
-    with phases("data"):
-        objective = make_objective(job, world.device, order.num_decoders)
     try:
         outcome = train_stage(job.stage, objective, settings)
     except BaseException:
@@ -230,6 +234,17 @@ def make_objective(job: WorkerJob, device: torch.device, num_decoders: int) -> O
     source = LatentSource(job.stage, stores, False, mix, growths, is_gpu)
     held_out = LatentSource(job.stage, stores, True, mix, pinned=is_gpu)
     return FlowMatching(job.stage, source, held_out, source.null_text(), source.text_tokens)
+
+
+def make_previews(job: WorkerJob, objective: Objective) -> Previews | None:
+    """What samples the stage while it trains, if it is to be sampled then."""
+    if job.previews is None:
+        return None
+    assert isinstance(job.stage, DiffusionStage), f"{job.stage.name} makes nothing of captions"
+    assert isinstance(objective, FlowMatching), type(objective)
+    members = load_members(job.folder / MEMBERS)
+    clips = clips_looked_at(job.stage, members)
+    return Previews(job.stage, job.previews, clips, objective.held_out, objective.null)
 
 
 def make_origin(job: WorkerJob) -> Origin:

@@ -18,7 +18,7 @@ import ray
 
 from elastic.attempt import Latents, WorkerJob
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
-from elastic.data.assign import Members, assign, held_out_name, load_members
+from elastic.data.assign import Members, assign, load_members
 from elastic.data.clips import Clips
 from elastic.data.encode import EncodeJob
 from elastic.data.places import join
@@ -39,13 +39,15 @@ from elastic.latent_pins import (
     pinned_latents,
     read_scale,
 )
+from elastic.preview import PreviewJob
 from elastic.ray_encode import encode_on_ray, find_scale_on_ray, result_of
 from elastic.ray_tracker import EncodeTeller, TrackerHandle
 from elastic.ray_train import Claim, Limits, fit_stage
 from elastic.record import start_stage
 from elastic.sample import (
     SampleRequest,
-    longest_bucket,
+    captions_of,
+    clips_looked_at,
     make_reconstructions,
     make_samples,
     text_error,
@@ -59,10 +61,8 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-NUM_SAMPLES = 16
 _MORE_TRIES, _TRY_AGAIN_S = 2, 5.0  # for files that cannot be read just now
 NUM_RECONSTRUCTIONS = 6
-MOST_LOOKED_AT = 256  # held-out clips, for those
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,22 @@ def train_one(course: Course, stage: Stage) -> None:
         parent=course.folder.stage(parent.name) if parent else None,
         parent_latents=_paired_latents(course.folder, stage.init),
         keep=course.keep, checkpoints=course.checkpoints,
+        previews=_preview_job(course.folder, stage),
     )  # fmt: skip
     root, tracker = course.folder.root, course.tracker.name
     with course.beside(course, stage):
         fit_stage(job, root, tracker, course.limits, course.use_gpu, course.claim)
     course.tracker.event("stage_end", stage.name, stage.budget)
+
+
+def _preview_job(folder: RunFolder, stage: Stage) -> PreviewJob | None:
+    if not isinstance(stage, DiffusionStage) or stage.sample_every is None:
+        return None
+    pins = folder.stage(stage.name) / LATENT_PINS
+    scale = read_scale(pins)
+    assert scale is not None, f"stage {stage.name} is trained on latents without their scale"
+    digest = json.loads(pins.read_text())["weights_sha256"]
+    return PreviewJob(folder.root, codec_weights(folder, stage), digest, scale)
 
 
 def with_absolute_weights(stage: Stage) -> Stage:
@@ -258,15 +269,14 @@ def show_samples(course: Course, stage: Stage) -> None:
     """Make the videos that show what a finished stage can do."""
     began = time.monotonic()
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
-    name = held_out_name(longest_bucket(stage))
-    clips = members.some(name, stage.data.shares, MOST_LOOKED_AT)
+    clips = clips_looked_at(stage, members)
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
     if isinstance(stage, AutoencoderStage):
         task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)
         made = task.remote(stage, weights, clips, folder, NUM_RECONSTRUCTIONS)
         paths, captions = result_of(made)
     else:
-        captions = list(dict.fromkeys(clip.text for clip in clips))[:NUM_SAMPLES]
+        captions = captions_of(clips)
         request = sample_request(course.folder, stage, tuple(captions), folder)
         task = ray.remote(make_samples).options(num_gpus=course.gpus)
         paths = result_of(task.remote(request))
@@ -275,8 +285,6 @@ def show_samples(course: Course, stage: Stage) -> None:
         paths=[str(path.relative_to(course.folder.root)) for path in paths], captions=captions,
         seconds=round(time.monotonic() - began, 3),
     )  # fmt: skip
-    for path, caption in zip(paths, captions, strict=True):
-        course.tracker.images(stage.name, stage.budget, caption, path)
 
 
 def sample_request(

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, NamedTuple
 
+from elastic.aim_view import MARKS
+
 Kind = Literal["metrics", "images"]
 
 
@@ -18,22 +20,23 @@ def standard_views(plan: str) -> list[View]:
     """Training, held-out clips, speed, machines, time, and what was made, of the plan's run."""
     overall = "'bucket' not in metric.context and 'subset' not in metric.context"
     return [
-        _metrics(plan, "Training", "loss, gradient norm and learning rate by stage",
-                 ("loss", "grad_norm", "lr"), overall),
+        _metrics(plan, "Training", "loss, gradient norm and learning rate by stage, and events",
+                 ("loss", "grad_norm", "lr", MARKS), overall),
         _metrics(plan, "Held-out clips", "loss, PSNR and SSIM on clips that are not trained on",
                  ("loss", "psnr", "ssim"), "'subset' in metric.context"),
         _metrics(plan, "Speed", "samples and tokens a second, share of the peak, waits, memory",
                  ("samples_per_s", "tokens_per_s", "mfu", "useful_tokens", "data_wait",
                   "memory_peak"), overall),
-        _metrics(plan, "Machines", "world size and attempts, and the loss of each attempt",
-                 ("world_size", "attempt", "loss_by_attempt"), overall),
+        _metrics(plan, "Machines", "events, world size and attempts, and the loss of each attempt",
+                 (MARKS, "world_size", "attempt", "loss_by_attempt"), overall),
         _metrics(plan, "Goodput", "share of the time that was training that was kept",
                  ("goodput",), overall),
         _metrics(plan, "Where the time went", "seconds of each activity since the beginning",
                  ("seconds",), "metric.context.stage == 'plan'", colour="activity"),
-        _images(plan, "Samples", "the same captions by each stage", "samples"),
+        _images(plan, "Samples", "each caption over the positions of a stage", "samples",
+                ("stage", "caption")),
         _images(plan, "Reconstructions", "clips beside what the codec gives back of them",
-                "reconstructions"),
+                "reconstructions", ("stage",)),
     ]  # fmt: skip
 
 
@@ -56,9 +59,9 @@ def _metrics(
     return View(name, description, "metrics", {"select": _select(query), "grouping": grouping})
 
 
-def _images(plan: str, name: str, description: str, what: str) -> View:
+def _images(plan: str, name: str, description: str, what: str, rows: tuple[str, ...]) -> View:
     query = f"{_of(plan)} and images.name == {what!r}"
-    grouping = {"row": ["context.stage"], "isApplied": {"row": True}}
+    grouping = {"row": [f"context.{key}" for key in rows], "isApplied": {"row": True}}
     return View(name, description, "images", {"select": _select(query), "grouping": grouping})
 
 

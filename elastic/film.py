@@ -87,6 +87,19 @@ def read_mp4(path: str | Path) -> Film:
     return Film(np.stack(frames), rate)
 
 
+def first_frame(path: str | Path, longest_side: int = 128) -> bytes:
+    """The first frame of a film as a small WEBP; ValueError names a file that holds none."""
+    try:
+        with av.open(str(path)) as container:
+            frames = container.decode(video=0) if container.streams.video else iter(())
+            pixels_HWC = next((frame.to_ndarray(format="rgb24") for frame in frames), None)
+    except av.error.InvalidDataError as error:
+        raise ValueError(f"{str(path)!r} cannot be decoded as video: {error}") from error
+    if pixels_HWC is None:
+        raise ValueError(f"{str(path)!r} holds no frame; it was cut short or never written")
+    return animated_webp(np.asarray(pixels_HWC, np.uint8)[None], 1.0, longest_side)
+
+
 def animated_webp(frames_THWC: Frames, rate: float, longest_side: int = 256) -> bytes:
     """A looping WEBP of at most `longest_side` pixels; small frames are not enlarged."""
     _check_frames(frames_THWC)

@@ -76,6 +76,13 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile_inside()
 
 
+@contextmanager
+def eager() -> Iterator[None]:
+    """Inside this block nothing is compiled: for sizes that come too seldom to pay for it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def compiles_encoder(
     stage: DiffusionStage, bucket: Bucket, num_clips: int, device: torch.device
 ) -> bool:

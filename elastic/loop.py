@@ -22,6 +22,7 @@ from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Objective
+from elastic.preview import Previews, Teller
 from elastic.shard import each_round, shard
 from elastic.spike import watch
 from elastic.start import NOWHERE, Origin, begin, publish_table
@@ -57,6 +58,7 @@ class Run:
     origin: Origin = NOWHERE
     save_wanted: Callable[[], bool] = lambda: False  # as stop_wanted, but the loop goes on
     beat: Callable[[str, int], None] = lambda phase, position: None  # a sign of life
+    previews: Previews | None = None  # None: there are samples only at the stage's end
     # Times the parts of a start, by name.
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext()
 
@@ -105,6 +107,9 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         compiled=compiled,
     )
     run.meter.begin(progress.samples)
+    previews = run.previews
+    if previews is not None:
+        previews.begin(world, progress.samples)
 
     ready = partial(objective.inputs, device=world.device)
     stream = Stream(stage, objective.source, world, progress.samples, ready)
@@ -139,6 +144,10 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             saved_at = progress.samples
         if finished or stopping:
             break
+        if previews is not None and previews.is_due(progress.samples):
+            # After the save: whatever becomes of them, no update has to be done again.
+            tell = Teller(run.beat, run.event, run.stop_wanted)
+            previews.make(model, ema, world, progress.samples, tell)
 
         if asked or rest > 1:  # what the others have said beside it is not known
             run.beat("read", progress.samples)  # storage may be slow without being dead

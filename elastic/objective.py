@@ -99,9 +99,9 @@ class FlowMatching:
         self.source = source
         self._text_tokens = text_tokens or sys.maxsize
         self.critic: Critic | None = None
-        self._held_out = held_out
+        self.held_out = held_out
         self._stage = stage
-        self._null = null
+        self.null = null
         self._alpha = {}
         for bucket in stage.buckets:
             grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
@@ -139,7 +139,7 @@ class FlowMatching:
         z_BCTHW = self._latents(micro, use)
         noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
         assert samples.text is not None, "a diffusion stage reads latents with their text"
-        text = without_text(samples.text, self._null, *dropped)
+        text = without_text(samples.text, self.null, *dropped)
         is_compiled = compiles(self._stage, device)
         text = (
             padded(text, self._room(micro.bucket, micro.text_tokens))
@@ -168,7 +168,7 @@ class FlowMatching:
         """Text tokens that are computed for; the null text may take the place of any other."""
         grid = self._stage.codec.grid(bucket.frames, bucket.height, bucket.width)
         tokens = self._stage.model.tokens(grid)
-        null = len(self._null.embedding_LD)
+        null = len(self.null.embedding_LD)
         return text_room(max(longest, null), tokens, max(self._text_tokens, null))
 
     def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
@@ -238,7 +238,7 @@ class FlowMatching:
         weights: list[Tensor] = []
         ready = partial(self._inputs, device=world.device, use="held-out", choice=choice)
         for bucket in buckets:
-            micros = held_out_rounds(self._held_out, self._stage, bucket, world)
+            micros = held_out_rounds(self.held_out, self._stage, bucket, world)
             for inputs in read_ahead(ready, micros, most=2):
                 with torch.no_grad():
                     loss_B = self.losses(model, inputs).model_B

@@ -81,10 +81,6 @@ class TrackerService:
         self._events.append(**event, clock=boot_clock())
         self._tracker.event(event)
 
-    def images(self, stage: str, position: int, caption: str, path: str) -> None:
-        """Show one sample in Aim."""
-        self._tracker.images(stage, position, caption, path)
-
     def progress(self, stage: str, text: str) -> None:
         """Show something that is no metric in the progress line."""
         self._latest = {"stage": stage, "text": text}
@@ -192,10 +188,6 @@ class TrackerHandle:
     def encoded(self, stage: str, shard: tuple[str, int], clips: int, absent: int) -> None:
         """Send that a shard has been committed."""
         self._actor.encoded.remote(stage, shard, clips, absent)
-
-    def images(self, stage: str, position: int, caption: str, path: Path) -> None:
-        """Send one sample."""
-        self._actor.images.remote(stage, position, caption, str(path))
 
     def latest(self) -> dict[str, Any]:
         """What the progress line shows; empty while the tracker is busy, or starting again."""

@@ -1,6 +1,5 @@
 """One self-contained HTML page about a run; it opens without a network and without a server."""
 
-import base64
 import datetime
 import json
 import re
@@ -30,6 +29,7 @@ from elastic.report_record import (
     versions,
     whole_record,
 )
+from elastic.report_samples import samples
 from elastic.speed import speed_lines
 from elastic.summary import (
     TABLE_HEAD,
@@ -47,15 +47,6 @@ __all__ = ["StageSummary", "print_table", "summarise", "write_report"]
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report_page.html")
-_MOST_BYTES = 40_000_000  # of samples in one page; browsers stall on more
-_TYPES = {
-    ".mp4": "video/mp4",
-    ".webm": "video/webm",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -71,7 +62,7 @@ def write_report(run_dir: str | Path) -> Path:
         _header(title, history, summaries),
         section("The stages", _stage_table(summaries)),
         section("What each stage started from", starts(run_dir, run, history.stages)),
-        section("Samples", _samples(run_dir, history, autoencoders(run))),
+        section("Samples", samples(run_dir, history, autoencoders(run))),
         section("Loss over samples", losses),
         section("World size, events and throughput", _plot(times[0], "tall")),
         section("Speed", _speed_table(history)),
@@ -254,55 +245,3 @@ def _event_table(events: list[Event]) -> str:
     head = ("after", "event", "stage", "position", "world", "reason")
     shown = table(head, rows, frozenset({1, 2, 5}))
     return folded(f"All {len(events)} events", shown)
-
-
-def _samples(run_dir: Path, history: History, pairs: frozenset[str]) -> str:
-    """The last samples of each stage, those of `pairs` as a clip beside its reconstruction."""
-    left = _MOST_BYTES
-    blocks = []
-    for stage in history.stages:
-        position, samples = _last_samples(history.events, stage)
-        figures = []
-        for path, caption in samples.items():
-            file = run_dir / path
-            size = file.stat().st_size if file.is_file() else 0
-            left -= size
-            figures.append(_sample(file, caption, size, is_embedded=left >= 0))
-        if figures:
-            is_pair = stage in pairs
-            what = "; left the clip, right what the codec gives back of it" if is_pair else ""
-            blocks.append(
-                f'<div class="card stage-samples"><h3>{safe(stage)} <span class="soft">at '
-                f"{position:,} samples{what}</span></h3>"
-                f'<div class="samples{" pairs" if is_pair else ""}">{"".join(figures)}</div></div>'
-            )
-    return "".join(blocks) or soft("No samples have been made.")
-
-
-def _last_samples(events: list[Event], stage: str) -> tuple[int, dict[str, str]]:
-    """The position at which a stage was sampled last, and path to caption there."""
-    mine = [event for event in events if event["kind"] == "sample" and event["stage"] == stage]
-    if not mine:
-        return 0, {}
-    position = mine[-1]["position"]
-    samples: dict[str, str] = {}
-    for event in mine:
-        if event["position"] == position:
-            samples |= zip(event.get("paths", []), event.get("captions", []), strict=False)
-    return position or 0, samples
-
-
-def _sample(file: Path, caption: str, size: int, is_embedded: bool) -> str:
-    kind = _TYPES.get(file.suffix.lower())
-    if not size:
-        shown = f'<p class="bad">{safe(file.name)} is missing</p>'
-    elif kind is None or not is_embedded:
-        shown = f'<p class="soft">{safe(file.name)}: {size:,} bytes, not put into this page</p>'
-    else:
-        data = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-        shown = (
-            f'<video src="{data}" autoplay loop muted playsinline></video>'
-            if kind.startswith("video")
-            else f'<img src="{data}" alt="{safe(caption)}">'
-        )
-    return f"<figure>{shown}<figcaption>{safe(caption)}</figcaption></figure>"

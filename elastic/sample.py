@@ -1,10 +1,10 @@
 """Videos from a finished stage: samples of a DiT for captions, or reconstructions of a codec."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clip
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.latents import Scale, chunk_size, encode_still, load_codec
@@ -22,13 +23,23 @@ from elastic.weights import file_digest, load_weights
 from models.flow import conditioned, euler_sample, time_shift
 from models.fresh import named_seed
 from models.given import given_frames
-from models.text import TextEmbedding, pad
+from models.text import TextBatch, TextEmbedding, pad
 from stages.schedule import Bucket
-from stages.stage import AutoencoderStage, DiffusionStage
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 8  # clips decoded at once
+NUM_SAMPLES = 16
+_MOST_LOOKED_AT = 256  # held-out clips
+STEPS, GUIDANCE, SEED = 25, 3.0, 0
+
+
+class Guided(NamedTuple):
+    """In how many steps, and how strongly led by the text."""
+
+    steps: int = STEPS
+    guidance: float = GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,28 @@ class SampleRequest:
     null: TextEmbedding  # that of the latents that the stage was trained on
     captions: tuple[str, ...]
     folder: Path
-    steps: int = 25
-    guidance: float = 3.0
-    seed: int = 0
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    seed: int = SEED
     image: Path | None = None  # the first frame of every sample; for stages with image_condition
     text_fields: dict[str, Any] | None = None
     """The text encoder's fingerprint in the stage's latents (JSON); None if they are gone."""
 
 
-def longest_bucket(stage: AutoencoderStage | DiffusionStage) -> Bucket:
+def longest_bucket(stage: Stage) -> Bucket:
     """The bucket that samples are made in: the stage's longest clips."""
     return max(stage.buckets, key=lambda bucket: (bucket.frames, bucket.height * bucket.width))
+
+
+def clips_looked_at(stage: Stage, members: Members) -> list[Clip]:
+    """The held-out clips among which those are found that are shown, or whose captions are."""
+    name = held_out_name(longest_bucket(stage))
+    return members.some(name, stage.data.shares, _MOST_LOOKED_AT)
+
+
+def captions_of(clips: Iterable[Clip]) -> list[str]:
+    """The captions that samples are made for, each once."""
+    return list(dict.fromkeys(clip.text for clip in clips))[:NUM_SAMPLES]
 
 
 def make_samples(request: SampleRequest) -> list[Path]:
@@ -71,39 +93,61 @@ def make_samples(request: SampleRequest) -> list[Path]:
     channels = stage.codec.channels
     model = load_weights(stage.build("cpu"), request.weights).to(device)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    frames, height, width = stage.model.token_grid(grid)
     given_BCTHW = None
     if image_CTHW is not None:
         x_BCTHW = to_unit(image_CTHW)[None].to(device)
         still_BCTHW = encode_still(codec, request.scale, x_BCTHW)
         ends_BCTHW = still_BCTHW.expand(-1, -1, 2, -1, -1)
         yes_B = torch.ones(1, dtype=torch.bool, device=device)
-        given_BCTHW = given_frames(ends_BCTHW, yes_B, ~yes_B, frames)
+        given_BCTHW = given_frames(ends_BCTHW, yes_B, ~yes_B, stage.model.token_grid(grid)[0])
     films: list[NDArray[np.uint8]] = []
     for first in range(0, len(request.captions), _CHUNK):
         captions = request.captions[first : first + _CHUNK]
         noise_BCTHW = torch.stack(
-            [_noise((channels, *grid), request.seed, first + i) for i in range(len(captions))]
+            [noise_of((channels, *grid), first + i, request.seed) for i in range(len(captions))]
         )
-        batch = pad(_encode(stage, captions))
-        z_BCTHW = euler_sample(
-            conditioned(
-                model,
-                request.guidance if stage.model.guidance else None,
-                None if given_BCTHW is None else given_BCTHW.expand(len(captions), -1, -1, -1, -1),
-            ),
+        z_BCTHW = walk(
+            stage,
+            model,
             noise_BCTHW.to(device),
-            type(batch)(*(None if x is None else x.to(device) for x in batch)),  # type: ignore[arg-type]  # only the mask may be None
+            pad(_encode(stage, captions)),
             request.null,
-            steps=request.steps,
-            guidance=1.0 if stage.model.guidance else request.guidance,
-            alpha=time_shift(height * width, frames),
+            Guided(request.steps, request.guidance),
+            None if given_BCTHW is None else given_BCTHW.expand(len(captions), -1, -1, -1, -1),
         )
         _require_finite(request, captions, z_BCTHW)
         with torch.no_grad():
             for part_BCTHW in request.scale.restore(z_BCTHW).split(chunk_size(stage.codec)):
                 films += to_frames(codec.decode(part_BCTHW))
     return _write(request.folder, list(request.captions), films, stage.rate)
+
+
+def walk(
+    stage: DiffusionStage,
+    model: Callable[..., Tensor],
+    noise_BCTHW: Tensor,
+    text: TextBatch,
+    null: TextEmbedding,
+    guided: Guided,
+    given_BCTHW: Tensor | None = None,
+) -> Tensor:
+    """From noise to latents of the stage's longest clips, on the device of the noise.
+
+    Guidance is an input of the DiTs that take it, and classifier-free for all others.
+    """
+    bucket, takes_guidance = longest_bucket(stage), stage.model.guidance
+    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    frames, height, width = stage.model.token_grid(grid)
+    moved = (None if x is None else x.to(noise_BCTHW.device) for x in text)
+    return euler_sample(
+        conditioned(model, guided.guidance if takes_guidance else None, given_BCTHW),
+        noise_BCTHW,
+        TextBatch(*moved),  # type: ignore[arg-type]  # only the mask may be None
+        null,
+        steps=guided.steps,
+        guidance=1.0 if takes_guidance else guided.guidance,
+        alpha=time_shift(height * width, frames),
+    )
 
 
 def _check_text(request: SampleRequest) -> None:
@@ -212,7 +256,8 @@ def to_frames(x_BCTHW: Tensor) -> list[NDArray[np.uint8]]:
     return list(rearrange(pixels_BCTHW, "b c t h w -> b t h w c").cpu().numpy())
 
 
-def _noise(shape: tuple[int, ...], seed: int, place: int) -> Tensor:
+def noise_of(shape: tuple[int, ...], place: int, seed: int = SEED) -> Tensor:
+    """What the sample at a place of the list of captions starts from."""
     generator = torch.Generator().manual_seed(named_seed("sample", seed, place))
     return torch.randn(shape, generator=generator)
 

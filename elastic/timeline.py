@@ -212,6 +212,7 @@ def _inside(found: list[Life]) -> list[tuple[str, list[Mark], tuple[str, ...]]]:
     measures: list[Mark] = []
     restores: list[Mark] = []
     samples: list[Mark] = []
+    previews: list[Mark] = []
     waits: list[Mark] = []
     positions: dict[tuple[str | None, int], int] = {}  # of the last line of each attempt
     for life in found:
@@ -222,6 +223,8 @@ def _inside(found: list[Life]) -> list[tuple[str, list[Mark], tuple[str, ...]]]:
                 saves.append(Mark(at - seconds, at))
             elif kind == "sample":
                 samples.append(Mark(at - seconds, at))
+            elif kind in ("preview", "preview_failed"):
+                previews.append(Mark(at - seconds, at))
             elif kind == "start":
                 restores.append(Mark(at - microseconds(_restore(event)), at))
                 positions[_attempt(event)] = event.get("position") or 0
@@ -242,6 +245,7 @@ def _inside(found: list[Life]) -> list[tuple[str, list[Mark], tuple[str, ...]]]:
         (SAMPLING, samples, (STARTING, OTHER)),
         (SAVING, saves, (TRAINING,)),
         (EVALUATING, measures, (TRAINING,)),
+        (SAMPLING, previews, (TRAINING,)),
         (DATA, waits, (TRAINING,)),
     ]
 

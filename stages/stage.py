@@ -35,7 +35,7 @@ AnyCodec = Annotated[
 RUNTIME_FIELDS = frozenset(
     {
         *("workers", "context", "shard_within", "recompute", "compile"),
-        *("save_every", "log_every", "evaluate_every"),
+        *("save_every", "log_every", "evaluate_every", "sample_every"),
     }
 )
 
@@ -268,6 +268,8 @@ class DiffusionStage(_Stage):
 
     Clips of one latent frame are given nothing.
     """
+    sample_every: int | None = Field(default=None, gt=0)
+    """Samples seen between videos for a few captions; None: there are videos only at the end."""
 
     @field_validator("vae", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 # The files that drive Ray; doctor.py asks importlib.metadata about it, and imports Aim to try it.
 DRIVES_RAY = {"elastic/course.py", "elastic/drive.py"}
-TALKS_TO_AIM = {"elastic/tracking.py", "elastic/doctor.py", "elastic/dashboard.py"}
+TALKS_TO_AIM = {"elastic/aim_view.py", "elastic/doctor.py", "elastic/dashboard.py"}
 # What has to run under plain torch.distributed, with everything that it imports.
 WITHOUT_RAY = (
     *("elastic/loop.py", "elastic/objective.py", "elastic/weights.py", "elastic/data/*.py"),
@@ -147,7 +147,7 @@ RIGHT = {
     "stages/stage.py": "from models.record import Record\nimport stages.plan",
     "cluster/local.py": "import ray",
     "elastic/ray_train.py": "from ray.train import RunConfig\nfrom elastic.loop import Run",
-    "elastic/tracking.py": "import aim",
+    "elastic/aim_view.py": "import aim",
     "elastic/report.py": "import array, rayleigh, aimless\nfrom stages import Plan\nimport cluster",
 }
 

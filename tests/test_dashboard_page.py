@@ -1,14 +1,19 @@
 """Aim's pages in a real browser: what each saved view shows of a run."""
 
+import base64
+import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import psutil
 import pytest
 from browser import Told, chromium_page, needs_chromium
 from served import dashboard, open_view
 from written_run import write_run
+
+from elastic.aim_view import HEIGHTS, MARKS
 
 pytestmark = needs_chromium
 
@@ -47,10 +52,10 @@ def test_runs_are_listed_by_plan_and_stage(opened: tuple[Any, Told]) -> None:
 @pytest.mark.parametrize(
     ("view", "charts", "words"),
     [
-        ("Training", ("loss", "grad_norm", "lr"), ("hunyuan-vae", "dit-dc-ae")),
+        ("Training", ("loss", "grad_norm", "lr", MARKS), ("hunyuan-vae", "dit-dc-ae")),
         ("Held-out clips", ("loss", "psnr", "ssim"), ("hunyuan-vae", "dc-ae")),
         ("Speed", ("samples_per_s", "tokens_per_s", "data_wait"), ("dit-hunyuan",)),
-        ("Machines", ("world_size", "attempt", "loss_by_attempt"), ("dit-dc-ae",)),
+        ("Machines", (MARKS, "world_size", "attempt", "loss_by_attempt"), ("dit-dc-ae",)),
         ("Where the time went", ("seconds",), ("training", "lost work", "starting")),
         ("Goodput", ("goodput",), ()),
     ],
@@ -70,17 +75,66 @@ def test_a_saved_view_shows_its_charts_with_lines(
         assert page.get_by_text(f'"{word}"').count() > 0, word
 
 
+class Mark(NamedTuple):
+    """A line of a chart of events that goes up and comes down again."""
+
+    x: float
+    height: float
+    what: str
+    stage: str
+
+
+def _marks(page: Any) -> list[Mark]:
+    """Those that are drawn, from left to right; Aim writes into a line's name whose it is."""
+    marks = []
+    for line in page.locator("path.Line").all():
+        name = line.get_attribute("id").removeprefix("Line-O-")
+        whose = json.loads(unquote(base64.b64decode(name + "==").decode()))
+        about = whose["traceContext"]
+        if whose["metricName"] == MARKS and "event" in about:
+            path = re.split("[ML]", line.get_attribute("d"))[1:]
+            low, (x, high), end = (tuple(map(float, point.split(","))) for point in path)
+            assert low[1] == end[1]
+            marks.append(Mark(x, low[1] - high, about["event"], about["stage"]))
+    return sorted(marks)
+
+
+@pytest.mark.parametrize("view", ["Training", "Machines"])
+def test_crashes_resizes_and_switches_stand_in_a_chart_where_they_happened(
+    opened: tuple[Any, Told], view: str
+) -> None:
+    page, _ = opened
+    open_view(page, view)
+    # Of four stages in four charts, and those of the events.
+    page.wait_for_function("() => document.querySelectorAll('path.Line').length >= 4 * 4 + 5")
+    page.get_by_text(f'metric.name="{MARKS}"').first.wait_for(state="attached")
+    marks = _marks(page)
+    assert [(mark.what, mark.stage) for mark in marks] == [
+        ("switch", "dit-hunyuan"),
+        ("crash", "dit-hunyuan"),
+        ("switch", "dc-ae"),
+        ("switch", "dit-dc-ae"),
+        ("resize", "dit-dc-ae"),
+    ]
+    for mark, position in zip(marks, (400, 660, 800, 1000, 1100), strict=True):
+        share = (mark.x - marks[0].x) / (marks[-1].x - marks[0].x)
+        assert 400 + 700 * share == pytest.approx(position, abs=1), mark
+        assert mark.height == pytest.approx(marks[0].height * HEIGHTS[mark.what]), mark
+    assert marks[0].height > 30, "pixels"
+
+
 def test_samples_and_reconstructions_are_shown_by_stage_and_caption(
     opened: tuple[Any, Told],
 ) -> None:
     page, told = opened
-    for view, stages in (
-        ("Samples", ("dit-hunyuan", "dit-dc-ae")),
+    for view, rows in (
+        # Those of a caption in a row of its own, over the positions.
+        ("Samples", ("dit-hunyuan", "dit-dc-ae", "a red circle")),
         ("Reconstructions", ("hunyuan-vae", "dc-ae")),
     ):
         open_view(page, view)
-        for stage in stages:
-            page.get_by_text(f'"{stage}"').first.wait_for()
+        for row in rows:
+            page.get_by_text(f'"{row}"').first.wait_for(state="attached")
         pictures = page.locator("img[src^='data:image']")
         pictures.nth(3).wait_for()
         page.wait_for_function("() => [...document.images].every(i => i.naturalWidth > 0)")

@@ -19,7 +19,8 @@ T0 = 1_800_000_000.0
 KINDS = (
     "run_start", "run_end", "stage_start", "stage_end", "init", "start", "publish", "crash",
     "resize_requested", "damaged_checkpoint", "encode_start", "encode_end", "sample", "quarantine",
-    "blocked", "waiting", "launch", "spawn", "save_failed", "hang", "drain", "of another version",
+    "blocked", "waiting", "launch", "spawn", "save_failed", "hang", "drain", "preview",
+    "preview_failed", "of another version",
 )  # fmt: skip
 
 seconds = st.one_of(
@@ -184,6 +185,20 @@ def test_each_part_of_a_disturbed_run_is_found() -> None:
         "down": 1000,
     }
     assert log.account().goodput() == 300 / (log.now - T0 - 1000)
+
+
+@pytest.mark.parametrize("kind", ["preview", "preview_failed"])
+def test_samples_made_while_a_stage_trains_count_as_sampling_and_training_goes_on(
+    kind: str,
+) -> None:
+    log = Log()
+    log.event("run_start")
+    log.event("start", 6, 0)
+    log.train(0, 100)
+    log.event(kind, 8, 100, seconds=8.0)
+    log.train(100, 200)
+    log.event("publish", 1, 200, seconds=1.0, reason="due")
+    assert log.spent() == {"starting": 6, "training": 200, "sampling": 8, "saving": 1}
 
 
 def test_a_run_that_goes_on_has_lost_nothing_yet_and_a_crashed_one_has() -> None:

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic.data.load import by_text
 from elastic.data.order import BatchPlan, batch_at
-from elastic.kernels import attention, attention_order, compile_blocks, compiles, text_room
+from elastic.kernels import attention, attention_order, compile_blocks, compiles, eager, text_room
 from models.dit import MMDiT
 from models.recompute import RECOMPUTE, Recompute
 from models.text import TextBatch, padded, trimmed
@@ -52,6 +52,17 @@ def test_compiled_blocks_are_whole_graphs_that_compute_the_same(
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     kinds, lengths = 2, 2
     assert counter.frame_count == kinds * lengths, "a graph for each kind of block and size"
+
+
+def test_inside_an_eager_block_nothing_is_compiled() -> None:
+    counter = CompileCounterWithBackend("eager")
+    twice = torch.compile(lambda x: 2 * x, backend=counter, fullgraph=True)
+    one = torch.ones(3)
+    with eager():
+        assert torch.equal(twice(one), 2 * one)
+        assert counter.frame_count == 0
+    assert torch.equal(twice(one), 2 * one)
+    assert counter.frame_count == 1
 
 
 def test_blocks_are_compiled_on_a_gpu_unless_the_stage_says_otherwise() -> None:

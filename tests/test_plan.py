@@ -172,6 +172,11 @@ MISTAKES = {
         "vae=HunyuanVAE(channels=8),",
         "stage 'child': vae: HunyuanVAE has no weights; give weights=",
     ),
+    "samples at every step of nothing": (
+        "vae=parent,",
+        "vae=parent, sample_every=0,",
+        r"sample_every: .*greater than 0, got 0",
+    ),
     "weights for a codec that is trained": (
         "vae=HunyuanVAE()",
         "vae=HunyuanVAE(weights='w.safetensors')",
@@ -335,6 +340,7 @@ def plans(draw: st.DrawFn) -> Plan:
         optimizer=optimizer,
         ema=parent.ema,
         text_dropout=draw(st.floats(0, 0.99)),
+        sample_every=draw(st.sampled_from([None, 4])),
         save_every=1,
         log_every=2,
         evaluate_every=3,
@@ -400,7 +406,9 @@ def test_impossible_weights_of_given_frames_are_refused(
 
 def test_what_identifies_a_stage_is_all_that_can_change_its_result(tmp_path: Path) -> None:
     child = _load(tmp_path, FILE).stage("child")
-    same = child.replace(workers=(2, 3), save_every=1, log_every=1, evaluate_every=1)
+    same = child.replace(
+        workers=(2, 3), save_every=1, log_every=1, evaluate_every=1, sample_every=1
+    )
     smaller = [
         phase.replace(buckets=[bucket.replace(micro=1) for bucket in phase.buckets])
         for phase in child.schedule

@@ -29,8 +29,9 @@ from elastic.data.sources import LatentSource, VideoSource
 from elastic.folders import MEMBERS, RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
 from elastic.latent_pins import pinned_latents
+from elastic.preview import positions_in
 from elastic.record import read_plan
-from stages.stage import AutoencoderStage, Stage
+from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 pytestmark = pytest.mark.ray
 
@@ -116,6 +117,12 @@ def check_finished_run(folder: RunFolder) -> None:
         assert np.isfinite(last["values"]["loss"])
         assert list((folder.samples(stage.name)).glob("*.mp4"))
         assert (folder.samples(stage.name) / "contact-sheet.png").exists()
+        if isinstance(stage, DiffusionStage) and stage.sample_every is not None:
+            made = [
+                position // stage.sample_every
+                for position in positions_in(folder.samples(stage.name))
+            ]
+            assert made == list(range(1, -(-stage.budget // stage.sample_every)))
 
 
 def test_a_killed_worker_and_a_new_node_change_nothing_but_time(

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from written_run import HOSTILE, T0, Machines, write_run
 
 from elastic.report import print_table, summarise, write_report
+from elastic.report_samples import MOST_POSITIONS, Film, spread
 from elastic.summary import read_history, table_text
 from elastic.timeline import ACTIVITIES
 
@@ -133,8 +136,10 @@ def test_the_report_holds_everything_and_asks_no_network(run_dir: Path) -> None:
     page = Page(path.read_text("utf-8"))
     assert page.tags.count("video") == 16
     assert page.tags.count("script") == 2
-    assert all(source.startswith("data:video/mp4;base64,") for source in page.sources)
-    assert len(page.sources) == 16
+    assert page.tags.count("img") == 4, "two captions, sampled twice before the end"
+    kinds = ("data:video/mp4;base64,", "data:image/webp;base64,")
+    assert all(source.startswith(kinds) for source in page.sources)
+    assert len(page.sources) == 16 + 4
     for text in ("dit-hunyuan", "worker 1 died: signal 9", "a red circle", "2 -> 3", "torch"):
         assert text in page.text
     figures = figures_of(path)
@@ -209,7 +214,7 @@ def test_missing_and_unknown_samples_are_named(run_dir: Path) -> None:
     page = Page(write_report(run_dir).read_text("utf-8"))
     assert "gone.mp4 is missing" in page.text
     assert "notes.txt: 4 bytes, not put into this page" in page.text
-    assert page.tags.count("video") == 12
+    assert page.tags.count("video") == 12 + 2, "of two captions the last before the end plays"
 
 
 def test_the_table_lines_up(run_dir: Path) -> None:
@@ -223,3 +228,40 @@ def test_the_table_lines_up(run_dir: Path) -> None:
     crash = next(line for line in lines if line.startswith("dit-hunyuan"))
     assert crash.split()[1] == "400"
     assert crash.split()[-6:] == ["-", "98", "60", "0", "1", "7.0"]
+
+
+def _previewed(m: Machines, positions: range) -> None:
+    m.event("stage_start", stage="dit")
+    for position in positions:
+        m.preview("dit", position, ["a red circle"], "red")
+
+
+def test_a_caption_has_its_course_in_a_row_and_the_last_film_plays(tmp_path: Path) -> None:
+    m = Machines(tmp_path)
+    _previewed(m, range(100, 400, 100))
+    m.preview("dit", 350, ["a red circle"], "blue")
+    m.event("preview", stage="dit", position=350, captions=["a red circle"],
+            paths=["samples/dit/350/00.mp4"], reason="made before")  # fmt: skip
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert (page.tags.count("img"), page.tags.count("video")) == (3, 1)
+    assert "a red circle100200300350" in "".join(page.text.split("\n"))
+    m.finish("dit", 400, ["a red circle", "a blue square"], "red")
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert (page.tags.count("img"), page.tags.count("video")) == (4, 2), "the end's plays instead"
+
+
+def test_a_stage_that_is_sampled_often_is_shown_at_a_few_positions(tmp_path: Path) -> None:
+    m = Machines(tmp_path)
+    _previewed(m, range(10, 510, 10))
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert page.tags.count("img") + page.tags.count("video") == MOST_POSITIONS
+
+
+@given(num=st.integers(1, 500))
+def test_what_is_shown_of_a_course_begins_and_ends_with_it_and_lies_evenly(num: int) -> None:
+    films = [Film("caption", f"{position}.mp4", position) for position in range(num)]
+    chosen = [film.position for film in spread(films)]
+    assert len(chosen) == min(num, MOST_POSITIONS)
+    assert (chosen[0], chosen[-1]) == (0, num - 1)
+    steps = [after - before for before, after in itertools.pairwise(chosen)]
+    assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)

@@ -60,7 +60,7 @@ def test_events_and_the_record_unfold(opened: tuple[Any, Told]) -> None:
     page, _ = opened
     row = page.locator("tr", has_text="fault injected")
     assert not row.is_visible()
-    page.get_by_text("All 32 events").click()
+    page.get_by_text("All 34 events").click()
     assert row.is_visible()
     page.get_by_text("run.json", exact=True).click()
     assert page.get_by_text("definition.stages.3.init.stage.name").is_visible()
@@ -94,6 +94,8 @@ def test_names_that_are_programs_are_shown_and_not_run(tmp_path: Path) -> None:
         assert page.title() == "demo - Restage"
         assert page.locator("figcaption").first.inner_text() == attack
         assert page.locator("h3", has_text=HOSTILE).count() == 2, "of its samples and of its loss"
-        assert page.locator("img").count() == 0
+        pictures = page.locator("img").all()
+        assert len(pictures) == 4, "first frames, and none of a name"
+        assert all(one.get_attribute("src").startswith("data:image/webp") for one in pictures)
         assert told.errors == []
         assert told.outside == []

@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from elastic.aim_view import AIM_RUNS, HEIGHTS, MARKS, PLAN_RUN, RECONSTRUCTIONS, sentence
 from elastic.clock import boot_clock
 from elastic.data.moving_shapes import render
 from elastic.film import write_mp4
 from elastic.journal import EVENTS, METRICS, Event, Journal, Metric, read_journal
-from elastic.tracking import (
-    AIM_RUNS,
-    PLAN_RUN,
-    RECONSTRUCTIONS,
-    Tracker,
-    _Accounts,
-    _sentence,
-    rebuild_aim,
-)
+from elastic.tracking import Tracker, _Accounts, rebuild_aim
 
 STAGES = {"vae": 100, "dit <i>": 200}
 
@@ -50,6 +43,10 @@ def event(kind: str, stage: str | None, position: int | None, reason: str = "") 
         "world": 2,
         "reason": reason,
     }
+
+
+def pictured(kind: str, stage: str, position: int, paths: list[str], captions: list[str]) -> Event:
+    return {**event(kind, stage, position), "paths": paths, "captions": captions}
 
 
 class Reader:
@@ -203,30 +200,31 @@ def test_what_no_person_reads_is_left_out_of_an_event() -> None:
     line: Event = {**event("sample", "vae", 50, "averaged weights"), "captions": ["a", "b"]}
     line["pids"] = [1, 2]
     line["seconds"] = 3.5
-    assert _sentence(line) == "sample, at 50 samples, world 2, seconds=3.5: averaged weights"
+    assert sentence(line) == "sample, at 50 samples, world 2, seconds=3.5: averaged weights"
 
 
 def test_samples_of_one_position_are_shown_together_and_move(tmp_path: Path) -> None:
     stages = [{"name": "vae"}, {"name": "dit <i>", "model": {"patch": 2}}]
     (tmp_path / "run.json").write_text(json.dumps({"definition": {"stages": stages}}))
     tracker = Tracker(tmp_path, "demo", STAGES)
-    for caption in ("a red circle", "a blue square"):
+    captions = ["a red circle", "a blue square"]
+    for caption in captions:
         path = tmp_path / f"{caption}.mp4"
         write_mp4(path, render("circle", "red", "up", "slowly", (64, 64), 5, 8, 0), 8)
-        tracker.images("dit <i>", 40, caption, str(path))
-    still = tmp_path / "still.png"
-    Image.new("RGB", (8, 8)).save(still)
-    tracker.images("dit <i>", 80, "still", str(still))
-    tracker.images("vae", 100, "a pair", str(still))
+    Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
+    films, stills = [f"{caption}.mp4" for caption in captions], ["still.png", "still.png"]
+    tracker.event(pictured("preview", "dit <i>", 40, films, captions))
+    tracker.event(pictured("sample", "dit <i>", 80, stills[:1], captions[:1]))
+    tracker.event(pictured("sample", "vae", 100, stills, ["a pair", "a pair"]))
     tracker.close()
     assert tracker.aim_problem() is None
     images = Reader(tmp_path).objects("samples", lambda repo: repo.query_images)
     name, stage = "demo / 2-dit <i>", "dit <i>"
-    assert [one.caption for one in images[name, stage, 40]] == ["a red circle", "a blue square"]
-    assert [one.caption for one in images[name, stage, 80]] == ["still"]
-    assert [one.caption for one in images["demo", stage, 140]] == ["a red circle", "a blue square"]
+    assert sorted(one.caption for one in images[name, stage, 40]) == sorted(captions)
+    assert [one.caption for one in images[name, stage, 80]] == ["a red circle"]
+    assert sorted(one.caption for one in images["demo", stage, 140]) == sorted(captions)
     pairs = Reader(tmp_path).objects(RECONSTRUCTIONS, lambda repo: repo.query_images)
-    assert [one.caption for one in pairs["demo / 1-vae", "vae", 100]] == ["a pair"]
+    assert [one.caption for one in pairs["demo / 1-vae", "vae", 100]] == ["a pair", "a pair"]
     picture = images[name, stage, 40][0].to_pil_image()
     assert (picture.format, picture.n_frames, picture.size) == ("WEBP", 5, (64, 64))
 
@@ -239,7 +237,7 @@ def test_without_aim_the_journal_goes_on_and_the_reason_is_said_once(
         tracker = Tracker(tmp_path, "demo", STAGES)
         tracker.log(metric("vae", 50, 3.0))
         tracker.event(event("crash", "vae", 50))
-        tracker.images("vae", 50, "caption", "/nowhere.mp4")
+        tracker.event(pictured("sample", "vae", 50, ["nowhere.mp4"], ["caption"]))
         tracker.close()
     assert len(caplog.records) == 1
     assert "pip install aim" in caplog.text
@@ -254,12 +252,13 @@ def test_an_aim_that_fails_is_switched_off_and_training_is_not_told(
     tracker = Tracker(tmp_path, "demo", STAGES)
     tracker.log(metric("vae", 50, 3.0))
     with caplog.at_level(logging.WARNING):
-        tracker.images("vae", 50, "caption", "/nowhere.mp4")
+        (tmp_path / "torn.mp4").write_bytes(b"no film")
+        tracker.event(pictured("sample", "vae", 50, ["torn.mp4"], ["caption"]))
         tracker.log(metric("vae", 60, 3.0))
         tracker.event(event("crash", "vae", 60))
     tracker.close()
     assert [r.name for r in caplog.records] == ["elastic.tracking"]
-    assert "/nowhere.mp4" in str(tracker.aim_problem())
+    assert "torn.mp4" in str(tracker.aim_problem())
     assert [one["position"] for one in read_journal(tmp_path / METRICS)] == [50, 60]
 
 
@@ -304,6 +303,99 @@ def test_the_view_is_rebuilt_from_the_journals_alone(tmp_path: Path) -> None:
     assert before["demo / 1-vae", context(stage="vae")] == [(50, 2.0)]
     images = reader.objects("samples", lambda repo: repo.query_images)
     assert [one.caption for one in images["demo / 1-vae", "vae", 50]] == ["kept"]
+
+
+def test_each_caption_is_a_series_of_its_own_over_the_positions(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    for kind, position in (("preview", 40), ("preview", 80), ("sample", 200)):
+        captions = ["a red circle", "blue", "green"][: 2 + (kind == "sample")]
+        stills = ["still.png"] * len(captions)
+        tracker.event(pictured(kind, "dit <i>", position, stills, captions))
+    tracker.close()
+    assert tracker.aim_problem() is None
+    reader, found = Reader(tmp_path), {}
+    from aim.sdk.types import QueryReportMode
+
+    query = reader.repo.query_images("", report_mode=QueryReportMode.DISABLED)
+    for runs in query.iter_runs():
+        for one in runs:
+            steps = [int(step) for step, _ in one.data.items()]
+            found[one.run.name, one.context.to_dict()["caption"]] = steps
+    assert found["demo / 2-dit <i>", "a red circle"] == [40, 80, 200]
+    assert found["demo", "a red circle"] == [140, 180, 300]
+    assert found["demo", "green"] == [300]
+
+
+def _journals(run_dir: Path) -> None:
+    """Two stages; the first crashes between its lines at 20 and 30, the second is resized at 50."""
+    events, metrics = Journal(run_dir / EVENTS), Journal(run_dir / METRICS)
+    walls = itertools.count(1000)
+
+    def tell(kind: str, stage: str | None = None, position: int | None = None) -> None:
+        events.append(**{**event(kind, stage, position), "wall": float(next(walls))})
+
+    def log(stage: str, position: int) -> None:
+        metrics.append(**{**metric(stage, position, 1.0), "wall": float(next(walls))})
+
+    tell("run_start")
+    tell("stage_start", "vae")
+    for position in (10, 20):
+        log("vae", position)
+    tell("crash", "vae")
+    for position in (20, 30, 100):
+        log("vae", position)
+    tell("stage_start", "dit <i>")
+    tell("start", "dit <i>", 0)
+    log("dit <i>", 50)
+    tell("resize_requested", "dit <i>")
+    tell("hang", "dit <i>")
+    log("dit <i>", 60)
+    tell("run_end")
+    events.close()
+    metrics.close()
+
+
+def up_and_down(step: int, what: str) -> list[tuple[int, float]]:
+    return [(step - 1, 0), (step, HEIGHTS[what]), (step + 1, 0)]
+
+
+@pytest.mark.parametrize("way", ["rebuilt", "live", "by two drivers"])
+def test_crashes_resizes_and_switches_stand_in_a_chart_where_they_happened(
+    tmp_path: Path, way: str
+) -> None:
+    _journals(tmp_path)
+    if way == "rebuilt":
+        index = {"schema": 1, "plan": "demo", "stages": STAGES, "runs": {}}
+        (tmp_path / AIM_RUNS).write_text(json.dumps(index))
+        rebuild_aim(tmp_path)
+    else:
+        played = tmp_path / "played"
+        played.mkdir()
+        lines = [(one["wall"], one) for name in (METRICS, EVENTS)
+                 for one in read_journal(tmp_path / name)]  # fmt: skip
+        tracker = Tracker(played, "demo", STAGES)
+        for number, (_, line) in enumerate(sorted(lines, key=lambda pair: pair[0])):
+            if way == "by two drivers" and number == 4:  # the crash
+                tracker.close()
+                tracker = Tracker(played, "demo", STAGES)
+            (tracker.event if "kind" in line else tracker.log)(line)  # type: ignore[operator]  # of JSON
+        tracker.close()
+        assert tracker.aim_problem() is None
+        tmp_path = played
+    series = Reader(tmp_path).series(MARKS)
+    for number, stage, position, what in (
+        (1, "vae", 20, "crash"),
+        (2, "dit <i>", 50, "resize"),
+        (2, "dit <i>", 50, "crash"),
+    ):
+        about, before = context(stage=stage, event=what), 100 * (number - 1)
+        assert series[f"demo / {number}-{stage}", about] == up_and_down(position, what)
+        assert series["demo", about] == up_and_down(before + position, what)
+    assert series["demo", context(stage="dit <i>", event="switch")] == up_and_down(100, "switch")
+    # What they stand on reaches as far as the other charts do.
+    assert series["demo", context(stage="vae")] == [(10, 0), (20, 0), (30, 0), (100, 0)]
+    assert series["demo", context(stage="dit <i>")] == [(150, 0), (160, 0)]
 
 
 def test_goodput_is_shown_at_the_end_of_a_stage_and_again_by_a_rebuild(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from elastic.ema import EmaWeights
 from elastic.loop import Outcome, Run, build_optimizer, held_by, train_stage
 from elastic.meter import Meter
 from elastic.objective import FlowMatching, Losses, Objective
+from elastic.preview import Previews
 from elastic.randomness import normals, sample_generator
 from elastic.shard import shard
 from elastic.start import NOWHERE, Origin
@@ -156,17 +157,21 @@ def attempt(
     stop_after: int | None = None,
     origin: Origin = NOWHERE,
     beat: Callable[[str, int], None] = lambda phase, position: None,
+    previews: Previews | None = None,
 ) -> Attempt:
     """One attempt at a stage; only the last rank is told to stop, after `stop_after` updates."""
     fence = world.from_first(Fence.take(folder) if world.is_first else None)
     lines: list[dict[str, Any]] = []
     events: list[tuple[str, int, str]] = []
-    updates = 0
+    updated: set[int] = set()  # at these positions
+
+    def beaten(phase: str, position: int) -> None:
+        if phase in ("train", "compile"):
+            updated.add(position)
+        beat(phase, position)
 
     def stop_wanted() -> bool:
-        nonlocal updates
-        updates += 1
-        return updates - 1 == stop_after and world.rank == world.size - 1
+        return len(updated) == stop_after and world.rank == world.size - 1
 
     def event(kind: str, position: int, reason: str, **more: Any) -> None:
         events.append((kind, position, reason))
@@ -179,7 +184,8 @@ def attempt(
         stop_wanted=stop_wanted,
         event=event,
         origin=origin,
-        beat=beat,
+        beat=beaten,
+        previews=previews,
     )
     return Attempt(train_stage(stage, goal, run), lines, events)
 

@@ -63,6 +63,7 @@ hunyuan_dit = DiffusionStage(
     save_every=60,
     log_every=15,
     evaluate_every=300,
+    sample_every=100 * times,
 )
 dc_ae = AutoencoderStage(
     name="dc-ae",

@@ -68,6 +68,19 @@ class Machines:
             order_digest="00",
         )
 
+    def preview(self, stage: str, position: int, captions: list[str], colour: str) -> None:
+        folder = self.run_dir / "samples" / stage / str(position)
+        folder.mkdir(parents=True)
+        paths = [folder / f"{number:02d}.mp4" for number in range(len(captions))]
+        for number, path in enumerate(paths):
+            film_THWC = render("circle", colour, "right", "quickly", (64, 64), 17, 8, number)
+            write_mp4(path, film_THWC, 8)
+        told = [str(path.relative_to(self.run_dir)) for path in paths]
+        self.event(
+            "preview", 2.0, stage=stage, position=position, paths=told, captions=captions,
+            seconds=2.0,
+        )  # fmt: skip
+
     def finish(
         self, stage: str, position: int, captions: list[str], colour: str, is_pair: bool = False
     ) -> None:
@@ -124,7 +137,11 @@ def write_run(
     m.event("resize_requested", 0.5, stage="dit-dc-ae", world_from=2, world_to=3, reason="2 -> 3")
     m.event("publish", 1.0, stage="dit-dc-ae", position=100, path="x", seconds=1.0)
     m.start("dit-dc-ae", 100, 3, after=5.0)
-    m.steps("dit-dc-ae", 100, 400, 3, 1.0, psnr=False)
+    m.steps("dit-dc-ae", 100, 200, 3, 1.0, psnr=False)
+    m.preview("dit-dc-ae", 200, captions[:2], "white")
+    m.steps("dit-dc-ae", 200, 300, 3, 1.0, psnr=False)
+    m.preview("dit-dc-ae", 300, captions[:2], "green")
+    m.steps("dit-dc-ae", 300, 400, 3, 1.0, psnr=False)
     m.finish("dit-dc-ae", 400, captions, "yellow")
     m.event("run_end", 0.0)
 

@@ -66,6 +66,7 @@ def course(videos: Videos) -> Plan:
         save_every=500,
         log_every=125,
         evaluate_every=4_000,
+        sample_every=4_000,
     )
     dc_ae = AutoencoderStage(
         name="dc-ae",
