@@ -42,6 +42,8 @@ class Fleet:
     machine_share: float = 1.0  # of the others: those that take the machine, not a process alone
     spares: int = 0  # machines that wait to take the place of one that is lost
     return_s: float = 0.0  # mean time until a lost machine, or another for it, is there
+    gpus: float = 1.0  # of one machine, in the mean
+    multiple: int = 1  # of GPUs that a group always has; the rest of what is there stands idle
 
     def __post_init__(self) -> None:
         _require_finite(self)
@@ -50,6 +52,14 @@ class Fleet:
         for name in ("announced_share", "machine_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share is at most 1")
+
+    def used(self, machines: int) -> float:
+        """How many of so many machines a group takes up: a whole multiple of GPUs."""
+        if self.multiple == 1:
+            return machines
+        # The mean of GPUs a machine may be a fraction, and its sum end just below a whole number.
+        there = math.floor(machines * self.gpus + 1e-6)
+        return (there - there % self.multiple) / self.gpus
 
     @property
     def crash_mean_s(self) -> float:
@@ -200,6 +210,11 @@ class _Run:
 
     def strike(self, fault: Fault) -> None:
         """A process or a machine is lost, and the group starts again with what is left."""
+        if fault.place * self.fleet.machines >= math.ceil(self.fleet.used(self.machines)):
+            if fault.kind is not Kind.PROCESS:  # it stood idle: nobody notices
+                heapq.heappush(self.returns, fault.at_s + fault.away_s)
+                self.machines -= 1
+            return
         self.settle(fault.at_s, is_crash=fault.kind is not Kind.ANNOUNCED)
         seconds = self.costs.process_s
         if fault.kind is not Kind.PROCESS:
@@ -218,7 +233,10 @@ class _Run:
         if self.machines == self.fleet.machines:
             self.spares += 1
             return
-        was_running = self.is_running
+        was_running, used = self.is_running, self.fleet.used
+        if was_running and used(self.machines + 1) == used(self.machines):
+            self.machines += 1  # too few for a larger group
+            return
         if was_running and at_s < self.ready_s:  # a group that starts is left alone until it trains
             heapq.heappush(self.returns, self.ready_s)
             return
@@ -246,7 +264,10 @@ class _Run:
 
     def _train(self, seconds: float, is_crash: bool) -> None:
         """Account for a stretch that begins at a saved position: train, save, train, save."""
-        costs, speed = self.costs, self.machines / self.fleet.machines
+        costs, speed = (
+            self.costs,
+            self.fleet.used(self.machines) / self.fleet.used(self.fleet.machines),
+        )
         # A save is due after so many samples, and waits until the one before it is written.
         stretch = min(max(costs.interval_s / speed, costs.background_s), seconds + 1.0)
         cycle = stretch + costs.save_s

@@ -1,7 +1,9 @@
 """Whether a plan fits the devices it is meant for: what `plan` says of memory, and what to do."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,14 +11,20 @@ from torch import nn
 from elastic.errors import InputError
 from elastic.memory import (
     HEADROOM,
+    Memory,
     activations,
+    codec_layers,
+    dit_layers,
     kept_by_codec,
     kept_by_judges,
+    peak_memory,
     state_memory,
 )
+from elastic.moments import Layer
 from models.codec import CodecModule
+from models.dit import MMDiT
 from models.recompute import RECOMPUTE, Recompute
-from stages.layout import multiple
+from stages.layout import multiple, rounded
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
@@ -32,19 +40,28 @@ def local_device_bytes() -> float:
 
 
 def memory_lines(stage: Stage, module: nn.Module, gpus: int | None) -> Iterator[str]:
-    """Memory of one worker, part by part, then what each bucket adds under each policy."""
+    """What one worker always has, part by part, then what each bucket takes under each policy."""
     workers = workers_on(stage, gpus)
     state = state_memory(stage, module, workers)
-    parts = ", ".join(f"{part} {shown(size)}" for part, size in vars(state).items() if size)
     precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
-    yield f"memory      on each of {workers}, {precision}: {parts}; {shown(state.total)} in all"
+    yield (
+        f"memory      on each of {workers}, {precision}: {_parts(state)}; "
+        f"{shown(state.total)} at all times"
+    )
     for bucket in stage.buckets:
-        kept = [
-            f"{shown(kept_for(stage, module, bucket, policy))} with recompute={policy!r}"
-            + (" (chosen)" if policy == stage.recompute else "")
-            for policy in policies(stage)
-        ]
-        yield f"  {bucket.name:<12}  micro {bucket.micro} keeps {', '.join(kept)}"
+        needs = []
+        for policy in policies(stage):
+            need = needed(stage, module, bucket, workers, policy)
+            chosen = f" (chosen: {_parts(need, beside=state)})" if policy == stage.recompute else ""
+            needs.append(f"{shown(need.total)} with recompute={policy!r}{chosen}")
+        yield f"  {bucket.name:<12}  micro {bucket.micro} takes {', '.join(needs)}"
+
+
+def _parts(need: Memory, beside: Memory | None = None) -> str:
+    """Its parts, without those that are as in the other."""
+    others = {} if beside is None else vars(beside)
+    parts = {part: size for part, size in vars(need).items() if size and others.get(part) != size}
+    return ", ".join(f"{part} {shown(size)}" for part, size in parts.items())
 
 
 def workers_on(stage: Stage, gpus: int | None) -> int:
@@ -57,7 +74,7 @@ def workers_on(stage: Stage, gpus: int | None) -> int:
             f"stage {stage.name!r}: workers {stage.workers}: it needs {low} and there are {gpus} "
             "GPUs; lower the first number, or plan for more"
         )
-    return min(gpus - gpus % stage.multiple, high)
+    return min(rounded(gpus, stage.multiple), high)
 
 
 def policies(stage: Stage) -> tuple[Recompute, ...]:
@@ -65,6 +82,25 @@ def policies(stage: Stage) -> tuple[Recompute, ...]:
     if isinstance(stage, DiffusionStage):
         return RECOMPUTE
     return ("none", "full") if stage.vae.can_recompute else ("none",)
+
+
+def needed(
+    stage: Stage, module: nn.Module, bucket: Bucket, workers: int, policy: Recompute
+) -> Memory:
+    """The most that one of some workers holds at once in an update of a bucket."""
+    layers = sample_layers(stage, module, bucket, policy)
+    return peak_memory(stage, module, bucket, workers, layers)
+
+
+def sample_layers(
+    stage: Stage, module: nn.Module, bucket: Bucket, policy: Recompute
+) -> list[Layer]:
+    """What computes in turn, and what one sample of a bucket takes there."""
+    if isinstance(stage, DiffusionStage):
+        assert isinstance(module, MMDiT), type(module)
+        return dit_layers(stage, module, bucket, stage.text.most_tokens(()), policy)
+    assert isinstance(module, CodecModule), type(module)
+    return codec_layers(module, kept_for(stage, module, bucket.replace(micro=1), policy))
 
 
 def kept_for(stage: Stage, module: nn.Module, bucket: Bucket, policy: Recompute) -> float:
@@ -82,15 +118,15 @@ def check_fit(stage: Stage, device_bytes: float) -> None:
     On the fewest workers of the stage: after losses it goes on with so few.
     """
     module, workers = stage.build(), stage.workers[0]
-    state = state_memory(stage, module, workers)
     for bucket in stage.buckets:
-        need = replace(state, activations=kept_for(stage, module, bucket, stage.recompute))
+        need = needed(stage, module, bucket, workers, stage.recompute)
         if need.total <= HEADROOM * device_bytes:
             continue
-        remedies = list(_remedies(stage, module, bucket, device_bytes))
+        remedies = list(_remedies(stage, module, bucket, HEADROOM * device_bytes))
+        model = need.total - need.activations
         raise InputError(
             f"stage {stage.name!r}: bucket {bucket.name!r} with micro={bucket.micro} needs "
-            f"{shown(need.total)} on each of {workers} workers ({shown(state.total)} of it for "
+            f"{shown(need.total)} on each of {workers} workers ({shown(model)} of it for "
             f"the model), and {shown(HEADROOM * device_bytes)} of a device of "
             f"{shown(device_bytes)} can be planned for; {'; or '.join(remedies) or _NOTHING}"
         )
@@ -102,35 +138,41 @@ _NOTHING = (
 )
 
 
-def _remedies(
-    stage: Stage, module: nn.Module, bucket: Bucket, device_bytes: float
-) -> Iterator[str]:
+def _remedies(stage: Stage, module: nn.Module, bucket: Bucket, room: float) -> Iterator[str]:
     """The largest micro-batch on the fewest workers; then, for the one asked, more workers.
 
     As few more as hold the model, or else as share the tokens of a sample.
     """
-    room, (low, high) = HEADROOM * device_bytes, stage.workers
-    each = {
-        policy: kept_for(stage, module, bucket, policy) / bucket.micro for policy in policies(stage)
+    low, high = stage.workers
+    samples = {policy: sample_layers(stage, module, bucket, policy) for policy in policies(stage)}
+
+    def need(policy: Recompute, micro: int, workers: int) -> float:
+        asked = bucket.replace(micro=micro)
+        return peak_memory(stage, module, asked, workers, samples[policy]).total
+
+    for policy in sorted(samples, key=lambda p: (p != stage.recompute, need(p, 1, low))):
+        for micro in range(bucket.micro, 0, -1):
+            if (size := need(policy, micro, low)) <= room:
+                yield f"{_how(stage, policy)}micro={micro} fits ({shown(size)})"
+                break
+    more = range(low + stage.multiple, high + 1, stage.multiple)
+    fewest = {
+        policy: _fewest(more, partial(need, policy, bucket.micro), room) for policy in samples
     }
-    for policy in sorted(each, key=lambda policy: (policy != stage.recompute, each[policy])):
-        state = state_memory(stage, module, low).total
-        micro = min(int((room - state) // each[policy]), bucket.micro) if room > state else 0
-        if micro:
-            fits = shown(state + micro * each[policy])
-            yield f"{_how(stage, policy)}micro={micro} fits ({fits})"
-    for workers in range(low + stage.multiple, high + 1, stage.multiple):
-        state = state_memory(stage, module, workers).total
-        fitting = [p for p in each if state + bucket.micro * each[p] <= room]
-        if fitting:
-            policy = min(fitting, key=lambda p: p != stage.recompute)
-            yield f"{_how(stage, policy)}workers=({workers}, {high}) fits as it is"
-            return
+    policy = min(fewest, key=lambda p: (fewest[p], p != stage.recompute))
+    if fewest[policy] <= high:
+        yield f"{_how(stage, policy)}workers=({fewest[policy]}, {high}) fits as it is"
+        return
     for wider in _sharing_more(stage):
-        need = state_memory(wider, module, wider.workers[0]).total
-        if need + kept_for(wider, module, bucket, wider.recompute) <= room:
+        if needed(wider, module, bucket, wider.workers[0], wider.recompute).total <= room:
             yield f"context={wider.context} and workers={wider.workers} fits as it is"
             return
+
+
+def _fewest(more: range, need: Callable[[int], float], room: float) -> float:
+    """The fewest of these workers that fit, as more never need more; infinite where none do."""
+    index = bisect_left(more, True, key=lambda workers: need(workers) <= room)
+    return more[index] if index < len(more) else math.inf
 
 
 def _sharing_more(stage: Stage) -> Iterator[DiffusionStage]:

@@ -56,8 +56,9 @@ def forecast(
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
     if faults is not None:
-        largest = max(saved_bytes(stage) for stage in plan.stages)
-        lines += ["", *scale_lines(faults, largest, gpus)]
+        largest = max(plan.stages, key=saved_bytes)
+        scales = scale_lines(faults, saved_bytes(largest), gpus, largest.multiple)
+        lines += ["", *scales]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from elastic.checkpoint_store import Keep
-from elastic.fit import kept_for, policies, workers_on
+from elastic.fit import kept_for, needed, policies, workers_on
 from elastic.folders import RunFolder
 from elastic.forecast import (
     BYTES_A_WEIGHT,
@@ -74,6 +74,13 @@ def _stage(
         "save_every": stage.save_every,
         "memory_bytes": {
             "state": {part: size for part, size in vars(state).items() if size},
+            "needed": {
+                bucket.name: {
+                    policy: needed(stage, module, bucket, workers, policy).total
+                    for policy in policies(stage)
+                }
+                for bucket in stage.buckets
+            },
             "kept": {
                 bucket.name: {p: kept_for(stage, module, bucket, p) for p in policies(stage)}
                 for bucket in stage.buckets
@@ -113,7 +120,8 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> di
 
 def _goodput(stage: Stage, workers: int, faults: Faults) -> dict[str, Any]:
     """What is expected with the best interval between saves, and that interval."""
-    best = outlook(workers, stage.workers[0], faults, saved_bytes(stage))
+    size, multiple = saved_bytes(stage), stage.multiple
+    best = outlook(workers, stage.workers[0], faults, size, multiple=multiple)
     seconds, interval = seconds_a_sample(stage, workers), best.costs.interval_s
     is_known = interval != float("inf")  # nothing fails: the fewer saves the better
     return {

@@ -23,7 +23,7 @@ from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Objective
 from elastic.preview import Previews, Teller
-from elastic.shard import shard
+from elastic.shard import each_round, shard
 from elastic.spike import watch
 from elastic.start import NOWHERE, Origin, begin, publish_table
 from elastic.state import Progress, TrainState
@@ -86,6 +86,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
     fused = not (stage.exact and world.device.type == "cpu")
     optimizer = build_optimizer(stage.optimizer, model, held_by(stage), fused)
     ordered = OrderedGradients(model, world) if stage.exact else None
+    exchanges = each_round(sum(parameter.numel() for parameter in model.parameters()))
     ema = EmaWeights(model, stage.ema, samples_carried(stage))
     progress = Progress(stage=stage.name)
     critic = objective.critic  # of an adversarial stage
@@ -170,7 +171,8 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
         for inputs in step.micros:
             micro, weight_B = inputs.micro, inputs.weight_B
             if ordered is None:
-                model.set_requires_gradient_sync(micro.is_last)
+                model.set_requires_gradient_sync(micro.is_last or exchanges)
+                model.set_requires_all_reduce(micro.is_last)  # replicas' sums wait as shards
             else:
                 ordered.begin_round(micro.is_last)
             losses = objective.losses(model, inputs)

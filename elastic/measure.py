@@ -7,7 +7,6 @@ before somebody has written it into the stage file, which stays the only truth.
 
 import hashlib
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -22,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.data.load import Micro, Round, Samples
+from elastic.data.load import Micro, Round, Samples, num_rounds
 from elastic.data.order import Layout
 from elastic.data.permutation import Indices
 from elastic.exact import reproducible
 from elastic.files import write_atomic
-from elastic.fit import kept_for, local_device_bytes
+from elastic.fit import local_device_bytes, sample_layers
 from elastic.inputs import Inputs
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.loop import build_optimizer, clip_gradients
-from elastic.memory import HEADROOM, state_memory
+from elastic.memory import HEADROOM, peak_memory
 from elastic.objective import FlowMatching, Objective, Reconstructing
 from elastic.shard import initialise, shard
 from elastic.world import World
@@ -79,16 +78,11 @@ class Machine(NamedTuple):
         return cls(f"cpu, {torch.get_num_threads()} threads", memory, torch.__version__)
 
 
-def rounds_of(batch: int, micro: int, workers: int) -> int:
-    """Rounds that every worker runs in an update, filler rounds included."""
-    return math.ceil(math.ceil(batch / micro) / workers)
-
-
 def seconds_of(found: Found, tried: Tried, batch: int) -> float | None:
     """Seconds of an update with this micro-batch; None where it does not fit."""
     if tried.round_s is None:
         return None
-    return found.update_s + rounds_of(batch, tried.micro, found.workers) * tried.round_s
+    return found.update_s + num_rounds(batch, tried.micro, found.workers) * tried.round_s
 
 
 def fastest(found: Found, batch: int) -> Tried | None:
@@ -243,11 +237,10 @@ def _measure_bucket(
     trainer: Trainer, stage: Stage, bucket: Bucket, workers: int, room: float
 ) -> Found:
     module = stage.build()
-    state = state_memory(stage, module, workers).total
-    each = kept_for(stage, module, bucket.replace(micro=1), stage.recompute)
+    layers = sample_layers(stage, module, bucket, stage.recompute)
     tried: list[Tried] = []
     for micro in sizes(bucket, workers):
-        said = state + micro * each
+        said = peak_memory(stage, module, bucket.replace(micro=micro), workers, layers).total
         if said > HEADROOM * room:
             tried.append(Tried(micro, None, None, said, "more than the device has"))
             break

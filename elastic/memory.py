@@ -1,28 +1,30 @@
 """What one worker needs of its device's memory, from arithmetic alone.
 
 Shards follow from the count of parameters. What blocks keep for the backward pass is counted in
-bytes for each token and channel; a test compares that with what autograd keeps.
+bytes for each token and channel; a test compares that with what autograd keeps. What is there at
+once is in elastic.moments.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from elastic.data.load import num_rounds
 from elastic.exact import BYTES_A_SQUARE, MOST_AT_ONCE
+from elastic.moments import FP32, Layer, Sums, most
 from elastic.muon import is_matrix
-from models.blocks import Block
+from elastic.shard import each_round, gathered_apart
 from models.codec import CodecModule
-from models.dit import DiT
+from models.dit import DiT, MMDiT
 from models.perceptual import Lpips, LpipsModule
 from models.recompute import Recompute
 from stages.optimizer import Muon
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
-FP32 = 4
 # Values kept for each token and channel: in the block's own precision, the MLP at its ratio of 4,
 # and in fp32 whatever the precision is.
 _KEPT_DOUBLE, _KEPT_SINGLE = 23, 15
@@ -36,17 +38,16 @@ HEADROOM = 0.9  # share of a device's memory that can be planned for: the rest i
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker: its shards, what is gathered whole at a time, what is kept."""
+    """Bytes of one worker: what is always there, and the rest at the moment that takes most."""
 
     parameters: float
-    gradients: float
     optimizer: float
     average: float
-    critic: float
-    gathered: float
-    muon: float
-    exact: float
-    activations: float
+    critic: float = 0.0
+    gathered: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    update: float = 0.0  # what clipping and the optimizer's step take
 
     @property
     def total(self) -> float:
@@ -55,30 +56,55 @@ class Memory:
 
 
 def state_memory(stage: Stage, module: nn.Module, workers: int) -> Memory:
-    """Everything but activations, on each of some workers, as the stage has them sharded."""
-    count = sum(parameter.numel() for parameter in module.parameters())
-    holders = stage.holders(workers)
-    shard = FP32 * count / holders
+    """What is always there on each of some workers, as the stage has it sharded."""
+    shard = _shard(stage, module, workers)
     moments = 2  # Muon keeps one for matrices; the larger need is planned for
-    return Memory(
-        parameters=shard,
-        gradients=shard,
-        optimizer=moments * shard,
-        average=shard,
-        critic=_critic(stage),
-        # One worker gathers nothing, but computes with copies in bf16.
-        gathered=_gathered(stage, module) if holders > 1 or precision_bytes(stage) < FP32 else 0.0,
-        muon=_muon(stage, module),
-        exact=_exact(stage, module, workers) if stage.exact else 0.0,
-        activations=0.0,
+    return Memory(parameters=shard, optimizer=moments * shard, average=shard, critic=_critic(stage))
+
+
+def peak_memory(
+    stage: Stage, module: nn.Module, bucket: Bucket, workers: int, sample: Sequence[Layer]
+) -> Memory:
+    """The most that is there at once in an update of a bucket; `sample` is what one takes.
+
+    Activations are there before gradients have been summed, and both before the update.
+    """
+    state, shard = state_memory(stage, module, workers), _shard(stage, module, workers)
+    sums = Sums(
+        width=precision_bytes(stage),
+        holders=stage.holders(workers),
+        rounds=num_rounds(bucket.batch, bucket.micro, workers // stage.context),
+        each_round=each_round(_count(module), stage.exact and workers > 1),
+        is_ordered=stage.exact and workers > 1,
     )
+    layers = [layer.of(bucket.micro) for layer in sample]
+    apart = sum(layer.parameters for layer in layers if layer.is_apart)
+    passes = most(layers, _count(module) - apart, sums)
+    update = _update(stage, module, workers)
+    if shard + update > passes.total:
+        return replace(state, gradients=shard, update=update)
+    return replace(state, **passes._asdict())
+
+
+def _shard(stage: Stage, module: nn.Module, workers: int) -> float:
+    """One fp32 value for each parameter of a worker's part."""
+    return FP32 * _count(module) / stage.holders(workers)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _critic(stage: Stage) -> float:
     """The discriminator, whole on every worker: value, gradient and two moments."""
     if not isinstance(stage, AutoencoderStage) or stage.adversarial is None:
         return 0.0
-    return float(4 * FP32 * sum(p.numel() for p in stage.adversarial.build("meta").parameters()))
+    return float(4 * FP32 * _count(stage.adversarial.build("meta")))
+
+
+def _update(stage: Stage, module: nn.Module, workers: int) -> float:
+    """What the end of an update takes: one after the other, so the larger of them."""
+    return max(_muon(stage, module), _exact(stage, module, workers) if stage.exact else 0.0)
 
 
 def _muon(stage: Stage, module: nn.Module) -> float:
@@ -89,31 +115,8 @@ def _muon(stage: Stage, module: nn.Module) -> float:
 
 
 def _exact(stage: Stage, module: nn.Module, workers: int) -> float:
-    """What reproducible sums take: gradients of all ranks for a shard of one group, and the norm.
-
-    The critic's come as a list and are put together.
-    """
-    largest, outer = _groups(module)
-    received = FP32 * max(largest, outer) if workers > 1 else 0
-    shard = sum(parameter.numel() for parameter in module.parameters()) / workers
-    norm = BYTES_A_SQUARE * min(shard, MOST_AT_ONCE)
-    return received + norm + _critic(stage) / 2
-
-
-def _groups(module: nn.Module) -> tuple[int, int]:
-    """Parameters of the largest block, and of all outside of blocks."""
-    blocks = [m for m in module.modules() if isinstance(m, Block)]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    return max(sizes, default=0), sum(p.numel() for p in module.parameters()) - sum(sizes)
-
-
-def _gathered(stage: Stage, module: nn.Module) -> float:
-    """The block that computes and the next one, with the gradients of one, and the outer layers."""
-    largest, outer = _groups(module)
-    if not largest:
-        return float(2 * FP32 * outer)  # one group: all parameters and all gradients
-    width = precision_bytes(stage)
-    return float(2 * width * largest + (width + FP32) * largest + 2 * width * outer)
+    """A reproducible norm, and the critic's gradients: they come as a list and are put together."""
+    return BYTES_A_SQUARE * min(_count(module) / workers, MOST_AT_ONCE) + _critic(stage) / 2
 
 
 def precision_bytes(stage: Stage) -> int:
@@ -121,28 +124,76 @@ def precision_bytes(stage: Stage) -> int:
     return 2 if isinstance(stage, DiffusionStage) and stage.precision == "bf16" else FP32
 
 
+def dit_layers(
+    stage: DiffusionStage,
+    module: MMDiT,
+    bucket: Bucket,
+    text_tokens: int,
+    recompute: Recompute,
+) -> list[Layer]:
+    """The blocks of a DiT, and what one sample takes there of each worker of a context."""
+    apart = set(map(id, gathered_apart(module)))
+    values = _own_tokens(stage, bucket, text_tokens) * stage.model.width
+    width = precision_bytes(stage)
+    layers = []
+    for number, block in enumerate(module.blocks()):
+        is_double = number < stage.model.depth
+        whole = values * _whole(stage.model, width, is_double)
+        kept = values * _kept(stage.model, width, is_double, recompute)
+        # The stream's, and those of the MLP before and after its activation function.
+        backward = values * width * (1 + 2 * stage.model.mlp_ratio)
+        layers.append(Layer(_count(block), id(block) in apart, kept, whole - kept, backward))
+    return layers
+
+
+def codec_layers(module: CodecModule, kept: float) -> list[Layer]:
+    """The layers of a codec that are gathered apart, and what all of it keeps of one sample.
+
+    Which layer keeps how much is not counted: all of it is taken to be there at every moment.
+    """
+    counts: list[int] = []
+    taken: set[int] = set()
+    for block in reversed(gathered_apart(module)):  # one may lie in another, which has the rest
+        own = {id(p): p.numel() for p in block.parameters() if id(p) not in taken}
+        taken |= own.keys()
+        counts.append(sum(own.values()))
+    layers = [Layer(count, True, 0.0, 0.0, 0.0) for count in reversed(counts)]
+    return [Layer(0, False, kept, 0.0, 0.0), *layers]
+
+
 def activations(
     stage: DiffusionStage, bucket: Bucket, text_tokens: int, recompute: Recompute
 ) -> float:
     """Bytes kept for one micro-batch of a bucket, by each worker of a context."""
-    tokens = text_tokens + stage.model.tokens(
-        stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    )
-    own = -(-tokens // stage.context)
+    own = _own_tokens(stage, bucket, text_tokens)
     return bucket.micro * own * kept_per_token(stage.model, precision_bytes(stage), recompute)
+
+
+def _own_tokens(stage: DiffusionStage, bucket: Bucket, text_tokens: int) -> int:
+    """Tokens of a sample that one worker of a context has."""
+    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    return -(-(text_tokens + stage.model.tokens(grid)) // stage.context)
 
 
 def kept_per_token(model: DiT, width_bytes: int, recompute: Recompute) -> float:
     """Bytes kept for one token of text or video in all blocks."""
-    wider = 2 * (model.mlp_ratio - 4)
-    double = (_KEPT_DOUBLE + wider) * width_bytes + _FP32_DOUBLE * FP32
-    single = (_KEPT_SINGLE + wider) * width_bytes + _FP32_SINGLE * FP32
+    double = _kept(model, width_bytes, True, recompute)
+    single = _kept(model, width_bytes, False, recompute)
+    return model.width * (model.depth * double + model.depth_single * single)
+
+
+def _whole(model: DiT, width_bytes: int, is_double: bool) -> float:
+    """Bytes for each token and channel of all that a block computes."""
+    values, in_fp32 = (_KEPT_DOUBLE, _FP32_DOUBLE) if is_double else (_KEPT_SINGLE, _FP32_SINGLE)
+    return (values + 2 * (model.mlp_ratio - 4)) * width_bytes + in_fp32 * FP32
+
+
+def _kept(model: DiT, width_bytes: int, is_double: bool, recompute: Recompute) -> float:
+    """Bytes for each token and channel of what a block keeps."""
     if recompute == "none":
-        return model.width * (model.depth * double + model.depth_single * single)
-    kept = _INPUTS * (model.depth + model.depth_single)
-    if recompute == "selective":
-        kept += _SAVED_DOUBLE * model.depth + _SAVED_SINGLE * model.depth_single
-    return model.width * (kept * width_bytes + max(double if model.depth else 0, single))
+        return _whole(model, width_bytes, is_double)
+    saved = _SAVED_DOUBLE if is_double else _SAVED_SINGLE
+    return (_INPUTS + (saved if recompute == "selective" else 0)) * width_bytes
 
 
 def kept_by_autograd(

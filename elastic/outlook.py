@@ -24,6 +24,7 @@ from cluster.goodput import DAY_S, Costs, Expected, Fleet, best_interval, expect
 from elastic.goodput import duration
 from elastic.timeline import LOST, SAVING, STARTING
 from elastic.workload import dit_flops
+from stages.layout import rounded
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
 
@@ -49,12 +50,18 @@ class Outlook(NamedTuple):
 
 
 def outlook(
-    gpus: int, least: int, faults: Faults, saved_bytes: float, interval_s: float | None = None
+    gpus: int,
+    least: int,
+    faults: Faults,
+    saved_bytes: float,
+    interval_s: float | None = None,
+    multiple: int = 1,
 ) -> Outlook:
-    """Model a run on `gpus`, of which `least` must be there.
+    """Model a run on `gpus`, of which `least` must be there and a `multiple` is used.
 
     Saves `saved_bytes` on all GPUs together, every `interval_s` or as often as is best.
     """
+    assert gpus % multiple == 0, f"{gpus} GPUs: not a multiple of {multiple}"
     machines = -(-gpus // round(MACHINE_GPUS.value))
     each = gpus / machines
     fleet = Fleet(
@@ -65,6 +72,8 @@ def outlook(
         machine_share=MACHINE_SHARE.value,
         spares=faults.spares,
         return_s=RETURN_S.value,
+        gpus=each,
+        multiple=multiple,
     )
     # What a worker saves may take longer than what was measured; that less takes less is not known.
     scale = max(1.0, saved_bytes / gpus / STATE_BYTES.value)
@@ -85,7 +94,7 @@ def outlook(
 
 def outlook_lines(stage: Stage, gpus: int, faults: Faults, saved_bytes: float) -> Iterator[str]:
     """What is expected of one stage on so many GPUs."""
-    best = outlook(gpus, stage.workers[0], faults, saved_bytes)
+    best = outlook(gpus, stage.workers[0], faults, saved_bytes, multiple=stage.multiple)
     yield f"goodput     {_said(best.expected)} on {gpus:,} GPUs"
     yield f"  {_parts(best)}"
     interval = best.costs.interval_s
@@ -96,7 +105,8 @@ def outlook_lines(stage: Stage, gpus: int, faults: Faults, saved_bytes: float) -
     if each is None or each * stage.save_every < _LEAST_TIMED_S:
         yield f"  best saved every {duration(interval)} (Daly)"
         return
-    own = outlook(gpus, stage.workers[0], faults, saved_bytes, stage.save_every * each)
+    every_s = stage.save_every * each
+    own = outlook(gpus, stage.workers[0], faults, saved_bytes, every_s, stage.multiple)
     yield (
         f"  best saved every {duration(interval)} (Daly), or {round(interval / each):,} samples; "
         f"save_every={stage.save_every:,} is every {duration(own.costs.interval_s)} at "
@@ -104,16 +114,22 @@ def outlook_lines(stage: Stage, gpus: int, faults: Faults, saved_bytes: float) -
     )
 
 
-def scale_lines(faults: Faults, saved_bytes: float, gpus: int | None) -> Iterator[str]:
-    """Goodput from one GPU to ten thousand, and what the numbers rest on."""
+def scale_lines(
+    faults: Faults, saved_bytes: float, gpus: int | None, multiple: int = 1
+) -> Iterator[str]:
+    """Goodput from one GPU to ten thousand, and what the numbers rest on.
+
+    Every size is a `multiple`, as those of the stage with that checkpoint are.
+    """
     announced = f" ({100 * faults.announced:g} % announced)" if faults.announced else ""
     spares = f"{faults.spares:,} spare machines, " if faults.spares else ""
     yield (
         f"goodput by the number of GPUs, {faults.rate:g} faults a GPU-day{announced}, {spares}runs "
         f"of {RUN_DAYS.value:.0f} days, the largest checkpoint:"
     )
-    for number in sorted({*SCALES, *([gpus] if gpus else [])}):
-        one = outlook(number, 1, faults, saved_bytes)
+    asked = {*SCALES, *([gpus] if gpus else [])}
+    for number in sorted({max(multiple, rounded(size, multiple)) for size in asked}):
+        one = outlook(number, multiple, faults, saved_bytes, multiple=multiple)
         mean = one.fleet.crash_mean_s
         between = "never" if mean == float("inf") else f"every {duration(mean)}"
         yield f"  {number:>6,}  {_said(one.expected)}; a fault without notice {between}"

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from elastic.checkpoint_store import Keep
+from elastic.data.load import num_rounds
 from elastic.errors import InputError
 from elastic.fit import GIB, check_fit, local_device_bytes, shown, workers_on
 from elastic.forecast import forecast
 from elastic.forecast_json import forecast_json
-from elastic.measure import Found, Tried, fastest, measured, rounds_of, seconds_of
+from elastic.measure import Found, Tried, fastest, measured, seconds_of
 from elastic.outlook import Faults
 from elastic.settings import Settings
 from elastic.workload import video_tokens
@@ -72,7 +73,7 @@ def measured_lines(stage: Stage, gpus: int | None, folder: Path) -> Iterator[str
 
 
 def _row(stage: Stage, bucket: Bucket, found: Found, tried: Tried, is_best: bool) -> str:
-    rounds = rounds_of(bucket.batch, tried.micro, found.workers)
+    rounds = num_rounds(bucket.batch, tried.micro, found.workers)
     memory = shown(tried.said) + " said" if tried.peak is None else shown(tried.peak)
     seconds = seconds_of(found, tried, bucket.batch)
     if seconds is None:

@@ -17,6 +17,9 @@ from models.fresh import fresh_parameters, named_generator
 # Each group of fully_shard costs a gather and a few milliseconds of bookkeeping a step, so small
 # blocks are left to their parent.
 SMALLEST_GROUP = 5_000_000
+# Between the rounds of an update FSDP2 keeps gradients whole on every rank: 4 bytes a parameter,
+# 44 GiB of 11.9 B. A model with more parameters than this exchanges them in each round instead.
+MOST_WHOLE = 250_000_000
 
 
 def shard(model: nn.Module, world: World, precision: Literal["fp32", "bf16"] = "fp32") -> nn.Module:
@@ -43,6 +46,11 @@ def gathered_apart(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in lists for block in blocks]
     return [b for b in blocks if sum(p.numel() for p in b.parameters()) >= SMALLEST_GROUP]
+
+
+def each_round(parameters: int, is_ordered: bool = False) -> bool:
+    """Whether gradients are exchanged in each round of an update, and not only in the last."""
+    return is_ordered or parameters > MOST_WHOLE
 
 
 def own_part(full: Tensor, like: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ twice that. What is a few numbers is left out. tests/bench/parallel.py counts it
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 from torch import nn
 
-from elastic.memory import FP32, precision_bytes
+from elastic.data.load import num_rounds
+from elastic.memory import precision_bytes
+from elastic.moments import FP32
 from elastic.muon import is_matrix
-from elastic.shard import gathered_apart
+from elastic.shard import each_round, gathered_apart
 from models.dit import DiT
 from stages.optimizer import Muon
 from stages.schedule import Bucket
@@ -44,11 +45,11 @@ def update_traffic(
     """What an update of a bucket takes on so many workers; parameters are those of the module."""
     holders = stage.holders(workers)
     replicas, readers = workers // holders, workers // stage.context
-    rounds = ceil(ceil(bucket.batch / bucket.micro) / readers)
+    rounds = num_rounds(bucket.batch, bucket.micro, readers)
     width, count = precision_bytes(stage), _count(module)
     apart = sum(map(_count, gathered_apart(module)))
     whole = replicas * (holders - 1)  # what leaves the workers, of what each replica gathers
-    scatters = rounds if stage.exact else 1
+    scatters = rounds if each_round(count, stage.exact) else 1
     matrices = sum(p.numel() for p in module.parameters() if is_matrix(p))
     return Traffic(
         parameters=rounds * whole * width * (count + apart),

@@ -8,6 +8,11 @@ def multiple(context: int, shard_within: int | None) -> int:
     return math.lcm(context, shard_within or 1)
 
 
+def rounded(workers: int, multiple: int) -> int:
+    """As many of so many workers as a group can have; 0 where they are too few for one."""
+    return workers - workers % multiple
+
+
 def check_layout(
     workers: tuple[int, int], context: int, shard_within: int | None, exact: bool
 ) -> None:

@@ -33,6 +33,17 @@ def s3_server() -> Iterator[str]:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.fixture
+def asked_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clients made from now on do not try again by themselves: that takes many seconds."""
+    s3 = fsspec.get_filesystem_class("s3")
+    s3.clear_instance_cache()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3, "retries", 1)
+    yield
+    s3.clear_instance_cache()
+
+
 class Gate:
     """A way to a server of this machine that can be shut: what is under way is cut off as well."""
 

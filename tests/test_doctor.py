@@ -19,7 +19,7 @@ import boto3
 import fsspec
 import pytest
 from packaging.requirements import Requirement
-from s3_server import BUCKET, s3_server  # noqa: F401  # a fixture
+from s3_server import BUCKET, asked_once, s3_server  # noqa: F401  # fixtures
 
 from elastic import doctor, doctor_network, doctor_storage
 from elastic.cli import main
@@ -156,7 +156,7 @@ def no_clients() -> Iterator[None]:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-@pytest.mark.usefixtures("no_clients")
+@pytest.mark.usefixtures("asked_once")
 def test_an_endpoint_that_nobody_serves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"

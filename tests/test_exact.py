@@ -36,8 +36,8 @@ from elastic.exact import (
     OrderedGradients,
     square_sum,
 )
-from elastic.fit import memory_lines
-from elastic.memory import state_memory
+from elastic.fit import sample_layers
+from elastic.memory import peak_memory
 from elastic.meter import OF_THE_MACHINES, NonFiniteLoss
 from elastic.objective import Objective, Reconstructing
 from elastic.weights import WEIGHTS
@@ -285,11 +285,13 @@ def test_the_micro_batch_is_a_part_of_an_exact_result_and_of_no_other() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "judged"])
-def test_plan_names_what_exact_sums_take(kind: str) -> None:
+def test_what_exact_sums_take_is_planned(kind: str) -> None:
     stage = STAGES[kind].replace(workers=(2, 2))
-    plain, exact = (state_memory(s, s.build(), 2) for s in (stage, stage.replace(exact=True)))
-    assert plain.exact == 0
-    assert exact.exact == exact.total - plain.total > 0
-    lines = list(memory_lines(stage.replace(exact=True), stage.build(), 2))
-    assert ", exact " in lines[0]
-    assert ", exact " not in next(memory_lines(stage, stage.build(), 2))
+    bucket = stage.buckets[0].replace(micro=stage.buckets[0].batch)  # one round, whatever is exact
+    module = stage.build()
+    layers = [layer.of(0) for layer in sample_layers(stage, module, bucket, "none")]
+    plain, exact = (
+        peak_memory(one, module, bucket, 2, layers).total
+        for one in (stage, stage.replace(exact=True))
+    )
+    assert plain < exact

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from worlds import run_world
 
 from elastic.errors import InputError
-from elastic.fit import GIB, check_fit, kept_for, workers_on
-from elastic.memory import HEADROOM, activations, kept_by_codec, kept_per_token, state_memory
+from elastic.fit import GIB, check_fit, kept_for, needed, workers_on
+from elastic.memory import HEADROOM, kept_by_codec, kept_per_token, state_memory
 from elastic.muon import is_matrix
 from elastic.shard import shard
 from elastic.world import World
@@ -124,12 +124,8 @@ def test_shards_are_as_large_as_said() -> None:
     said = state_memory(STAGE, STAGE.build(), 2)
     held = run_world(_held, 2, STAGE)
     assert sum(held) == 2 * said.parameters
-    assert (said.gradients, said.optimizer, said.average) == (
-        said.parameters,
-        2 * said.parameters,
-        said.parameters,
-    )
-    assert state_memory(STAGE, STAGE.build(), 1).gathered == 0
+    assert (said.optimizer, said.average) == (2 * said.parameters, said.parameters)
+    assert said.total == 4 * said.parameters
 
 
 LARGE = STAGE.replace(
@@ -155,9 +151,8 @@ AUTOENCODER = AutoencoderStage(
 
 
 def test_a_stage_that_does_not_fit_is_refused_with_what_would() -> None:
-    module, bucket = LARGE.build(), LARGE.buckets[0]
-    state = state_memory(LARGE, module, 2).total
-    whole = state + activations(LARGE, bucket, 1, "none")
+    bucket = LARGE.buckets[0]
+    whole = needed(LARGE, LARGE.build(), bucket, 2, "none").total
     check_fit(LARGE, whole / HEADROOM * 1.001)
     with pytest.raises(InputError) as refused:
         check_fit(LARGE, whole / HEADROOM * 0.5)
@@ -176,8 +171,7 @@ def test_a_stage_that_does_not_fit_is_refused_with_what_would() -> None:
 
 
 def test_more_workers_are_named_where_no_micro_batch_fits() -> None:
-    state = state_memory(LARGE, LARGE.build(), 4).total
-    room = (state + activations(LARGE, LARGE.buckets[0], 1, "full")) / HEADROOM
+    room = needed(LARGE, LARGE.build(), LARGE.buckets[0], 4, "full").total / HEADROOM
     with pytest.raises(InputError, match=r"recompute='full' and workers=\(4, 8\) fits as it is$"):
         check_fit(LARGE, room * 1.001)
     check_fit(LARGE.replace(workers=(4, 8), recompute="full"), room * 1.001)
@@ -219,8 +213,10 @@ def test_muon_is_planned_with_its_whole_matrices() -> None:
     stage = STAGE.replace(optimizer=Muon(lr=1e-3, matrix_lr=1e-2))
     module = stage.build()
     matrices = sum(p.numel() for p in module.parameters() if is_matrix(p))
-    more = state_memory(stage, module, 64).total - state_memory(STAGE, module, 64).total
-    assert more >= 4 * 4 * matrices
+    bucket = stage.buckets[0].replace(micro=1)
+    need = needed(stage, module, bucket, 64, "none")
+    assert need.update >= 4 * 4 * matrices
+    assert need.activations == 0, "they are gone by then"
 
 
 def test_fewer_gpus_than_the_stage_asks_for_are_refused() -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replayed_run import UPDATE_S, Replay
+from tiny import STAGE
 
 from cluster import constants
 from cluster.constants import MEASURED, MEASURED_ON, RESULTS, Measured
 from cluster.goodput import (
     DAY_S,
     Costs,
+    Expected,
     Fault,
     Fleet,
     Kind,
@@ -28,9 +31,14 @@ from cluster.goodput import (
     expected,
     run,
 )
+from elastic.checkpoint_store import DEFAULT_KEEP
 from elastic.cli import main
+from elastic.forecast import forecast
+from elastic.forecast_json import forecast_json
 from elastic.goodput import account
 from elastic.outlook import Faults, outlook, scale_lines
+from stages.layout import rounded
+from stages.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 FREE = Costs(interval_s=100, save_s=0, background_s=0, planned_s=0, process_s=0, machine_s=0)
@@ -125,6 +133,35 @@ def test_too_few_machines_wait() -> None:
     # A machine that is up for a mean of 1000 s, and then away for a mean of 500 s.
     one = expected(fleet(faults_per_day=DAY_S / 1_000, return_s=500), FREE, 1e6)
     assert one.shares.waiting == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_a_group_is_cut_to_whole_multiples_and_what_stands_idle_is_not_missed() -> None:
+    """Four machines of 2 GPUs, of which multiples of 4 can train: of three, one stands idle."""
+    paid = costs(interval_s=1e9, planned_s=10)
+    eight = fleet(machines=4, least=2, gpus=2.0, multiple=4)
+    assert [eight.used(machines) for machines in range(5)] == [0, 0, 2, 2, 4]
+    one = Fault(100, Kind.ANNOUNCED, 0.0, 400)
+    # On half from 110 on, and on all again from 510 on.
+    assert run(eight, paid, [one], 1_000).work == 100 + 390 / 2 + 490
+    idle = Fault(200, Kind.MACHINE, 0.6, 100)  # is back before the other one, and of no use yet
+    assert run(eight, paid, [one, idle], 1_000) == run(eight, paid, [one], 1_000)
+    long = idle._replace(away_s=600)  # then nothing changes before it is back
+    assert run(eight, paid, [one, long], 1_000).work == 100 + 690 / 2 + 190
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 12)),
+    multiple=st.integers(1, 12),
+    data=st.data(),
+)
+def test_a_run_is_never_modelled_on_a_world_that_the_stage_cannot_have(
+    sizes: tuple[int, int], multiple: int, data: st.DataObject
+) -> None:
+    machines, each = sizes
+    one = fleet(machines=machines, gpus=float(each), multiple=multiple)
+    there = data.draw(st.integers(0, machines))
+    workers = one.used(there) * each
+    assert workers == pytest.approx(rounded(there * each, multiple))
 
 
 def test_the_best_interval_is_where_dalys_formula_has_its_maximum() -> None:
@@ -301,6 +338,30 @@ def test_plan_says_on_what_machine_costs_were_measured(monkeypatch: pytest.Monke
     said = "\n".join(scale_lines(Faults(0.0), 1e9, None))
     assert all(machine in said for machine in MEASURED_ON.values())
     assert "provisional" not in said
+
+
+def test_plan_models_no_world_that_a_stage_cannot_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modelled: list[tuple[int, int]] = []
+
+    def kept(fleet: Fleet, costs: Costs, run_s: float) -> Expected:
+        modelled.append((round(fleet.machines * fleet.gpus), fleet.multiple))
+        return expected(fleet, costs, 1.0)
+
+    monkeypatch.setattr("elastic.outlook.expected", kept)
+    model = STAGE.model.replace(heads=6, width=48)
+    stage = STAGE.replace(model=model, context=3, shard_within=2, workers=(6, 60))
+    text = forecast(Plan("shared", [stage]), tmp_path, 20, Faults(0.01))
+    assert "on 18 GPUs" in text
+    assert {size for size, _ in modelled} == {6, 18, 96, 996, 9_996}
+    assert {multiple for _, multiple in modelled} == {6}
+    assert re.findall(r"^ +([\d,]+)  \d.* % expected", text, re.M) == [
+        "6", "18", "96", "996", "9,996",
+    ]  # fmt: skip
+    modelled.clear()
+    forecast_json(Plan("shared", [stage]), tmp_path, 20, Faults(0.01), DEFAULT_KEEP)
+    assert modelled == [(18, 6)]
 
 
 def test_plan_takes_notice_and_spares_into_account(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
 from odd_videos import FRAMES, HEIGHT, KINDS, RATE, WIDTH
-from s3_server import BUCKET, s3_server
+from s3_server import BUCKET, asked_once, s3_server
 
 from elastic.data.decode import BadVideo, Unreachable, decode_clip
 from elastic.data.decoders import Decoders, Wanted, answer
@@ -23,7 +24,7 @@ from elastic.data.table import read_table
 from elastic.errors import InputError
 from stages.videos import Videos
 
-__all__ = ["s3_server"]  # the fixture `server`
+__all__ = ["asked_once", "s3_server"]  # fixtures
 
 # What stands in folders alone is no object, and a name over two lines is none for this server.
 _LOCAL = (
@@ -91,7 +92,7 @@ def test_a_folder_behind_a_url_gives_the_clips_of_the_same_folder_here(
     assert len(read_table(Videos(f"s3://{BUCKET}/films/"))) == 3
 
 
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder", "asked_once")
 def test_an_empty_folder_behind_a_url_and_a_silent_server_are_told_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -99,8 +100,6 @@ def test_an_empty_folder_behind_a_url_and_a_silent_server_are_told_apart(
         read_table(Videos(f"s3://{BUCKET}/nothing/"))
     with pytest.raises(InputError, match=r"'s3://.*/nothing' does not exist"):
         read_table(Videos(f"s3://{BUCKET}/nothing"))
-    import fsspec
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     for name in ("clips", "clips/"):
@@ -158,8 +157,6 @@ def test_gone_objects_are_bad_files_and_a_silent_server_is_not(
         read_table(Videos(f"s3://{BUCKET}/clips/none.csv"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
-    import fsspec
-
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(Unreachable):
         decode_clip(f"s3://{BUCKET}/clips/h264.mp4", 1, 8, 32, 32)

@@ -54,7 +54,7 @@ def test_plan_prints_the_figures_that_it_promises(
 ) -> None:
     flags = ("--storage", tmp_path, "--failure-rate", 0.003, "--json")
     shown = printed(capsys, "plan", PLAN, *flags)
-    assert names_in(shown, ("state", "kept")) == promised("plan FILE")
+    assert names_in(shown, ("state", "needed", "kept")) == promised("plan FILE")
     plan = load_plan(PLAN)
     assert [one["stage"] for one in shown["stages"]] == [stage.name for stage in plan.stages]
     for one, stage in zip(shown["stages"], plan.stages, strict=True):

@@ -33,14 +33,14 @@ def test_a_rank_that_gets_its_values_holds_little_more_than_its_part(
 ) -> None:
     file = tmp_path / "weights.safetensors"
     write_file(SHAPE, file)
-    for rank in run_world(materialise, 2, SHAPE, str(file) if from_file else None):
+    for rank in run_world(materialise, 2, SHAPE, str(file) if from_file else None, is_fresh=True):
         assert rank["peak"] <= allowed(rank["shard"])
         assert rank["peak"] >= rank["shard"], "the measure misses what is certainly there"
 
 
 def test_the_measure_sees_a_rank_that_holds_everything() -> None:
     """The control: alone, a rank holds twice the part of one of two."""
-    (alone,) = run_world(materialise, 1, SHAPE, None)
+    (alone,) = run_world(materialise, 1, SHAPE, None, is_fresh=True)
     assert alone["peak"] > allowed(alone["shard"] / 2)
 
 
@@ -54,6 +54,6 @@ def _export_growth(world: World, folder: str) -> int:
 
 
 def test_finished_weights_are_never_whole_on_one_rank(tmp_path: Path) -> None:
-    growths = run_world(_export_growth, 2, str(tmp_path))
+    growths = run_world(_export_growth, 2, str(tmp_path), is_fresh=True)
     whole = sum(p.nbytes for p in SHAPE.build(device="meta").parameters())
     assert max(growths) < whole / 3

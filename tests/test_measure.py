@@ -13,8 +13,8 @@ from test_fit import AUTOENCODER
 from tiny import STAGE
 
 from elastic import measure
-from elastic.data.load import deal
-from elastic.fit import kept_for
+from elastic.data.load import deal, num_rounds
+from elastic.fit import needed
 from elastic.measure import (
     Found,
     Machine,
@@ -24,11 +24,10 @@ from elastic.measure import (
     fastest,
     measure_stage,
     measured,
-    rounds_of,
     seconds_of,
     sizes,
 )
-from elastic.memory import HEADROOM, state_memory
+from elastic.memory import HEADROOM
 from elastic.plan_text import measured_lines
 from models import DCAE
 from stages import Adversarial, Bucket, Given, Phase
@@ -41,7 +40,7 @@ ROOMY = 1e12
 
 @given(batch=st.integers(1, 60), micro=st.integers(1, 60), workers=st.integers(1, 9))
 def test_rounds_are_those_that_the_loop_deals(batch: int, micro: int, workers: int) -> None:
-    assert rounds_of(batch, micro, workers) == len(deal(batch, micro, 0, workers))
+    assert num_rounds(batch, micro, workers) == len(deal(batch, micro, 0, workers))
 
 
 @given(batch=st.integers(1, 500), micro=st.integers(1, 500), workers=st.integers(1, 9))
@@ -108,8 +107,7 @@ def test_sizes_grow_until_throughput_does_not(monkeypatch: pytest.MonkeyPatch) -
 def test_sizes_grow_until_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     timed(monkeypatch, lambda micro: 1.0)
     module, bucket = LARGE.build(), LARGE.buckets[0]
-    state = state_memory(LARGE, module, 1).total
-    room = (state + 5 * kept_for(LARGE, module, bucket, LARGE.recompute)) / HEADROOM
+    room = needed(LARGE, module, bucket.replace(micro=5), 1, LARGE.recompute).total / HEADROOM
     (found,) = measure_stage(LARGE, 1, room)
     assert [(one.micro, one.problem) for one in found.tried] == [
         (1, None), (2, None), (4, None), (8, "more than the device has"),

@@ -39,9 +39,10 @@ def _trained(
     world: World, name: str, smallest_group: int, recompute: bool = False
 ) -> tuple[int, list[float]]:
     """Groups of a codec, and its losses over three updates; every rank sees the same clips."""
-    sharding.SMALLEST_GROUP = smallest_group
     codec, frames = CODECS[name]
-    model = shard(codec.build(device="meta").recompute(recompute), world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALLEST_GROUP", smallest_group)
+        model = shard(codec.build(device="meta").recompute(recompute), world)
     initialise(model, 0, "nested")
     optimizer = build_optimizer(AdamW(lr=1e-3), model)
     x_BCTHW = torch.randn(1, 3, frames, 32, 32, generator=torch.Generator().manual_seed(0))

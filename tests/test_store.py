@@ -534,13 +534,16 @@ _fill(LatentStore.create(sys.argv[1], _schema(videos=480, shape=(16, 5, 16, 16))
 def test_killed_writers_lose_nothing_that_was_committed(place: Place) -> None:
     schema = _schema(videos=480, shape=(16, 5, 16, 16))
     held = 0
-    for _ in range(3):
+    pause_s = (
+        0.003 if place.root.startswith("/") else 0.05
+    )  # what is asked of a bucket takes longer
+    for _ in range(2):
         before = sum(log.count(b"crcs") for log in place.logs().values())
         with subprocess.Popen([sys.executable, "-c", _WRITER, place.root], cwd=ROOT) as child:
             deadline = time.monotonic() + 60
             lines = before
             while lines < before + 8 and time.monotonic() < deadline and child.poll() is None:
-                time.sleep(0.003)
+                time.sleep(pause_s)
                 lines = sum(log.count(b"crcs") for log in place.logs().values())
             os.kill(child.pid, signal.SIGKILL)
         missing = LatentStore.open(place.root).missing()

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-from s3_server import Gate, s3_server  # noqa: F401  # a fixture
+from s3_server import Gate, asked_once, s3_server  # noqa: F401  # fixtures
 from store_places import Place, a_bucket  # noqa: F401  # fixtures
 from test_store import PRINT, VIDEO, _check, _fill, _schema, _write
 
@@ -51,15 +50,15 @@ def test_a_batch_is_asked_for_at_once(place: Place, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def gate(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+def gate(
+    server: str,
+    asked_once: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Gate]:
     """What lies between this process and the server, for clients that are made from now on."""
-    s3 = fsspec.get_filesystem_class("s3")
-    s3.clear_instance_cache()
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # those of the client itself take long
     with Gate(server) as found:
         monkeypatch.setenv("AWS_ENDPOINT_URL", found.address)
         yield found
-    s3.clear_instance_cache()
 
 
 def test_what_cannot_be_had_for_some_seconds_is_asked_for_again(

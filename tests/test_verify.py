@@ -58,7 +58,8 @@ def test_any_changed_byte_of_any_file_is_named_and_repaired_to_the_same_bytes(
     _damage_and_repair(Place(str(tmp_path_factory.mktemp("store"))), data)
 
 
-@settings(max_examples=8, deadline=None)
+# A folder takes the same path with more examples; each takes seconds here.
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_in_a_bucket_as_well(bucket: Place, data: st.DataObject) -> None:
     _damage_and_repair(bucket.below(uuid.uuid4().hex), data)

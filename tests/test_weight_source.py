@@ -63,8 +63,13 @@ def right_index(tensors: Tensors) -> dict[str, str]:
 
 def _wrongly_filled(world: World, path: str, at_once: int) -> list[str]:
     """Parameters that are not the whole when all ranks have filled them, or were read twice."""
-    sharding.SMALLEST_GROUP = 1
-    weight_source.CHUNK = at_once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALLEST_GROUP", 1)
+        patch.setattr(weight_source, "CHUNK", at_once)
+        return _wrong(world, path)
+
+
+def _wrong(world: World, path: str) -> list[str]:
     model = shard(SHAPE.build(4, 12, 10, device="meta"), world)
     source = open_weights(Path(path), SHAPE)
     asked: list[tuple[str, int, int]] = []

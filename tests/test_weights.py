@@ -33,8 +33,9 @@ PLAN = Path(__file__).with_name("tiny_plan.py")
 
 
 def _sharded(world: World) -> nn.Module:
-    sharding.SMALLEST_GROUP = 1
-    model = shard(SHAPE.build(4, 12, 10, device="meta"), world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALLEST_GROUP", 1)
+        model = shard(SHAPE.build(4, 12, 10, device="meta"), world)
     initialise(model, 0, "written")
     return model
 

@@ -1,7 +1,7 @@
 """A stage file whose whole course takes seconds: the tests run it through the command line.
 
 `TINY_VIDEOS` names the table, `TINY_TIMES` makes the diffusion stages longer, `TINY_LR` is the
-learning rate of the first stage.
+learning rate of the first stage, and of the stages there are the first `TINY_STAGES`.
 """
 
 import os
@@ -103,4 +103,5 @@ longer = dc_ae_dit.replace(
     schedule=[Phase(until=20, buckets=[Bucket("32px", frames=4, batch=5, micro=2)])],
 )
 
-plan = Plan("tiny", [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit, longer])
+stages = [hunyuan_vae, hunyuan_dit, dc_ae, dc_ae_dit, longer]
+plan = Plan("tiny", stages[: int(os.environ.get("TINY_STAGES", len(stages)))])

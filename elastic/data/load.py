@@ -1,6 +1,7 @@
 """Deals the global batch to the ranks in micro-batches of fixed shape, a step ahead of training."""
 
 import itertools
+import math
 import queue
 import threading
 import time
@@ -82,6 +83,11 @@ class Source(Protocol):
         ...
 
 
+def num_rounds(batch: int, micro: int, workers: int) -> int:
+    """Rounds that every worker runs in an update, filler rounds included."""
+    return math.ceil(math.ceil(batch / micro) / workers)
+
+
 def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[int], int]]:
     """This rank's rounds: offsets into the batch, always `micro` of them, and how many count.
 
@@ -91,9 +97,8 @@ def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[i
     cuts = [
         list(range(first, min(first + micro, plan_size))) for first in range(0, plan_size, micro)
     ]
-    num_rounds = -(-len(cuts) // world)
     rounds = []
-    for turn in range(num_rounds):
+    for turn in range(num_rounds(plan_size, micro, world)):
         mine = turn * world + rank
         cut = cuts[mine] if mine < len(cuts) else []
         rounds.append((cut + [plan_size - 1] * (micro - len(cut)), len(cut)))

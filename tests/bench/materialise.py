@@ -90,7 +90,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def measure(shape: DiT, size: int, file: str | None, repeats: int) -> dict[str, object]:
     """Peaks of all ranks of a few runs, against the goal."""
-    runs = [r for _ in range(repeats) for r in worlds.run_world(materialise, size, shape, file)]
+    runs = [
+        r
+        for _ in range(repeats)
+        for r in worlds.run_world(materialise, size, shape, file, is_fresh=True)
+    ]
     block = largest_block_bytes(shape)
     over = [r["peak"] - SHARDS_ALLOWED * r["shard"] - BLOCKS_ALLOWED * block for r in runs]
     return {
