@@ -33,6 +33,7 @@ from elastic.data.sealed import SealedStore
 from elastic.data.sources import LatentSource, VideoSource
 from elastic.errors import InputError, StageBlocked, last_line
 from elastic.folders import MEMBERS
+from elastic.heap import keep_freed_memory
 from elastic.link import Ended, Failed, Link, Measured, Order, Told
 from elastic.loop import Run, train_stage
 from elastic.meter import Meter
@@ -101,6 +102,7 @@ def main(pipe: "Connection[Any, Any]", listening: int | None) -> int:
 
     `listening` is the socket that rank 0's store is to use. How it ended is told through the pipe.
     """
+    keep_freed_memory()
     faulthandler.enable()
     faulthandler.register(STACKS, all_threads=True)
     logging.basicConfig(level=logging.INFO)

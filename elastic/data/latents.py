@@ -2,7 +2,6 @@
 
 # B clip, C channel, T frame, H, W pixels or latent grid
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor
 
 from elastic.data.decode import to_unit
+from elastic.heap import keep_freed_memory
 from elastic.kernels import compiled_encoder
 from elastic.weights import file_digest, load_weights
 from models.codec import Codec, CodecModule
 
 _CHUNK = 8
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_MOST_ON_HEAP, _MOST_KEPT = 1 << 28, 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -159,20 +157,8 @@ def _encode_still(module: CodecModule, x_BC1HW: Tensor) -> Tensor:
 def load_codec(codec: Codec, weights: Path, digest: str) -> CodecModule:
     """The codec with its weights, once a process; the digest makes other weights another codec."""
     assert file_digest(weights) == digest, f"{weights} changed while it was being used"
-    _keep_freed_memory()
+    keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = load_weights(codec.build(), weights).to(device)
     assert isinstance(module, CodecModule), f"{codec.name} built {type(module)}"
     return module
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next chunk, up to a gigabyte.
-
-    By default it is given back, and each page is zeroed again when it is touched: up to a quarter
-    of an encoding process's time on a CPU (tests/bench/encode.py).
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # others than glibc have no such call
-        libc.mallopt(_M_MMAP_THRESHOLD, _MOST_ON_HEAP)
-        libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
