@@ -25,8 +25,8 @@ with ThreadPoolExecutor(1) as pool:
         for _ in range(rounds):
             pool.submit(batch).result()
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    faults(5)
-    print(faults(20))
+    faults(20)
+    print(faults(40))
 """
 
 

@@ -19,7 +19,9 @@ out, and then the goal does not hold.
 
 import argparse
 import importlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -48,6 +50,7 @@ from figure import record
 
 from elastic.data.ahead import read_ahead
 from elastic.data.store import BucketPlan, LatentStore, Sample, SealedStore, StoreSchema
+from elastic.heap import keep_freed_memory
 
 BUCKET = "bench"
 SHAPES = {"1.1 MB": ((16, 33, 32, 32), 256, 16), "9.7 MB": ((16, 33, 96, 96), 64, 8)}
@@ -331,6 +334,47 @@ LOADERS: dict[str, Callable[[Latents], Read]] = {
 }
 
 
+class _Turn:
+    """A loader in a process of its own, as it is in training."""
+
+    def __init__(self, name: str, latents: Latents) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        about = (latents.folder, latents.shape, latents.count, latents.per_shard)
+        self._process = spawn.Process(target=_serve, args=(name, *about, theirs))
+        self._process.start()
+        theirs.close()
+
+    def take(self, order: Order) -> tuple[float, float]:
+        """Read them; seconds, and processor seconds of all its processes."""
+        self._pipe.send(order)
+        spent: tuple[float, float] = self._pipe.recv()
+        return spent
+
+    def end(self) -> None:
+        """Have it end."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(
+    name: str, folder: Path, shape: tuple[int, ...], count: int, per_shard: int, pipe: Any
+) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "The given buffer is not writable")
+    if name == "ours":
+        keep_freed_memory()  # as a training process of ours does
+    latents = Latents(folder, shape, count, per_shard)
+    read = LOADERS[name](latents)
+    while (order := pipe.recv()) is not None:
+        wall, cpu = time.perf_counter(), cpu_of_all()
+        firsts = [found[0, 0, 0, 0].clone() for found in read(order)]
+        pipe.send((time.perf_counter() - wall, cpu_of_all() - cpu))
+        for number, row_W in enumerate(firsts):
+            expected = latents.tensor(order[number * BATCH])[0, 0, 0]
+            assert torch.equal(row_W, expected), f"{name} reads another sample"
+
+
 def cpu_of_all() -> float:
     """Processor seconds of this process and of those that it started, also while they run."""
     own = psutil.Process()
@@ -343,21 +387,19 @@ def cpu_of_all() -> float:
 
 def measure_batches(latents: Latents, rounds: int) -> dict[str, Any]:
     """Seconds and processor seconds of a sample that comes in a batch; loaders take turns."""
+    has_streaming = importlib.util.find_spec("streaming") is not None
+    names = [name for name in LOADERS if has_streaming or not name.startswith("streaming")]
+    turns = {name: _Turn(name, latents) for name in names}
     taken: dict[str, list[tuple[float, float]]] = {}
-    readers: dict[str, Read] = {}
-    for name, make in LOADERS.items():
-        with suppress(ImportError):
-            readers[name] = make(latents)
-            for first, found in enumerate(readers[name](list(range(2 * BATCH)))):
-                assert torch.equal(found[0], latents.tensor(first * BATCH)), f"{name}: another"
-    for turn in range(rounds):
-        order = orders(latents, turn)["random"]
-        names = list(readers)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            wall, cpu = time.perf_counter(), cpu_of_all()
-            num = sum(len(found) for found in readers[name](order))
-            assert num == latents.count
-            taken.setdefault(name, []).append((time.perf_counter() - wall, cpu_of_all() - cpu))
+    for turn in turns.values():
+        turn.take(orders(latents, 0)["random"])  # opens files, starts processes, checks
+    for number in range(rounds):
+        order = orders(latents, number)["random"]
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken.setdefault(name, []).append(turns[name].take(order))
+    for turn in turns.values():
+        turn.end()
     return {name: row(spent, latents) for name, spent in taken.items()}
 
 
