@@ -139,6 +139,22 @@ def reader_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def batch_table(figures: dict[str, Any]) -> str:
+    """One row a loader: samples a second and processor time of one, in batches of 8."""
+    lines = [
+        "| loader | 1.1 MB, samples/s | processor a sample | 9.7 MB, samples/s "
+        "| processor a sample |",
+        "|---|---|---|---|---|",
+    ]
+    for name in figures["1.1 MB"]["batches"]:
+        rows = [figures[size]["batches"][name] for size in ("1.1 MB", "9.7 MB")]
+        cells = [f"{r['samples_per_s']:,.0f} | {r['cpu_us'] / 1000:.1f} ms" for r in rows]
+        kind, _, workers = name.partition(", ")
+        shown = _READERS.get(kind, kind) + (f", `DataLoader` with {workers}" if workers else "")
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables, write the picture."""
     policies = json.loads((RESULTS / "init_policies.json").read_text())["figures"]["policies"]
@@ -147,7 +163,8 @@ def main() -> None:
     print(f"\n{resize_table(resize['faults'])}\n")
     mfu = json.loads((RESULTS / "mfu.json").read_text())
     print(f"{mfu['device']}\n\n{mfu_table(mfu['figures']['cells'])}\n")
-    print(f"{reader_table(json.loads((RESULTS / 'reader.json').read_text())['figures'])}\n")
+    reader = json.loads((RESULTS / "reader.json").read_text())["figures"]
+    print(f"{reader_table(reader)}\n\n{batch_table(reader)}\n")
     PICTURE.write_text(policy_picture(policies))
     print(f"\n{PICTURE.relative_to(PICTURE.parents[1])}")
     for path in sorted(RESULTS.glob("*.json")):
