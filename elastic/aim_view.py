@@ -102,9 +102,13 @@ class AimView:
     def _position(self, event: Event) -> int:
         """Where it happened; who tells of a crash does not know, and the stage's last line does."""
         stage = event["stage"] or PLAN_RUN
-        if event["position"] is not None:
-            self._reached[stage] = event["position"]
-        elif event["kind"] == "stage_start":
+        position = event["position"]
+        if position is not None:
+            # A save is told when it has been written, and the updates have gone on.
+            goes_back = event["kind"] == "start"
+            self._reached[stage] = max(position, 0 if goes_back else self._reached.get(stage, 0))
+            return int(position)
+        if event["kind"] == "stage_start":
             return 0  # told again by every driver
         return self._reached.get(stage, 0)
 

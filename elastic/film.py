@@ -27,6 +27,9 @@ _THUMB = 120  # pixels, the least long side of a frame on the sheet
 _GAP = 8
 _TEXT = 18
 
+# What a truncated file ends with depends on where it was cut.
+_CUT_SHORT = (av.error.InvalidDataError, av.error.EOFError)
+
 
 class Film(NamedTuple):
     """Decoded frames T,H,W,C in 0..255 and how many of them make a second."""
@@ -80,7 +83,7 @@ def read_mp4(path: str | Path) -> Film:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or 0)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    except av.error.InvalidDataError as error:
+    except _CUT_SHORT as error:
         raise ValueError(f"{str(path)!r} cannot be decoded as video: {error}") from error
     if not frames:
         raise ValueError(f"{str(path)!r} holds no frame; it was cut short or never written")
@@ -93,7 +96,7 @@ def first_frame(path: str | Path, longest_side: int = 128) -> bytes:
         with av.open(str(path)) as container:
             frames = container.decode(video=0) if container.streams.video else iter(())
             pixels_HWC = next((frame.to_ndarray(format="rgb24") for frame in frames), None)
-    except av.error.InvalidDataError as error:
+    except _CUT_SHORT as error:
         raise ValueError(f"{str(path)!r} cannot be decoded as video: {error}") from error
     if pixels_HWC is None:
         raise ValueError(f"{str(path)!r} holds no frame; it was cut short or never written")

@@ -55,6 +55,7 @@ def forecast(
             workers, size = workers_on(stage, gpus), saved_bytes(stage)
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
+    lines += [f"not here: {table!r}; train needs it" for table in absent(plan)]
     if faults is not None:
         largest = max(plan.stages, key=saved_bytes)
         scales = scale_lines(faults, saved_bytes(largest), gpus, largest.multiple)
@@ -76,8 +77,14 @@ def _disk(plan: Plan, keep: Keep) -> str:
         return "; ".join(parts)
     latents = most_latent_bytes(plan)
     if latents is None:
-        return "; ".join([*parts, "latents: not known before the table of clips is there"])
+        return "; ".join([*parts, "latents: not known before the clips are there"])
     return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
+
+
+def absent(plan: Plan) -> list[str]:
+    """The tables and folders of clips that are not on this machine."""
+    named = dict.fromkeys(one.table for stage in plan.stages for one in stage.data.sources)
+    return [table for table in named if not is_there(table)]
 
 
 def most_latent_bytes(plan: Plan) -> int | None:

@@ -1,8 +1,9 @@
 """What the model is given for a micro-batch: made ahead of the training, copied beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -27,26 +28,26 @@ class Inputs:
     arrived: torch.cuda.Event | None = None
     """When the copies are there; None: they are."""
 
-    def to(self, device: torch.device) -> "Inputs":
-        """On the device, bf16 widened to fp32 there; neither host nor device waits for it.
+    def ready_for(self, device: torch.device) -> "Inputs":
+        """As a reading thread leaves them: where a GPU can fetch them from, or all as fp32."""
+        if device.type == "cuda":
+            return self._each(Tensor.pin_memory)
+        return self._each(_widened)
 
-        A GPU copies on a stream of its own: call `arrive` before anything is computed with them.
-        """
-        if device.type != "cuda":
-            return self._each(lambda x: _widened(x.to(device)))
+    def _copied(self, device: torch.device) -> "Inputs":
+        """On the GPU when `arrived` says so, by its stream of copies; nobody waits for it."""
         copies = _copies_of(device)
         with torch.cuda.stream(copies):
-            moved = self._each(lambda x: _widened(x.pin_memory().to(device, non_blocking=True)))
+            moved = self._each(lambda x: x.to(device, non_blocking=True))
             return replace(moved, arrived=copies.record_event())
 
-    def arrive(self) -> None:
-        """Have what the device is given from now on wait for the copies."""
-        if self.arrived is None:
-            return
+    def _arriving(self) -> "Inputs":
+        """As fp32, when what the GPU was given before has been done and the copies are there."""
+        assert self.arrived is not None, "nothing was copied"
         computing = torch.cuda.current_stream(self.x_BCTHW.device)
         computing.wait_event(self.arrived)
         # Their memory belongs to the stream of the copies, which knows nothing of the computing.
-        self._each(lambda x: _used_by(computing, x))
+        return replace(self._each(lambda x: _widened(_used_by(computing, x))), arrived=None)
 
     def _each(self, act: Callable[[Tensor], Tensor]) -> "Inputs":
         def of(x: Tensor | None) -> Tensor | None:
@@ -64,6 +65,22 @@ class Inputs:
             text=text,
             given_BCTHW=of(self.given_BCTHW),
         )
+
+
+def on_device(rounds: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
+    """What a reading thread has made ready, one after the other on the device.
+
+    Those of the next round are copied beside the computation with one: no more than two are there.
+    """
+    if device.type != "cuda":
+        yield from rounds
+        return
+    left = iter(rounds)
+    coming = [one._copied(device) for one in islice(left, 1)]
+    while coming:
+        here = coming.pop()._arriving()
+        coming = [one._copied(device) for one in islice(left, 1)]
+        yield here
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from elastic.data.load import Step, Stream
 from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
 from elastic.exact import OrderedGradients, reproducible, square_sum
-from elastic.inputs import Inputs
+from elastic.inputs import Inputs, on_device
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
@@ -168,7 +168,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
             group["lr"] = held_rate if group["held"] else rate
 
         # The same number of rounds on every rank; a rank with nothing left computes weight 0.
-        for inputs in step.micros:
+        for inputs in on_device(step.micros, world.device):
             micro, weight_B = inputs.micro, inputs.weight_B
             if ordered is None:
                 model.set_requires_gradient_sync(micro.is_last or exchanges)

@@ -27,7 +27,7 @@ from elastic.data.permutation import Indices
 from elastic.exact import reproducible
 from elastic.files import write_atomic
 from elastic.fit import local_device_bytes, sample_layers
-from elastic.inputs import Inputs
+from elastic.inputs import Inputs, on_device
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.loop import build_optimizer, clip_gradients
 from elastic.memory import HEADROOM, peak_memory
@@ -185,8 +185,10 @@ class Trainer:
         self._optimizer = build_optimizer(stage.optimizer, self._model)
 
     def inputs(self, micro: Micro) -> Inputs:
-        """What training would read ahead."""
-        return self._objective.inputs(micro, self._world.device)
+        """What training would read ahead, on the device."""
+        device = self._world.device
+        (inputs,) = on_device([self._objective.inputs(micro, device)], device)
+        return inputs
 
     def round(self, inputs: Inputs) -> None:
         """Forward and backward of one micro-batch."""

@@ -48,6 +48,7 @@ class Memory:
     gradients: float = 0.0
     activations: float = 0.0
     update: float = 0.0  # what clipping and the optimizer's step take
+    inputs: float = 0.0  # of the round that is computed, and of the next one
 
     @property
     def total(self) -> float:
@@ -70,6 +71,7 @@ def peak_memory(
     Activations are there before gradients have been summed, and both before the update.
     """
     state, shard = state_memory(stage, module, workers), _shard(stage, module, workers)
+    state = replace(state, inputs=input_bytes(stage, bucket))
     sums = Sums(
         width=precision_bytes(stage),
         holders=stage.holders(workers),
@@ -84,6 +86,22 @@ def peak_memory(
     if shard + update > passes.total:
         return replace(state, gradients=shard, update=update)
     return replace(state, **passes._asdict())
+
+
+def input_bytes(stage: Stage, bucket: Bucket) -> float:
+    """Bytes that the model is given for a micro-batch, and those of the next one on its way.
+
+    Latents and text arrive as bf16 and are computed with as fp32; pixels and noise are fp32.
+    """
+    pixels = 3 * bucket.frames * bucket.height * bucket.width
+    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
+    latents = stage.codec.channels * math.prod(grid)
+    if isinstance(stage, AutoencoderStage):
+        return float(bucket.micro * 2 * FP32 * (pixels + (latents if stage.kl_weight else 0)))
+    given = (1 + stage.codec.channels) * math.prod(grid) if stage.gives(bucket) else 0
+    arriving = latents + given + stage.text.most_tokens(()) * stage.text.width
+    both = FP32 + torch.bfloat16.itemsize
+    return float(bucket.micro * (both * arriving + 2 * FP32 * latents))
 
 
 def _shard(stage: Stage, module: nn.Module, workers: int) -> float:

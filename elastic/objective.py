@@ -14,7 +14,7 @@ from elastic.data.ahead import read_ahead
 from elastic.data.load import Micro, Source, Step, held_out_rounds
 from elastic.errors import InputError
 from elastic.exact import totals
-from elastic.inputs import Inputs
+from elastic.inputs import Inputs, on_device
 from elastic.kernels import compiles, text_room
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.workload import Workload, workload
@@ -60,14 +60,15 @@ class Objective(Protocol):
         ...
 
     def inputs(self, micro: Micro, device: torch.device) -> Inputs:
-        """What the model is given for a micro-batch; another thread than the training's calls it.
+        """What the model is given for a micro-batch, ready for the device, but not there yet.
 
-        All that is drawn for it is drawn here: it is a function of the samples alone.
+        Another thread than the training's calls it. All that is drawn for it is drawn here: it is a
+        function of the samples alone.
         """
         ...
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
-        """The losses of each sample of a micro-batch, unweighted."""
+        """The losses of each sample of a micro-batch, unweighted; the inputs are on the device."""
         ...
 
     def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
@@ -118,7 +119,6 @@ class FlowMatching:
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Squared error of the velocity, per sample."""
-        inputs.arrive()
         noise_BCTHW, t_B, text = inputs.noise_BCTHW, inputs.t_B, inputs.text
         assert noise_BCTHW is not None, "flow matching adds noise"
         assert t_B is not None, "flow matching draws times"
@@ -156,7 +156,7 @@ class FlowMatching:
             text=text,
             given_BCTHW=self._given(micro, choice),
         )
-        return found.to(device)
+        return found.ready_for(device)
 
     def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
         """What this rank compiles for a step, unless it has before: bucket and lengths of text."""
@@ -239,7 +239,7 @@ class FlowMatching:
         ready = partial(self._inputs, device=world.device, use="held-out", choice=choice)
         for bucket in buckets:
             micros = held_out_rounds(self.held_out, self._stage, bucket, world)
-            for inputs in read_ahead(ready, micros, most=2):
+            for inputs in on_device(read_ahead(ready, micros, most=2), world.device):
                 with torch.no_grad():
                     loss_B = self.losses(model, inputs).model_B
                 weight_B = inputs.weight_B.double()
@@ -286,7 +286,7 @@ class Reconstructing:
         """Pixels, and noise for the latent if its KL has a weight."""
         noise = self._noise(micro) if self._stage.kl_weight else None
         samples, work = micro.samples, workload(self._stage, micro)
-        return Inputs(micro, work, samples.x_BCTHW, samples.weight_B, noise).to(device)
+        return Inputs(micro, work, samples.x_BCTHW, samples.weight_B, noise).ready_for(device)
 
     def _noise(self, micro: Micro) -> Tensor:
         stage, bucket = self._stage, micro.bucket
@@ -304,7 +304,6 @@ class Reconstructing:
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Reconstruction loss per sample; the latent is sampled if its KL has a weight."""
-        inputs.arrive()
         x_BCTHW, position = inputs.x_BCTHW, inputs.micro.position
         reconstruction = model(x_BCTHW, inputs.noise_BCTHW)
         parts_B = self._parts_B(x_BCTHW, reconstruction)

@@ -10,10 +10,12 @@ from elastic.checkpoint_store import Keep
 from elastic.data.load import num_rounds
 from elastic.errors import InputError
 from elastic.fit import GIB, check_fit, local_device_bytes, shown, workers_on
+from elastic.folders import RunFolder
 from elastic.forecast import forecast
 from elastic.forecast_json import forecast_json
 from elastic.measure import Found, Tried, fastest, measured, seconds_of
 from elastic.outlook import Faults
+from elastic.record import check_unchanged
 from elastic.settings import Settings
 from elastic.workload import video_tokens
 from stages.plan import Plan
@@ -24,7 +26,11 @@ MEASURED = ".measured"  # folder beside the runs
 
 
 def print_plan(plan: Plan, flags: argparse.Namespace, settings: Settings) -> None:
-    """Print the plan; InputError for what does not fit the device that is named, or is here."""
+    """Print the plan; InputError for what does not fit the device that is named, or is here.
+
+    So for a stage that has started and is another now: it would not be trained either.
+    """
+    check_unchanged(RunFolder.of(settings.storage_path, plan), plan)
     faults = _faults(flags)
     keep = Keep(settings.keep_last, settings.keep_every)
     if flags.json and flags.measure:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 NUM_PREVIEWS = 4  # every worker waits for them
 _USUAL = Guided()
+_MOST_TRIES = 2  # of a position: one may have ended for another reason
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,9 @@ class Previews:
         else:
             watch = partial(_watch, world, position, tell)
             try:
-                with ema.in_place(), eager():
-                    latents = self._walk(model, world, watch)
-                problem = self._publish(world, latents, position, watch)
+                problem = self._try(model, ema, world, position, watch)
             except _Asked:
+                self._note(world, position, tries=0)
                 log.info("no samples at %s: asked to stop", f"{position:,}")
                 return
             if problem is not None:
@@ -122,10 +122,61 @@ class Previews:
             more["captions"] = [one.caption for one in self._shown]
         tell.event(kind, position, reason, **more)
 
+    def _try(
+        self,
+        model: nn.Module,
+        ema: EmaWeights,
+        world: World,
+        position: int,
+        watch: Callable[[], None],
+    ) -> str | None:
+        """Make and publish them; why there are none, on every rank.
+
+        Whatever ends an attempt here would end the next one at the same place: a few may try.
+        """
+        tries = world.on_first(lambda: _number_in(self._tries_at(position)))
+        if tries >= _MOST_TRIES:
+            return f"{tries} attempts ended while they made them"
+        problem = self._note(world, position, tries + 1)
+        if problem is None:
+            texts, problem = self._texts(world)
+        if problem is None:
+            with ema.in_place(), eager():
+                latents = self._walk(model, world, texts, watch)
+            problem = self._publish(world, latents, position, watch)
+        self._note(world, position, tries=0)
+        return problem
+
+    def _tries_at(self, position: int) -> Path:
+        return self.folder / f".tries-{position}"
+
+    def _note(self, world: World, position: int, tries: int) -> str | None:
+        """How many attempts have begun with this position and not come to its end."""
+        path = self._tries_at(position)
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(tries)) if tries else path.unlink(missing_ok=True)
+
+        return world.on_first(partial(_tried, write))
+
+    def _texts(self, world: World) -> tuple[list[TextBatch], str | None]:
+        """The text of each caption that this rank walks, in turn; or why a rank has none."""
+        texts: list[TextBatch] = []
+
+        def read() -> None:
+            for first in range(world.reader, world.reader + len(self._shown), world.readers):
+                texts.append(self._text(self._shown[min(first, len(self._shown) - 1)]))
+
+        problems = world.gather(_tried(read))
+        return texts, next((one for one in problems if one is not None), None)
+
     def _path(self, position: int, one: Shown) -> Path:
         return self.folder / str(position) / f"{one.place:02d}.mp4"
 
-    def _walk(self, model: nn.Module, world: World, watch: Callable[[], None]) -> list[Tensor]:
+    def _walk(
+        self, model: nn.Module, world: World, texts: list[TextBatch], watch: Callable[[], None]
+    ) -> list[Tensor]:
         """The latents of each caption, on the CPU of every rank.
 
         Every rank runs the same number of times: one with no caption left walks the last again.
@@ -138,19 +189,21 @@ class Previews:
             return velocity_BCTHW
 
         latents: list[Tensor] = []
-        for first in range(0, count, world.readers):
+        for turn, first in enumerate(range(0, count, world.readers)):
             mine = first + world.reader
-            z_BCTHW = self._walk_one(watched, world, self._shown[min(mine, count - 1)])
+            place = self._shown[min(mine, count - 1)].place
+            z_BCTHW = self._walk_one(watched, world, place, texts[turn])
             for number in range(first, min(first + world.readers, count)):
                 own = z_BCTHW if number == mine and world.counts else torch.zeros_like(z_BCTHW)
                 latents.append(world.sum(own.clone()).cpu())
         return latents
 
-    def _walk_one(self, model: Callable[..., Tensor], world: World, one: Shown) -> Tensor:
+    def _walk_one(
+        self, model: Callable[..., Tensor], world: World, place: int, text: TextBatch
+    ) -> Tensor:
         stage, bucket = self._stage, longest_bucket(self._stage)
         grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-        text = self._text(one)
-        noise_BCTHW = noise_of((stage.codec.channels, *grid), one.place)[None]
+        noise_BCTHW = noise_of((stage.codec.channels, *grid), place)[None]
         z_BCTHW = noise_BCTHW.to(world.device)
         return walk(stage, model, z_BCTHW, text, self._null, self._job.guided)
 
@@ -211,12 +264,14 @@ class _Darkroom:
     ) -> None:
         self._stage, self._job, self._draft, self._device = stage, job, draft, device
         self._codec: CodecModule | None = None
+        self._has_begun = False
 
     def open(self) -> None:
         """Load the codec, and begin with an empty draft: a killed attempt may have left one."""
         weights = self._job.codec_weights
         if file_digest(weights) != self._job.digest:
             raise InputError(f"{weights} are not the weights that the latents were made with")
+        self._has_begun = True
         shutil.rmtree(self._draft, ignore_errors=True)
         self._draft.mkdir(parents=True)
         module = load_weights(self._stage.codec.build(), weights).to(self._device)
@@ -238,7 +293,7 @@ class _Darkroom:
 
     def close(self) -> None:
         """Give back the codec's memory, and the draft of what could not be published."""
-        if self._codec is None:
+        if not self._has_begun:
             return
         self._codec = None
         shutil.rmtree(self._draft, ignore_errors=True)
@@ -264,9 +319,17 @@ def positions_in(folder: Path) -> list[int]:
 
 
 def _tried(step: Callable[[], None]) -> str | None:
-    """What went wrong, if it is nothing that training has to end for."""
+    """What went wrong: films are nothing that training has to end for."""
     try:
         step()
-    except (InputError, OSError, ValueError, torch.OutOfMemoryError) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _number_in(path: Path) -> int:
+    """What was noted there; 0 if nothing was."""
+    try:
+        return int(path.read_text() or 0)
+    except (OSError, ValueError):
+        return 0

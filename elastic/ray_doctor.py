@@ -94,8 +94,10 @@ def _sums(nodes: list[Node]) -> Iterator[Finding]:
 def _sum(backend: Backend, nodes: list[Node]) -> Finding:
     """Have a process on each node take part in a sum."""
     first = nodes[0]
-    port = ray.get(first.peer.free_port.remote(), timeout=_ANSWER_S)
-    place = f"tcp://{first.address}:{port}"
+    ports, lost = _ask({first.name: first.peer.free_port.remote()})
+    if lost:
+        return check_sum(backend, lost)
+    place = f"tcp://{first.address}:{ports[first.name]}"
     asked = {
         one.name: one.peer.agree.remote(backend, place, rank, len(nodes))
         for rank, one in enumerate(nodes)

@@ -95,10 +95,17 @@ def _on_two_nodes(
     world: World, stage: Path, shm: Path
 ) -> list[tuple[dict[str, bytes], dict[str, int]]]:
     """Each rank is a node; then one node of two has lost its memory; then the ranks change."""
-    checkpoint_ram.memory_for = _much
+    with pytest.MonkeyPatch.context() as patch:  # the process plays in other worlds after this
+        patch.setattr(checkpoint_ram, "memory_for", _much)
+        return _in_turns(world, stage, shm, patch)
+
+
+def _in_turns(
+    world: World, stage: Path, shm: Path, patch: pytest.MonkeyPatch
+) -> list[tuple[dict[str, bytes], dict[str, int]]]:
     results = []
     for host in (world.rank, world.rank, 1 - world.rank):
-        checkpoint_read.host = lambda host=host: f"node-{host}"  # type: ignore[misc]  # of this process
+        patch.setattr(checkpoint_read, "host", lambda host=host: f"node-{host}")
         here = shm / str(host)
         here.mkdir(exist_ok=True)
         if not results:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from elastic.heap import keep_freed_memory
+
 # Pages that the kernel had to bring in for a block of 64 MB that comes again and again: made by
 # one thread and let go by another, as a batch is.
 _PROGRAM = """
@@ -28,6 +30,32 @@ with ThreadPoolExecutor(1) as pool:
     faults(20)
     print(faults(40))
 """
+
+
+class _Libc:
+    """A C library that takes blocks of some size at most for its heap."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self.taken = most, dict[int, int]()
+
+    def mallopt(self, option: int, value: int) -> int:
+        """1 if the option is taken."""
+        if option == -3 and value > self._most:
+            return 0
+        self.taken[option] = value
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("most", "options"), [(1 << 40, {-3, -1, -8}), (1 << 25, {-3, -1, -8}), (0, set())]
+)
+def test_a_library_that_takes_no_large_blocks_is_left_as_it_is(
+    most: int, options: set[int]
+) -> None:
+    libc = _Libc(most)
+    keep_freed_memory(libc)
+    assert libc.taken.keys() == options
+    assert libc.taken.get(-3, 0) <= most
 
 
 def _faults(how: str) -> int:

@@ -153,7 +153,7 @@ def test_gone_objects_are_bad_files_and_a_silent_server_is_not(
 ) -> None:
     with pytest.raises(BadVideo, match="does not exist"):
         decode_clip(f"s3://{BUCKET}/clips/none.mp4", 1, 8, 32, 32)
-    with pytest.raises(InputError, match=r"table 's3://.*/none\.csv' does not exist"):
+    with pytest.raises(InputError, match=r"'s3://.*/none\.csv' does not exist"):
         read_table(Videos(f"s3://{BUCKET}/clips/none.csv"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.data.load import Micro, Round, Samples, Stream, rounds_of
 from elastic.data.order import batch_at
-from elastic.inputs import Inputs
+from elastic.inputs import Inputs, on_device
 from elastic.objective import FlowMatching
 from elastic.workload import Workload
 from elastic.world import World
@@ -111,22 +111,23 @@ def test_what_training_is_given_is_made_by_the_thread_that_reads() -> None:
 def test_copies_beside_the_computation_are_whole_when_they_are_used() -> None:
     device, made = torch.device("cuda"), torch.Generator().manual_seed(0)
     busy = torch.randn(4096, 4096, device=device)
-    sums, said = [], []
+    ready, sums, said = [], [], []
     for number in range(64):
         # Sizes come again, so that memory is used again while earlier work may still want it.
         x_BCTHW = torch.randn(2, 4, 8, 64, 64 * (1 + number % 3), generator=made).bfloat16()
-        inputs = Inputs(cast(Any, None), Workload(0, ()), x_BCTHW, torch.ones(2)).to(device)
-        busy = busy @ busy / 64
-        inputs.arrive()
-        sums.append(inputs.x_BCTHW.double().sum())
         said.append(x_BCTHW.double().sum())
-        del inputs
+        inputs = Inputs(cast(Any, None), Workload(0, ()), x_BCTHW, torch.ones(2))
+        ready.append(inputs.ready_for(device))
+    for inputs in on_device(ready, device):
+        busy = busy @ busy / 64
+        sums.append(inputs.x_BCTHW.double().sum())
+        assert inputs.x_BCTHW.dtype == torch.float32
     torch.testing.assert_close(torch.stack(sums).cpu(), torch.stack(said))
 
 
 def test_nothing_is_copied_where_the_model_is_on_the_cpu() -> None:
     x_BCTHW, weight_B = torch.randn(1, 2, 1, 2, 2), torch.ones(1)
-    inputs = Inputs(cast(Any, None), Workload(0, ()), x_BCTHW, weight_B).to(CPU)
+    inputs = Inputs(cast(Any, None), Workload(0, ()), x_BCTHW, weight_B).ready_for(CPU)
     assert inputs.x_BCTHW.data_ptr() == x_BCTHW.data_ptr()
-    assert inputs.arrived is None
+    assert list(on_device([inputs], CPU)) == [inputs]
     assert np.shares_memory(inputs.weight_B.numpy(), weight_B.numpy())

@@ -20,7 +20,7 @@ def _fails(world: World) -> None:
     world.barrier()
 
 
-def test_a_rank_that_is_used_again_keeps_its_number_and_nothing_else(
+def test_a_rank_that_is_used_again_keeps_its_number_and_not_its_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RESTAGE_TEST", "first")

@@ -92,11 +92,13 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    home = os.getcwd()
     while True:
         try:
             folder, rank, size, environment, function, arguments = pipe.recv()
         except EOFError:
             return
+        os.chdir(home)
         os.environ.clear()
         os.environ.update(environment | {"OMP_NUM_THREADS": "1"})
         try:

@@ -177,8 +177,8 @@ def _read(name: str) -> Iterator[pa.RecordBatch]:
         raise InputError(f"table {name!r} cannot be reached: {error}") from error
     if not is_there:
         raise InputError(
-            f"table {name!r} does not exist; it is a CSV or Parquet file, or its URL, with the "
-            f"columns path and text: correct the name"
+            f"{name!r} does not exist; it is a table (a CSV or Parquet file, or its URL, with the "
+            f"columns path and text) or a folder of videos: correct the name"
         )
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
     suffix = Path(name).suffix.lower()
