@@ -78,7 +78,9 @@ def test_recompute_never_needs_more(
     none, selective, full = (
         needed(stage, module, bucket, workers, policy).total for policy in RECOMPUTE
     )
-    assert none >= selective >= full
+    more = 1 + 1e-9  # sums of the same parts in another order
+    assert none * more >= selective
+    assert selective * more >= full
 
 
 @given(layers=LAYERS, outer=st.integers(1, 10**7), holders=st.integers(1, 9))
