@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import models
+import stages
 from models import DCAE, DiT, HunyuanVAE, T5Clip, WordHash
 from stages import (
     AdamW,
@@ -490,3 +492,12 @@ def test_the_watch_over_recipes_sees_a_tensor_and_a_file(probe: str, word: str) 
     done = _watched(RECIPES[0], probe)
     assert done.returncode == 1
     assert word in done.stderr
+
+
+def test_defaults_in_the_guide_are_those_of_the_code() -> None:
+    guide = (ROOT / "stages/README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| `(.+?)` \|", guide, re.MULTILINE)
+    assert len(rows) > 8
+    for record, field, default in rows:
+        owner = getattr(stages, record, None) or getattr(models, record)
+        assert repr(owner.model_fields[field].default) == default, f"{record}.{field}"
