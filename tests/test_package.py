@@ -2,12 +2,14 @@
 
 import configparser
 import email
+import importlib.metadata
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,43 @@ def test_what_users_install_has_a_ceiling_and_the_pinned_versions_lie_within() -
         needed = Requirement(line)
         assert {"<", "=="} & {one.operator for one in needed.specifier}, line
         assert pins[canonicalize_name(needed.name)] in needed.specifier, line
+
+
+def _installed(lines: Iterable[str]) -> dict[str, str]:
+    """The version of every package that these requirements bring, and those that it brings."""
+    found: dict[str, str] = {}
+    todo = [(Requirement(line), "") for line in lines]
+    while todo:
+        needed, extra = todo.pop()
+        if needed.marker and not needed.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(needed.name)
+        is_new = name not in found
+        try:
+            one = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # what only an extra or another system needs
+        found[name] = one.version
+        if is_new or needed.extras:
+            for extra in ("", *needed.extras):
+                todo += [(Requirement(line), extra) for line in one.requires or ()]
+    return found
+
+
+def test_nothing_is_installed_that_is_not_pinned_and_nothing_at_another_version() -> None:
+    """An audit that needs no network: a package that came in unseen has no line to be read."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pin = Requirement(line)
+        (pins[canonicalize_name(pin.name)],) = [one.version for one in pin.specifier]
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *extras["text"], *extras["s3"], *extras["dev"]]
+    found = _installed(line for line in lines if not line.startswith("restage"))
+    assert len(found) > 100
+    unpinned = found.keys() - pins.keys() - {"setuptools", "pip"}
+    assert not unpinned, "read what it is, then give it a line in constraints.txt"
+    others = {n: v for n, v in found.items() if n in pins and v.split("+")[0] != pins[n]}
+    assert not others, "make venv installs what was tested"
 
 
 def test_the_lowest_diffusers_has_every_class_that_the_published_codecs_build() -> None:
