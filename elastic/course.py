@@ -30,7 +30,7 @@ from elastic.data.table import read_tables
 from elastic.data.verify import FIELDS, Verdict
 from elastic.errors import InputError
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
-from elastic.journal import read_events
+from elastic.journal import read_events, read_metrics
 from elastic.latent_pins import (
     codec_weights,
     forget_stale,
@@ -53,6 +53,7 @@ from elastic.sample import (
     text_error,
 )
 from elastic.start import INIT, check_origin
+from elastic.summary import poor_codec
 from elastic.weights import WEIGHTS, finished
 from models.perceptual import Lpips
 from stages.init import Align, FromFile, Init, parent_of
@@ -122,6 +123,7 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
+    _warn_of_codec(course, stage)
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else ()
     parent = parent_of(stage.init)
     if not (folder / INIT).exists():
@@ -148,6 +150,13 @@ def _preview_job(folder: RunFolder, stage: Stage) -> PreviewJob | None:
     assert scale is not None, f"stage {stage.name} is trained on latents without their scale"
     digest = json.loads(pins.read_text())["weights_sha256"]
     return PreviewJob(folder.root, codec_weights(folder, stage), digest, scale)
+
+
+def _warn_of_codec(course: Course, stage: Stage) -> None:
+    if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
+        warning = poor_codec(read_metrics(course.folder.root), stage.vae.name)
+        if warning is not None:
+            log.warning("%s: %s", stage.name, warning)
 
 
 def with_absolute_weights(stage: Stage) -> Stage:

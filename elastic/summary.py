@@ -44,6 +44,23 @@ class StageSummary(NamedTuple):
     is_finished: bool
 
 
+_POOR_DB = 20.0  # what is given back is a blur, and a DiT on such latents learns to draw one
+
+
+def poor_codec(metrics: Sequence[Metric], stage: str) -> str | None:
+    """What to know of an autoencoder's stage before a DiT learns on its latents; None if nothing.
+
+    By its last PSNR on held-out clips.
+    """
+    psnr = values_of(latest_values(metrics), stage, "psnr", {"subset": "held_out"})
+    if not psnr or psnr[-1][1] >= _POOR_DB:
+        return None
+    return (
+        f"the codec of stage {stage!r} gives held-out clips back at {psnr[-1][1]:.1f} dB, and "
+        f"below {_POOR_DB:.0f} dB a DiT learns a blur: train it on more samples, or make it wider"
+    )
+
+
 class History(NamedTuple):
     """The journals of a run and what follows from them; jumps of the clock are taken out."""
 

@@ -13,7 +13,7 @@ from written_run import HOSTILE, T0, Machines, write_run
 
 from elastic.report import print_table, summarise, write_report
 from elastic.report_samples import MOST_POSITIONS, Film, spread
-from elastic.summary import read_history, table_text
+from elastic.summary import poor_codec, read_history, table_text
 from elastic.timeline import ACTIVITIES
 
 
@@ -45,6 +45,20 @@ def test_the_summary_counts_what_each_stage_lost(run_dir: Path) -> None:
     assert vae.loss_first == pytest.approx(0.2 + 3 * math.exp(-20 / 150))
     assert vae.loss_last == pytest.approx(0.2 + 3 * math.exp(-400 / 150))
     assert vae.held_out_first == pytest.approx(1.1 * (0.2 + 3 * math.exp(-100 / 150)))
+
+
+def test_a_codec_that_gives_clips_back_badly_is_told_before_a_dit_learns_on_it() -> None:
+    def measured(position: int, psnr: float) -> Any:
+        about = {"wall": T0 + position, "stage": "vae", "attempt": 1, "position": position}
+        values = {"psnr": psnr}
+        return {**about, "world": 1, "context": {"subset": "held_out"}, "values": values}
+
+    told = poor_codec([measured(8, 25.0), measured(16, 12.42)], "vae")
+    assert told is not None
+    assert "'vae'" in told
+    assert "12.4 dB" in told
+    assert poor_codec([measured(8, 12.4), measured(16, 25.0)], "vae") is None
+    assert poor_codec([measured(8, 12.4)], "another") is None
 
 
 def test_restarts_say_where_they_left_and_where_they_went_on(run_dir: Path) -> None:
