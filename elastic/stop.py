@@ -165,38 +165,43 @@ def stop_run(root: Path, saves: bool, say: Callable[[str], None]) -> bool:
     say(f"asked the driver of {str(root)!r} to stop {'after a save' if saves else 'now'}")
     answered_by = time.monotonic() + _ANSWER_S
     ended_by = answered_by + _END_S + (_SAVE_S if saves else 0.0)
-    for events in _news(root):
+    for is_gone, events in _news(root):
         mine = [n for n, event in enumerate(events) if event.get("what") == request.id]
         ends = (
             [event for event in events[min(mine) :] if event["kind"] == "run_end"] if mine else []
         )
         # With its last line written it still ends its processes; then the run can go on.
-        if ends and has_driver(root) is False:
+        if ends and is_gone:
             say(_outcome(events[num_before:], ends[0]))
             return True
-        if mine and has_driver(root) is False:
+        if mine and is_gone:
             say("the driver has ended without a word; what is published stays")
             return False
         if mine and time.monotonic() > ended_by:  # a machine that is lost cannot say that it is
             last = _outcome(events[num_before:], ends[0]) if ends else "the driver has not ended"
             say(f"{last}; whether its machine still runs cannot be seen from here: look there")
             return bool(ends)
-        if not mine and (time.monotonic() > answered_by or has_driver(root) is False):
+        if not mine and (is_gone or time.monotonic() > answered_by):
             forget(root)
             say(f"no driver of {str(root)!r} has answered, here or elsewhere: nothing was stopped")
             return False
     raise AssertionError("the news never end")
 
 
-def _news(root: Path) -> Iterator[list[Event]]:
-    """The events of a run, again and again; they are read when there are more."""
+def _news(root: Path) -> Iterator[tuple[bool, list[Event]]]:
+    """Whether the driver is gone, and the events of its run, again and again.
+
+    Events are read when there are more.
+    """
     size, events = -1, []
     while True:
+        # Before its lines are read: of a driver that is gone they are all there then.
+        is_gone = has_driver(root) is False
         # Looked at before it is read: what comes meanwhile is seen the next time.
         now = os.stat(root / EVENTS).st_size if (root / EVENTS).exists() else 0
         if now != size:
             size, events = now, read_events(root)
-        yield events
+        yield is_gone, events
         time.sleep(_LOOK_EVERY_S)
 
 

@@ -85,6 +85,25 @@ def test_where_nothing_trains_there_is_nothing_to_wait_for(tmp_path: Path) -> No
     assert stop_run(tmp_path, True, lambda text: None)
 
 
+def test_the_last_lines_of_a_driver_that_ends_while_it_is_looked_for_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event, looks = writer(tmp_path), list[int]()
+
+    def ends_at_the_second_look(root: Path) -> bool:
+        looks.append(len(looks))
+        request = asked(root)
+        if request is not None and len(looks) == 2:
+            event("stop_requested", "dit", what=request.id)
+            event("run_end", reason="as asked")
+        return len(looks) < 2
+
+    monkeypatch.setattr(stop, "has_driver", ends_at_the_second_look)
+    said: list[str] = []
+    assert stop_run(tmp_path, True, said.append)
+    assert said[-1] == "the driver has ended: as asked"
+
+
 def test_a_run_without_a_driver_is_said_to_have_none(tmp_path: Path) -> None:
     said: list[str] = []
     with driven(tmp_path):
