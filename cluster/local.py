@@ -207,13 +207,24 @@ def _sweep() -> None:
 
 
 def processes_of(temp_dir: Path) -> list[psutil.Process]:
-    """Processes that carry this cluster's mark in their environment, this one aside."""
+    """Processes that carry this cluster's mark in their environment, this one aside.
+
+    Ray's agents have put their names where their marks were: those that keep files of it open.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            mark = process.environ().get("RAY_TMPDIR")
+            is_marked = process.environ().get("RAY_TMPDIR") == str(temp_dir)
+            is_ours = is_marked or _is_agent_of(process, temp_dir)
         except psutil.Error:
             continue  # it has ended, or belongs to somebody else
-        if mark == str(temp_dir) and process.pid != os.getpid():
+        if is_ours and process.pid != os.getpid():
             found.append(process)
     return found
+
+
+def _is_agent_of(process: psutil.Process, temp_dir: Path) -> bool:
+    command = process.cmdline()
+    if not command or not command[0].startswith("ray::"):
+        return False
+    return any(file.path.startswith(f"{temp_dir}/") for file in process.open_files())
