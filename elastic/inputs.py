@@ -70,7 +70,8 @@ class Inputs:
 def on_device(rounds: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
     """What a reading thread has made ready, one after the other on the device.
 
-    Those of the next round are copied beside the computation with one: no more than two are there.
+    Those of the next round are copied beside the computation with one. Then two are there, and for
+    a moment before it the ones of the round that has ended, whose activations are gone.
     """
     if device.type != "cuda":
         yield from rounds

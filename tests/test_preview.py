@@ -385,10 +385,11 @@ def test_where_one_rank_cannot_read_a_caption_no_rank_waits_for_it(
 ) -> None:
     codec = (course.folder / "codec.safetensors").read_bytes()
     (tmp_path / "codec.safetensors").write_bytes(codec)
-    for done in run_world(_second_cannot_read, 2, tmp_path / "run"):
-        assert done.outcome is Outcome.FINISHED
-    events = run_world(_second_cannot_read, 2, tmp_path / "run")[0].events
-    assert not [event for event in events if event[0] == "preview"]
+    ranks = run_world(_second_cannot_read, 2, tmp_path / "run")
+    assert [done.outcome for done in ranks] == [Outcome.FINISHED] * 2
+    told = [event for event in ranks[0].events if event[0].startswith("preview")]
+    assert [(kind, at) for kind, at, _ in told] == [("preview_failed", at) for at in DUE]
+    assert all(WORDS["text"] in reason for _, _, reason in told)
 
 
 def test_what_ends_an_attempt_is_not_tried_for_ever(
