@@ -19,7 +19,6 @@ from elastic.memory import state_memory
 from elastic.outlook import Faults, outlook, sample_flops, seconds_a_sample
 from elastic.traffic import update_traffic
 from elastic.weights import finished
-from models.flow import time_shift
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
@@ -110,7 +109,7 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> di
     sent = update_traffic(stage, module, bucket, text, workers).total
     return found | {
         "tokens": frames * height * width,
-        "time_shift": time_shift(height * width, frames),
+        "time_shift": stage.times(bucket).alpha,
         "flops_a_sample": flops,
         "flops_an_update_a_worker": flops * bucket.batch / workers,
         "sent_bytes_an_update_a_worker": sent / workers,

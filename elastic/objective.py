@@ -20,7 +20,7 @@ from elastic.randomness import normals, sample_generator, uniforms
 from elastic.workload import Workload, workload
 from elastic.world import World
 from models.codec import Reconstruction
-from models.flow import conditioned, flow_loss_B, time_shift, timesteps
+from models.flow import conditioned, flow_loss_B, timesteps
 from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss, ssim_B
 from models.text import TextEmbedding, padded, trimmed, without_text
@@ -103,11 +103,7 @@ class FlowMatching:
         self.held_out = held_out
         self._stage = stage
         self.null = null
-        self._alpha = {}
-        for bucket in stage.buckets:
-            grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-            frames, height, width = stage.model.token_grid(grid)
-            self._alpha[bucket.name] = time_shift(height * width, frames)
+        self._times = {bucket.name: stage.times(bucket) for bucket in stage.buckets}
 
     def build(self) -> nn.Module:
         """The DiT on the meta device."""
@@ -134,7 +130,7 @@ class FlowMatching:
         """Given are the frames of `choice`; None draws it for each sample."""
         samples = micro.samples
         generators = self._generators(micro, use)
-        t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
+        t_B = self._drawn_times(micro, normals(generators, ()))
         dropped = self._dropped(micro, uniforms(generators), use)
         z_BCTHW = self._latents(micro, use)
         noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
@@ -157,6 +153,12 @@ class FlowMatching:
             given_BCTHW=self._given(micro, choice),
         )
         return found.ready_for(device)
+
+    def _drawn_times(self, micro: Micro, normal_B: Tensor) -> Tensor:
+        times = self._times[micro.bucket.name]
+        return timesteps(
+            normal_B, times, uniforms(self._generators(micro, "time")) if times.uniform else None
+        )
 
     def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
         """What this rank compiles for a step, unless it has before: bucket and lengths of text."""

@@ -29,9 +29,9 @@ from stages import (
     Videos,
     load_plan,
 )
+from stages.identity import description
 from stages.names import check_safe_name
 from stages.plan import explain
-from stages.stage import description
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "stages/recipes").glob("*.py") if p.name != "__init__.py")
