@@ -21,7 +21,7 @@ from elastic.inputs import Inputs, on_device
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
-from elastic.objective import Objective
+from elastic.objective import Graph, Objective
 from elastic.preview import Previews, Teller
 from elastic.shard import each_round, shard
 from elastic.spike import watch
@@ -113,7 +113,7 @@ def _train(stage: Stage, objective: Objective, run: Run) -> Outcome:
 
     ready = partial(objective.inputs, device=world.device)
     stream = Stream(stage, objective.source, world, progress.samples, ready)
-    compiled_for: set[tuple[str, int]] = set()
+    compiled_for: set[Graph] = set()
 
     def compiles_now(step: Step[Inputs] | None) -> bool:
         return compiled and step is not None and not objective.graphs(step) <= compiled_for
