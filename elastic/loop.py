@@ -22,7 +22,7 @@ from elastic.inputs import Inputs, on_device
 from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
-from elastic.objective import Objective
+from elastic.objective import Graph, Objective
 from elastic.preview import Previews, Teller
 from elastic.shard import each_round, shard
 from elastic.spike import watch
@@ -122,7 +122,7 @@ class _Training:
         self._compiled = compiles(stage, world.device)
         if self._compiled:
             compile_blocks(model)
-        self._compiled_for: set[tuple[str, int]] = set()
+        self._compiled_for: set[Graph] = set()
         fused = not (stage.exact and world.device.type == "cpu")
         self._optimizer = build_optimizer(stage.optimizer, model, held_by(stage), fused)
         self._ordered = OrderedGradients(model, world) if stage.exact else None
