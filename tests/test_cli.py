@@ -337,7 +337,7 @@ def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
     assert "latent 128x4x1x1, 4 tokens" in text  # one a latent frame
 
 
-def test_the_guide_to_stage_files_is_a_stage_file(
+def test_the_guide_to_stage_files_is_a_stage_file_that_fits_64_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guide = (PLAN.parent.parent / "stages" / "README.md").read_text()
@@ -346,15 +346,17 @@ def test_the_guide_to_stage_files_is_a_stage_file(
     plan = load_plan(path)
     starts = {type(stage.init).__name__ for stage in plan.stages}
     assert starts == {"Fresh", "Continue", "KeepTrunk", "Align", "FromFile"}
-    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
+    for_gpus = ["--gpus", "64", "--gpu-memory", "80"]
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs"), *for_gpus]) == 0
     assert "7. from-flux (DiffusionStage, to do)" in capsys.readouterr().out
 
 
-def test_the_stage_file_of_the_readme_is_one(
+def test_the_stage_file_of_the_readme_is_one_that_fits_160_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = (PLAN.parent.parent / "README.md").read_text()
     path = tmp_path / "readme_plan.py"
     path.write_text(readme.split("```python\n")[1].split("```")[0])
-    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
-    assert "11,877,022,848" in capsys.readouterr().out
+    for_gpus = ["--gpus", "160", "--gpu-memory", "80"]
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs"), *for_gpus]) == 0
+    assert "11,891,571,840" in capsys.readouterr().out
