@@ -43,8 +43,11 @@ def test_rounds_are_those_that_the_loop_deals(batch: int, micro: int, workers: i
     assert num_rounds(batch, micro, workers) == len(deal(batch, micro, 0, workers))
 
 
-@given(batch=st.integers(1, 500), micro=st.integers(1, 500), workers=st.integers(1, 9))
-def test_no_size_is_tried_that_leaves_workers_idle(batch: int, micro: int, workers: int) -> None:
+@given(st.data(), st.integers(1, 500), st.integers(1, 9))
+def test_no_size_is_tried_that_leaves_workers_idle(
+    data: st.DataObject, batch: int, workers: int
+) -> None:
+    micro = data.draw(st.integers(1, batch))
     tried = sizes(Bucket("32px", frames=5, batch=batch, micro=micro), workers)
     assert tried == sorted(set(tried))
     assert tried[0] == 1

@@ -104,6 +104,11 @@ MISTAKES = {
         "batch=16.5",
         r"Bucket batch: 16\.5 is not a whole number; nearest is 16",
     ),
+    "more at a time than there are in a batch": (
+        "batch=16",
+        "batch=16, micro=17",
+        r"Bucket micro: 17 samples at a time: more than the batch of 16, .*; nearest is 16",
+    ),
     "no number": ("AdamW(lr=1e-3)", "AdamW(lr=float('inf'))", "AdamW lr: .*finite number, got inf"),
     "a frame count that the codec would cut": (
         "frames=9, batch=8), B",
@@ -313,7 +318,8 @@ def plans(draw: st.DrawFn) -> Plan:
     """An autoencoder and a DiT on it, with some of their fields drawn."""
     hunyuan = draw(st.booleans())
     frames = draw(st.integers(1, 9)) * 4 + (1 if hunyuan else 0)
-    bucket = Bucket("64x128", frames=frames, batch=draw(batches), micro=draw(batches))
+    batch = draw(batches)
+    bucket = Bucket("64x128", frames=frames, batch=batch, micro=draw(st.integers(1, batch)))
     phase = Phase(until=bucket.batch * draw(st.integers(1, 1000)), buckets=(bucket,))
     optimizer = AdamW(
         lr=draw(st.floats(1e-12, 1e3)),
