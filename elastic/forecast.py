@@ -21,6 +21,7 @@ from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
 from elastic.start import check_origin
 from elastic.traffic import update_traffic
 from elastic.weights import finished
+from elastic.worth_a_look import worth_a_look
 from models.flow import time_shift
 from models.t5_clip import T5Clip
 from stages.init import Fresh, FromFile, KeepTrunk
@@ -56,6 +57,7 @@ def forecast(
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
     lines += [f"not here: {table!r}; train needs it" for table in absent(plan)]
+    lines += [f"worth a look: {said}" for stage in plan.stages for said in worth_a_look(stage)]
     if faults is not None:
         largest = max(plan.stages, key=saved_bytes)
         scales = scale_lines(faults, saved_bytes(largest), gpus, largest.multiple)

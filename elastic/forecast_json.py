@@ -19,6 +19,7 @@ from elastic.memory import state_memory
 from elastic.outlook import Faults, outlook, sample_flops, seconds_a_sample
 from elastic.traffic import update_traffic
 from elastic.weights import finished
+from elastic.worth_a_look import worth_a_look
 from models.flow import time_shift
 from stages.plan import Plan
 from stages.schedule import Bucket
@@ -44,6 +45,7 @@ def forecast_json(
             "checkpoint_under_way_bytes": max(saved.values()),
             "latents_bytes_at_most": most_latent_bytes(plan),
         },
+        "worth_a_look": [said for stage in plan.stages for said in worth_a_look(stage)],
     }
 
 

@@ -348,7 +348,9 @@ def test_the_guide_to_stage_files_is_a_stage_file_that_fits_64_gpus(
     assert starts == {"Fresh", "Continue", "KeepTrunk", "Align", "FromFile"}
     for_gpus = ["--gpus", "64", "--gpu-memory", "80"]
     assert main(["plan", str(path), "--storage", str(tmp_path / "runs"), *for_gpus]) == 0
-    assert "7. from-flux (DiffusionStage, to do)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "7. from-flux (DiffusionStage, to do)" in out
+    assert "worth a look" not in out
 
 
 def test_the_stage_file_of_the_readme_is_one_that_fits_160_gpus(
@@ -359,4 +361,6 @@ def test_the_stage_file_of_the_readme_is_one_that_fits_160_gpus(
     path.write_text(readme.split("```python\n")[1].split("```")[0])
     for_gpus = ["--gpus", "160", "--gpu-memory", "80"]
     assert main(["plan", str(path), "--storage", str(tmp_path / "runs"), *for_gpus]) == 0
-    assert "11,891,571,840" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "11,891,571,840" in out
+    assert "worth a look" not in out
