@@ -120,6 +120,11 @@ def text_bytes(stage: DiffusionStage, captions: Iterable[str]) -> int:
     return values * torch.bfloat16.itemsize
 
 
+def most_text_bytes(stage: DiffusionStage) -> int | None:
+    """The most that is stored of any text in one bucket; None where only the captions tell."""
+    return text_bytes(stage, ()) if isinstance(stage.text, T5Clip) else None
+
+
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
     (low, high), workers = stage.workers, workers_on(stage, gpus)
     module = stage.build()
@@ -233,6 +238,7 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    text = most_text_bytes(stage)
     sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
@@ -240,6 +246,7 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
         f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
         f"sends {shown(sent / workers)}, "
         f"{shown(latent_bytes(stage, bucket))} stored a clip"
+        + (f" + up to {shown(text)} of text" if text else "")
     )
 
 

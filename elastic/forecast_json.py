@@ -13,6 +13,7 @@ from elastic.forecast import (
     count_parameters,
     latent_bytes,
     most_latent_bytes,
+    most_text_bytes,
     saved_bytes,
 )
 from elastic.memory import state_memory
@@ -117,6 +118,7 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> di
         "flops_an_update_a_worker": flops * bucket.batch / workers,
         "sent_bytes_an_update_a_worker": sent / workers,
         "latent_bytes_a_clip": latent_bytes(stage, bucket),
+        "text_bytes_a_clip_at_most": most_text_bytes(stage),
     }
 
 
