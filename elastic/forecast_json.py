@@ -13,6 +13,7 @@ from elastic.forecast import (
     count_parameters,
     latent_bytes,
     most_latent_bytes,
+    most_text_bytes,
     saved_bytes,
 )
 from elastic.memory import state_memory
@@ -20,6 +21,7 @@ from elastic.outlook import Faults, sample_flops, seconds_a_sample, stage_outloo
 from elastic.shares import computed, real_share, worlds
 from elastic.traffic import update_traffic
 from elastic.weights import finished
+from elastic.worth_a_look import worth_a_look
 from models.flow import time_shift
 from stages.plan import Plan
 from stages.schedule import Bucket
@@ -45,6 +47,7 @@ def forecast_json(
             "checkpoint_under_way_bytes": max(saved.values()),
             "latents_bytes_at_most": most_latent_bytes(plan),
         },
+        "worth_a_look": [said for stage in plan.stages for said in worth_a_look(stage)],
     }
 
 
@@ -119,6 +122,7 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -
         "flops_an_update_a_worker": flops * computed(stage, bucket, workers) / stage.context,
         "sent_bytes_an_update_a_worker": sent / workers,
         "latent_bytes_a_clip": latent_bytes(stage, bucket),
+        "text_bytes_a_clip_at_most": most_text_bytes(stage),
     }
 
 

@@ -52,15 +52,11 @@ def test_rounds_are_those_that_the_loop_deals(
     assert round_sizes(batch, micro, workers, exact) == dealt
 
 
-@given(
-    batch=st.integers(1, 500),
-    micro=st.integers(1, 500),
-    workers=st.integers(1, 9),
-    exact=st.booleans(),
-)
+@given(st.data(), st.integers(1, 500), st.integers(1, 9), st.booleans())
 def test_no_size_is_tried_that_leaves_workers_idle_or_that_no_round_has(
-    batch: int, micro: int, workers: int, exact: bool
+    data: st.DataObject, batch: int, workers: int, exact: bool
 ) -> None:
+    micro = data.draw(st.integers(1, batch))
     tried = sizes(Bucket("32px", frames=5, batch=batch, micro=micro), workers, exact)
     assert tried == sorted(set(tried))
     assert tried[0] == 1
