@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elastic import job_verbs
 from elastic.checkpoint_place import check_place
-from elastic.completion import SHELLS, script
+from elastic.completion import SHELLS, check_verb, script
 from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     aim_flag,
@@ -29,7 +29,9 @@ from elastic.flags import (
 from elastic.folders import RunFolder
 from elastic.job_verbs import stop_flags, stop_verb, submit_flags
 from elastic.look_verbs import doctor_verb, run_folder, status_verb
+from elastic.output import READER_GONE, has_reader
 from elastic.settings import Settings, read_settings
+from elastic.versions import version_line
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
@@ -44,7 +46,9 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit code."""
     parser = make_parser()
-    flags = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    check_verb(parser, words)
+    flags = parser.parse_args(words)
     try:
         # Each flag of a setting has its name; a verb has those that mean something to it.
         settings = read_settings(**{n: getattr(flags, n, None) for n in Settings.model_fields})
@@ -71,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # the supervisor of a run: said in one line, or with its traceback
         if flags.log_level == "debug":
             raise
+        if isinstance(error, BrokenPipeError) and not has_reader():
+            return READER_GONE
         print(
             f"restage: failed: {error}\n"
             "restage: what is published stays; the same command goes on from there "
@@ -85,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="restage", description="Train video diffusion transformers in stages, elastically."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     file_verbs = (
         ("plan", plan_verb, "print what would happen", "plan stages/recipes/demo.py"),

@@ -55,6 +55,7 @@ from elastic.sample import (
 from elastic.start import INIT, check_origin
 from elastic.summary import poor_codec
 from elastic.weights import WEIGHTS, finished
+from elastic.worth_a_look import worth_a_look
 from models.perceptual import Lpips
 from stages.init import Align, FromFile, Init, parent_of
 from stages.plan import Plan
@@ -123,6 +124,8 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
+    for said in worth_a_look(stage):
+        log.warning("worth a look: %s", said)
     _warn_of_codec(course, stage)
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else ()
     parent = parent_of(stage.init)

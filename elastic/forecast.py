@@ -18,9 +18,11 @@ from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
+from elastic.shares import computed, share_lines
 from elastic.start import check_origin
 from elastic.traffic import update_traffic
 from elastic.weights import finished
+from elastic.worth_a_look import worth_a_look
 from models.t5_clip import T5Clip
 from stages.init import Fresh, FromFile, KeepTrunk
 from stages.noise import Noise
@@ -56,6 +58,7 @@ def forecast(
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
     lines += [f"not here: {table!r}; train needs it" for table in absent(plan)]
+    lines += [f"worth a look: {said}" for stage in plan.stages for said in worth_a_look(stage)]
     if faults is not None:
         largest = max(plan.stages, key=saved_bytes)
         scales = scale_lines(faults, saved_bytes(largest), gpus, largest.multiple)
@@ -116,6 +119,11 @@ def text_bytes(stage: DiffusionStage, captions: Iterable[str]) -> int:
     blocks = -(-stage.text.most_tokens(captions) // TEXT_BLOCK)
     values = blocks * TEXT_BLOCK * stage.text.width + stage.text.pooled_width
     return values * torch.bfloat16.itemsize
+
+
+def most_text_bytes(stage: DiffusionStage) -> int | None:
+    """The most that is stored of any text in one bucket; None where only the captions tell."""
+    return text_bytes(stage, ()) if isinstance(stage.text, T5Clip) else None
 
 
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
@@ -220,6 +228,7 @@ def _phases(stage: Stage, module: nn.Module, gpus: int | None) -> list[str]:
             lines.append(
                 f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, module, bucket, gpus)}"
             )
+            lines += [f"    {line}" for line in share_lines(stage, bucket, gpus)]
         start = phase.until
     return lines
 
@@ -231,13 +240,16 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    dealt = computed(stage, bucket, workers)
+    text = most_text_bytes(stage)
     sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{stage.times(bucket).alpha:.2f}, {_flops(flops)} a sample, "
-        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
+        f"{_flops(flops * dealt / stage.context)} an update on each of {workers} workers, which "
         f"sends {shown(sent / workers)}, "
         f"{shown(latent_bytes(stage, bucket))} stored a clip"
+        + (f" + up to {shown(text)} of text" if text else "")
     )
 
 

@@ -21,7 +21,7 @@ from elastic.objective import Losses
 from elastic.state import Progress
 from elastic.workload import model_flops, useful_tokens, video_tokens
 from elastic.world import World
-from stages.stage import Stage
+from stages.stage import DiffusionStage, Stage
 
 OF_THE_MACHINES = frozenset(
     {
@@ -67,27 +67,29 @@ class _Norms:
         arrived.record()
         return cls(there, position, arrived)
 
-    def check(self, stage: str) -> None:
+    def check(self, stage: Stage) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         for name, norm in self.values.items():
             if not torch.isfinite(norm):
-                whose, advice = _NORMS[name]
+                whose, rate = _NORMS[name]
                 raise NonFiniteLoss(
-                    f"stage {stage!r}: {whose} {norm.item()} at {self.position:,} samples; {advice}"
+                    f"stage {stage.name!r}: {whose} {norm.item()} at {self.position:,} samples. "
+                    "The same command meets the same batch again, and a stage that has begun may "
+                    f"not change: lower {rate} or optimizer.max_norm and give the stage another "
+                    "name, under which it begins anew, as its init says"
+                    + (_LATENTS if isinstance(stage, DiffusionStage) else "")
                 )
 
 
 _NORMS = {
-    "grad_norm": (
-        "gradient norm",
-        "lower optimizer.lr or optimizer.max_norm, or look at the latents",
-    ),
-    "critic_grad_norm": (
-        "gradient norm of the critic",
-        "lower adversarial.lr or optimizer.max_norm, or look at the clips",
-    ),
+    "grad_norm": ("gradient norm", "optimizer.lr"),
+    "critic_grad_norm": ("gradient norm of the critic", "adversarial.lr"),
 }
+_LATENTS = (
+    ". Where `verify RUN` finds its latents damaged, `repair FILE` mends them, and this stage goes "
+    "on from its last checkpoint"
+)
 
 
 def is_due(every: int, samples: int, last: int) -> bool:
@@ -156,12 +158,12 @@ class Meter:
         if self._norms[-1].arrived is None:
             return self.settle()
         while len(self._norms) > 1:
-            self._norms.popleft().check(self._stage.name)
+            self._norms.popleft().check(self._stage)
 
     def settle(self) -> None:
         """Wait until the norms of every update so far are known, and found to be numbers."""
         while self._norms:
-            self._norms.popleft().check(self._stage.name)
+            self._norms.popleft().check(self._stage)
 
     def stepped(
         self, progress: Progress, step: Step[Inputs], rate: float, norms: dict[str, Tensor]

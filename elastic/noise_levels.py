@@ -51,4 +51,6 @@ def level_rounds(
     count = NUM_LEVELS * max(1, len(indices) // (NUM_LEVELS * _ONE_IN)) if len(indices) else 0
     turns = np.arange(count)
     chosen = indices[turns * len(indices) // max(1, count)]
-    return own_rounds([BatchPlan(0, bucket, chosen, turns % NUM_LEVELS)], source, world)
+    return own_rounds(
+        [BatchPlan(0, bucket, chosen, turns % NUM_LEVELS)], source, world, stage.exact
+    )
