@@ -1,7 +1,7 @@
 """Which stages a stage needs, and whether it can start from them as its init policy says."""
 
-from models.dit import DiT
-from stages.init import Align, Continue, FromFile, KeepTrunk, Switch, parent_of
+from models.dit import GUIDANCE_LAYERS, DiT
+from stages.init import Align, Continue, FromFile, KeepTrunk, Switch, is_asked_new, parent_of
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 # Of a DiT: what may differ where a trunk is kept, and where a stage goes on with all of it.
@@ -31,6 +31,7 @@ def check_init(stage: Stage) -> None:
                 f"{stage.optimizer.warmup} after it, what is held would not get its full rate in "
                 f"the stage's {stage.budget} samples; write less than {max(room, 0)}"
             )
+    _check_guidance(stage, where)
     if isinstance(init, Continue):
         _check_same(stage, init.stage, init.optimizer, where)
     elif isinstance(init, KeepTrunk):
@@ -39,6 +40,23 @@ def check_init(stage: Stage) -> None:
         is_codec, asked = isinstance(stage, AutoencoderStage), (init.layout, init.rotary)
         if is_codec and asked != ("auto", "auto"):
             raise ValueError(f"{where}: layout and rotary are a DiT's; leave them out for a codec")
+
+
+def _check_guidance(stage: Stage, where: str) -> None:
+    """A strength that is an input has to be known already: training shows one strength alone.
+
+    A parent has been looked at in its own turn, and has the same field.
+    """
+    if not isinstance(stage, DiffusionStage) or not stage.model.guidance:
+        return
+    new = [name for name in GUIDANCE_LAYERS if is_asked_new(stage.init, name)]
+    if new:
+        raise ValueError(
+            f"{where}: model.guidance is True, and {new[0]!r} would be new: training shows it the "
+            "strength 1 alone, and sampling asks it for others in place of classifier-free "
+            "guidance; leave guidance out of the model, or start from a file that has learnt it, "
+            "as init=FromFile('flux1-dev.safetensors') does, and keep guidance_in of it"
+        )
 
 
 def _check_same(stage: Stage, parent: Stage, optimizer: str, where: str) -> None:
