@@ -51,6 +51,7 @@ from elastic.sample import (
     SampleRequest,
     captions_of,
     clips_looked_at,
+    longest_bucket,
     make_reconstructions,
     make_samples,
     text_error,
@@ -361,6 +362,7 @@ def sample_request(
         text_fields = None
     return SampleRequest(
         stage=stage.replace(text=stage.text.located()),
+        bucket=longest_bucket(stage),
         weights=own / WEIGHTS,
         codec_weights=codec_weights(folder, stage),
         scale=scale,

@@ -30,7 +30,8 @@ from elastic.film import write_mp4
 from elastic.folders import RunFolder
 from elastic.kernels import eager
 from elastic.meter import is_due
-from elastic.sample import Guided, captions_of, longest_bucket, noise_of, to_frames, walk
+from elastic.sample import captions_of, longest_bucket, to_frames
+from elastic.sampler import Guided, noise_of, walk
 from elastic.tries import Tries
 from elastic.weights import file_digest, load_weights
 from elastic.world import World

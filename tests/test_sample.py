@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_text import change_weights, tiny_t5_clip
 from torch import Tensor
 
-from elastic import sample
+from elastic import sampler
 from elastic.cli import main
 from elastic.course import sample_request
 from elastic.data.decode import to_unit
@@ -26,9 +26,10 @@ from elastic.data.latents import Scale
 from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
+from elastic.film import read_mp4
 from elastic.folders import LATENT_PINS, RunFolder
 from elastic.record import write_record
-from elastic.sample import SampleRequest, make_samples, read_image
+from elastic.sample import SampleRequest, longest_bucket, make_samples, read_image
 from elastic.weights import FINISHED, WEIGHTS, load_weights
 from models import DiT, HunyuanVAE, T5Clip, WordHash
 from models import t5_clip as text_module
@@ -52,6 +53,7 @@ STAGE = DiffusionStage(
     log_every=8,
     evaluate_every=8,
 )
+CLIPS = longest_bucket(STAGE)
 SCALE = Scale((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 1.0, 0.5))
 CAPTIONS = ("a red circle", "blue")
 
@@ -71,6 +73,7 @@ def request_for(tmp_path: Path) -> Callable[..., SampleRequest]:
     def make(stage: DiffusionStage = STAGE, **more: Any) -> SampleRequest:
         return SampleRequest(
             stage=stage,
+            bucket=longest_bucket(stage),
             weights=_write(stage.build(), tmp_path / "dit.safetensors"),
             codec_weights=_write(CODEC.build(), tmp_path / "vae.safetensors"),
             scale=SCALE,
@@ -88,13 +91,13 @@ def request_for(tmp_path: Path) -> Callable[..., SampleRequest]:
 def conditions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, Tensor | None]]:
     """What the model was conditioned on, call by call."""
     seen = []
-    original = sample.conditioned
+    original = sampler.conditioned
 
     def recorded(model: Any, guidance: float | None, given: Tensor | None) -> Any:
         seen.append((guidance, given))
         return original(model, guidance, given)
 
-    monkeypatch.setattr(sample, "conditioned", recorded)
+    monkeypatch.setattr(sampler, "conditioned", recorded)
     return seen
 
 
@@ -128,10 +131,9 @@ def test_a_picture_is_given_as_the_first_frame(
 
 
 def test_the_picture_decides_what_is_made(
-    request_for: Callable[..., SampleRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    request_for: Callable[..., SampleRequest], tmp_path: Path
 ) -> None:
-    made: list[list[np.ndarray[Any, Any]]] = []
-    monkeypatch.setattr(sample, "_write", lambda folder, captions, films, rate: made.append(films))
+    made: list[np.ndarray[Any, Any]] = []
     red, blue = ((tmp_path / f"{name}.png") for name in ("red", "blue"))
     for image in (
         None,
@@ -139,10 +141,10 @@ def test_the_picture_decides_what_is_made(
         _picture(blue, (0, 0, 250)),
         _picture(red, (250, 0, 0)),
     ):
-        make_samples(request_for(image=image, guidance=2.0))
-    assert np.array_equal(made[1][0], made[3][0])
-    assert not np.array_equal(made[0][0], made[1][0])
-    assert not np.array_equal(made[1][0], made[2][0])
+        made.append(read_mp4(make_samples(request_for(image=image, guidance=2.0))[0]).frames_THWC)
+    assert np.array_equal(made[1], made[3])
+    assert not np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[1], made[2])
 
 
 def test_a_model_that_takes_guidance_runs_once_with_it(
@@ -151,13 +153,13 @@ def test_a_model_that_takes_guidance_runs_once_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    original = sample.euler_sample
+    original = sampler.euler_sample
 
     def recorded(*arguments: Any, **more: Any) -> Tensor:
         asked.append(more["guidance"])
         return original(*arguments, **more)
 
-    monkeypatch.setattr(sample, "euler_sample", recorded)
+    monkeypatch.setattr(sampler, "euler_sample", recorded)
     stage = STAGE.replace(model=STAGE.model.replace(guidance=True))
     make_samples(request_for(stage, guidance=3.5))
     make_samples(request_for(guidance=3.5))
@@ -169,21 +171,21 @@ def test_an_image_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     image = _picture(tmp_path / "a.png", (1, 2, 3))
     plain = STAGE.replace(model=STAGE.model.replace(image_condition=False), given=None)
     with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*image_condition=True"):
-        read_image(image, plain)
+        read_image(image, plain, CLIPS)
     with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*Given\(head=0\)"):
-        read_image(image, STAGE.replace(given=Given(head=0)))
+        read_image(image, STAGE.replace(given=Given(head=0)), CLIPS)
     with pytest.raises(InputError, match="no such file"):
-        read_image(tmp_path / "b.png", STAGE)
+        read_image(tmp_path / "b.png", STAGE, CLIPS)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(InputError, match=r"text\.png.*give a PNG or JPEG file"):
-        read_image(tmp_path / "text.png", STAGE)
+        read_image(tmp_path / "text.png", STAGE, CLIPS)
 
 
 def test_a_picture_is_resized_to_cover_and_cropped_as_clips_are(tmp_path: Path) -> None:
     pixels = np.zeros((64, 256, 3), np.uint8)
     pixels[:, 96:160] = (10, 200, 30)  # the middle 64 of 256
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    x_CTHW = read_image(tmp_path / "wide.png", STAGE)
+    x_CTHW = read_image(tmp_path / "wide.png", STAGE, CLIPS)
     assert x_CTHW.shape == (3, 1, 32, 32)
     assert x_CTHW[:, 0, 16, 16].tolist() == [10, 200, 30]
     assert x_CTHW[:, 0, :, 4:28].flatten(1).unique(dim=1).shape == (3, 1)
