@@ -13,12 +13,10 @@ from elastic.completion import SHELLS, script
 from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     aim_flag,
-    at_least_one,
     cluster_flags,
     device_flags,
     doctor_flags,
     fault_flags,
-    finite,
     json_flag,
     keep_flags,
     latents_flag,
@@ -28,6 +26,7 @@ from elastic.flags import (
 from elastic.folders import RunFolder
 from elastic.job_verbs import stop_flags, stop_verb, submit_flags
 from elastic.look_verbs import doctor_verb, run_folder, status_verb
+from elastic.sample_verb import sample_flags, sample_verb
 from elastic.settings import Settings, read_settings
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
@@ -114,14 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         fault_flags(one)
     one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
-    one.add_argument("run", help="run folder")
-    one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
-    one.add_argument("--caption", action="append", required=True, help="may be given many times")
-    one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
-    one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
-    one.add_argument("--steps", type=at_least_one, default=25, help="Euler steps (default 25)")
-    one.add_argument("--guidance", type=finite, default=3.0, help="default 3.0; 1 is none")
-    one.add_argument("--seed", type=int, default=0)
+    sample_flags(one)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
     one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
     one.add_argument("run", help="run folder")
@@ -305,39 +297,6 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
                 stage.text.check()
             except ValueError as error:
                 raise InputError(f"stage {stage.name!r}: {error}") from None
-
-
-def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Make videos."""
-    from elastic.course import sample_request
-    from elastic.record import read_plan
-    from elastic.sample import make_samples
-    from elastic.weights import finished
-
-    folder = run_folder(flags.run)
-    plan = read_plan(folder)
-    done = [
-        s for s in plan.stages if isinstance(s, DiffusionStage) and finished(folder.stage(s.name))
-    ]
-    if flags.stage is None and not done:
-        raise InputError(f"no diffusion stage of {flags.run!r} is finished; nothing to sample from")
-    stage = done[-1] if flags.stage is None else plan.stage(flags.stage)
-    if not isinstance(stage, DiffusionStage):
-        raise InputError(
-            f"stage {stage.name!r} trains an autoencoder; sample from a diffusion stage"
-        )
-    target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
-    request = sample_request(folder, stage, tuple(flags.caption), target.absolute())
-    image = None if flags.image is None else Path(flags.image).absolute()
-    changed = {
-        "steps": flags.steps,
-        "guidance": flags.guidance,
-        "seed": flags.seed,
-        "image": image,
-    }
-    for path in make_samples(type(request)(**{**vars(request), **changed})):
-        print(path)
-    return DONE
 
 
 def export_verb(flags: argparse.Namespace, settings: Settings) -> int:

@@ -3,6 +3,7 @@
 # B sample, C channel, T frame, H, W latent grid
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import save_file
 from tiny_text import change_weights, tiny_t5_clip
 from torch import Tensor
 
-from elastic import sampler
+from elastic import sample, sampler
 from elastic.cli import main
 from elastic.course import sample_request
 from elastic.data.decode import to_unit
@@ -281,3 +284,148 @@ def test_latents_that_are_not_finite_are_named_and_nothing_is_written(
         ):
             make_samples(asked)
         assert not asked.folder.exists()
+
+
+@pytest.fixture
+def run(request_for: Callable[..., SampleRequest], tmp_path: Path) -> RunFolder:
+    """A finished run, of a stage with clips of two lengths."""
+    (phase,) = STAGE.schedule
+    both = (Bucket("32px", frames=1, batch=2), *phase.buckets)
+    made = request_for(STAGE.replace(schedule=(phase.replace(buckets=both),)))
+    stage = made.stage.replace(vae=CODEC.replace(weights=str(made.codec_weights)))
+    folder = _finished_run(stage, tmp_path / "run")
+    made.weights.rename(folder.stage("tiny") / WEIGHTS)
+    write_record(folder, Plan("plan", [stage]))
+    return folder
+
+
+def _sampled(run: RunFolder, capsys: pytest.CaptureFixture[str], *flags: object) -> list[Path]:
+    asked = ["sample", run.root, "--steps", 1, *flags]
+    assert main([str(one) for one in asked]) == 0
+    return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def _refused(run: RunFolder, capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    asked = ["sample", run.root, "--steps", 1, *flags]
+    assert main([str(one) for one in asked]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("restage: ")
+    assert err.count("\n") == 1
+    assert not run.samples("tiny").exists()
+    return err
+
+
+def test_any_bucket_of_the_stage_can_be_sampled_in_and_an_unknown_one_is_told_which_there_are(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _refused(run, capsys, "--caption", "blue", "--bucket", "64px-5f")
+    assert "stage 'tiny' has no bucket '64px-5f'; it has 32px-1f, 32px-5f" in said
+    for flags, frames in ((("--bucket", "32px-1f"), 1), (("--bucket", "32px-5f"), 5), ((), 5)):
+        (path,) = _sampled(run, capsys, "--caption", "blue", *flags)
+        assert path == run.samples("tiny") / "asked" / "00.mp4"
+        assert read_mp4(path).frames_THWC.shape == (frames, 32, 32, 3)
+
+
+def test_a_picture_is_no_first_frame_of_a_bucket_of_stills(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    image = _picture(tmp_path / "a.png", (9, 9, 9))
+    flags = ("--caption", "blue", "--image", image, "--bucket", "32px-1f")
+    assert "its clips of 1 frames have a single latent frame" in _refused(run, capsys, *flags)
+
+
+def test_captions_come_from_flags_and_then_from_a_file_line_by_line(
+    run: RunFolder,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        sample, "make_samples", lambda request: asked.append(request.captions) or []
+    )
+    lines, table = tmp_path / "captions.txt", tmp_path / "captions.csv"
+    lines.write_bytes("\ufeffa red circle\r\n\r\n  ein gr\u00fcner Kreis \nblue\nblue".encode())
+    table.write_text('split,text\ntrain,"a circle, red"\nheld-out,12\n')
+    parquet.write_table(pa.table({"path": ["a.mp4"], "text": ["blue"]}), tmp_path / "c.parquet")
+    _sampled(run, capsys, "--captions", lines, "--caption", "first")
+    _sampled(run, capsys, "--captions", table)
+    _sampled(run, capsys, "--captions", tmp_path / "c.parquet")
+    assert asked == [
+        ("first", "a red circle", "ein gr\u00fcner Kreis", "blue", "blue"),
+        ("a circle, red", "12"),
+        ("blue",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.txt", None, "gone.txt' cannot be read: .*correct the path"),
+        ("empty.txt", b" \n\n", "the file holds none; write one a line"),
+        ("film.mp4", b"\0\0\0 ftyp\xff\xfe", "not UTF-8 text; write one caption a line, or .*csv"),
+        ("latin.txt", "gr\u00fcn".encode("latin-1"), "not UTF-8 text"),
+        ("none.csv", b"path,txt\na.mp4,blue\n", "has no column 'text'.*; text must be there"),
+        ("rows.csv", b"text\n", "the file holds none"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_named(
+    name: str,
+    content: bytes | None,
+    words: str,
+    run: RunFolder,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert re.search(words, _refused(run, capsys, "--captions", tmp_path / name))
+
+
+def test_a_caption_is_needed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no caption: give --caption" in _refused(run, capsys)
+
+
+def test_a_negative_text_takes_the_place_of_the_null_text(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nulls: list[TextEmbedding] = []
+    original = sampler.euler_sample
+
+    def recorded(model: Any, noise: Tensor, text: Any, null: TextEmbedding, **more: Any) -> Tensor:
+        nulls.append(null)
+        return original(model, noise, text, null, **more)
+
+    monkeypatch.setattr(sampler, "euler_sample", recorded)
+    films = []
+    for flags in ((), ("--negative", "a grey blur"), ("--negative", "")):
+        (path,) = _sampled(run, capsys, "--caption", "a red circle", *flags)
+        films.append(read_mp4(path).frames_THWC)
+    (blur,) = STAGE.text.encode(["a grey blur"])
+    assert torch.equal(nulls[1].embedding_LD, blur.embedding_LD)
+    assert torch.equal(nulls[1].pooled_D, blur.pooled_D)
+    assert not np.array_equal(films[0], films[1])
+    assert np.array_equal(films[0], films[2])
+
+
+def test_a_negative_text_that_nothing_is_led_away_from_is_refused(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], request_for: Callable[..., SampleRequest]
+) -> None:
+    flags = ("--caption", "blue", "--negative", "grey", "--guidance", 1)
+    said = _refused(run, capsys, *flags)
+    assert "negative 'grey': stage 'tiny' has no use for it: at guidance 1 nothing" in said
+    asked = request_for(STAGE.replace(model=STAGE.model.replace(guidance=True)), negative="grey")
+    with pytest.raises(InputError, match=r"takes the strength of guidance.*leave it out"):
+        make_samples(asked)
+
+
+def test_a_negative_text_needs_the_encoder_of_the_latents(
+    request_for: Callable[..., SampleRequest], tmp_path: Path
+) -> None:
+    encoder = tiny_t5_clip(tmp_path / "text")
+    asked = request_for(STAGE.replace(text=encoder), negative="grey")
+    fields = encoder.fingerprint_fields()
+    change_weights(Path(encoder.t5))
+    with pytest.raises(InputError, match=r"is not the text encoder that the stage was trained"):
+        make_samples(replace(asked, text_fields=fields))
