@@ -1,6 +1,6 @@
 """Sums whose bits do not depend on the world: what a stage with `exact=True` is trained with.
 
-A batch is cut into micro-batches without regard to the world (elastic.data.load.deal), and what a
+A batch is cut into micro-batches without regard to the world (elastic.data.deal), and what a
 rank computes of one of them does not depend on the rank. What is left is how results are added up:
 
 - gradients in the order of the batch: ((g0 + g1) + g2) + ..., in fp32, whoever computed which;

@@ -18,6 +18,7 @@ from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
+from elastic.shares import computed, share_lines
 from elastic.start import check_origin
 from elastic.traffic import update_traffic
 from elastic.weights import finished
@@ -220,6 +221,7 @@ def _phases(stage: Stage, module: nn.Module, gpus: int | None) -> list[str]:
             lines.append(
                 f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, module, bucket, gpus)}"
             )
+            lines += [f"    {line}" for line in share_lines(stage, bucket, gpus)]
         start = phase.until
     return lines
 
@@ -231,11 +233,12 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    dealt = computed(stage, bucket, workers)
     sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
         f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
-        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
+        f"{_flops(flops * dealt / stage.context)} an update on each of {workers} workers, which "
         f"sends {shown(sent / workers)}, "
         f"{shown(latent_bytes(stage, bucket))} stored a clip"
     )

@@ -16,7 +16,8 @@ from elastic.forecast import (
     saved_bytes,
 )
 from elastic.memory import state_memory
-from elastic.outlook import Faults, outlook, sample_flops, seconds_a_sample
+from elastic.outlook import Faults, sample_flops, seconds_a_sample, stage_outlook
+from elastic.shares import computed, real_share, worlds
 from elastic.traffic import update_traffic
 from elastic.weights import finished
 from models.flow import time_shift
@@ -59,7 +60,7 @@ def _stage(
                 "from": start,
                 "until": phase.until,
                 "rounds": (phase.until - start) // phase.cycle,
-                "buckets": [_bucket(stage, module, bucket, workers) for bucket in phase.buckets],
+                "buckets": [_bucket(stage, module, bucket, gpus) for bucket in phase.buckets],
             }
         )
         start = phase.until
@@ -92,7 +93,8 @@ def _stage(
     }
 
 
-def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> dict[str, Any]:
+def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -> dict[str, Any]:
+    sizes = worlds(stage, gpus)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     found: dict[str, Any] = {
         "bucket": bucket.name,
@@ -102,17 +104,19 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> di
         "height": bucket.height,
         "width": bucket.width,
         "latent": [stage.codec.channels, *grid],
+        "real_share": {name: real_share(stage, bucket, size) for name, size in sizes.items()},
     }
     if not isinstance(stage, DiffusionStage):
         return found
     frames, height, width = stage.model.token_grid(grid)
     flops, text = sample_flops(stage, bucket), stage.text.most_tokens(())
+    workers = workers_on(stage, gpus)
     sent = update_traffic(stage, module, bucket, text, workers).total
     return found | {
         "tokens": frames * height * width,
         "time_shift": time_shift(height * width, frames),
         "flops_a_sample": flops,
-        "flops_an_update_a_worker": flops * bucket.batch / workers,
+        "flops_an_update_a_worker": flops * computed(stage, bucket, workers) / stage.context,
         "sent_bytes_an_update_a_worker": sent / workers,
         "latent_bytes_a_clip": latent_bytes(stage, bucket),
     }
@@ -120,8 +124,7 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> di
 
 def _goodput(stage: Stage, workers: int, faults: Faults) -> dict[str, Any]:
     """What is expected with the best interval between saves, and that interval."""
-    size, multiple = saved_bytes(stage), stage.multiple
-    best = outlook(workers, stage.workers[0], faults, size, multiple=multiple)
+    best = stage_outlook(stage, workers, faults, saved_bytes(stage))
     seconds, interval = seconds_a_sample(stage, workers), best.costs.interval_s
     is_known = interval != float("inf")  # nothing fails: the fewer saves the better
     return {

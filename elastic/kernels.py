@@ -27,9 +27,10 @@ _BACKENDS: dict[Backend, SDPBackend] = {
     "math": SDPBackend.MATH,
 }
 _HOPPER = (9, 0)  # measured; what came later has the same kernels or newer ones
-# Of one class of blocks: a graph for each bucket, with gradients and without.
+# Of one class of blocks: a graph for each bucket, length of text and size of round (there are two),
+# with gradients and without.
 # More than torch's limit is an error with fullgraph=True.
-_MOST_GRAPHS = 2048
+_MOST_GRAPHS = 4096
 # Every process compiles an encoder for every bucket, for half a minute or more. From so many pixels
 # on, an hour of one GPU with DC-AE (0.4 TFLOP a megapixel), that is made up for on a dozen of them.
 _WORTH_PIXELS = 1 << 36

@@ -30,6 +30,7 @@ from stages.stage import AutoencoderStage, DiffusionStage
 
 _CPU = torch.device("cpu")
 Use = Literal["train", "held-out"]
+Graph = tuple[str, int, int]  # bucket, samples, and tokens of text
 
 
 class Losses(NamedTuple):
@@ -71,7 +72,7 @@ class Objective(Protocol):
         """The losses of each sample of a micro-batch, unweighted; the inputs are on the device."""
         ...
 
-    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[Graph]:
         """What this rank compiles for a step, unless it has before."""
         ...
 
@@ -158,11 +159,11 @@ class FlowMatching:
         )
         return found.ready_for(device)
 
-    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
-        """What this rank compiles for a step, unless it has before: bucket and lengths of text."""
+    def graphs(self, step: Step[Inputs]) -> frozenset[Graph]:
+        """What this rank compiles for a step, unless it has before."""
         bucket = step.plan.bucket
-        lengths = {inputs.micro.text_tokens for inputs in step.micros}
-        return frozenset((bucket.name, self._room(bucket, length)) for length in lengths)
+        sizes = {(len(one.weight_B), one.micro.text_tokens) for one in step.micros}
+        return frozenset((bucket.name, size, self._room(bucket, text)) for size, text in sizes)
 
     def _room(self, bucket: Bucket, longest: int) -> int:
         """Text tokens that are computed for; the null text may take the place of any other."""
@@ -327,7 +328,7 @@ class Reconstructing:
             parts_B["loss_perceptual"] = self._stage.perceptual.weight * distance_B
         return parts_B
 
-    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[Graph]:
         """Nothing of an autoencoder is compiled."""
         return frozenset()
 

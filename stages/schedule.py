@@ -20,8 +20,8 @@ class Bucket(Record):
     """One shape of clip and its global batch.
 
     `size` is "256px" (256 x 256) or "288x512" (height x width) in pixels. `micro` is how many
-    samples one worker computes at a time: it changes memory and speed, never the result (with
-    `exact=True` it decides how sums are rounded, and so the last bits).
+    samples one worker computes at a time at most: it changes memory and speed, never the result
+    (with `exact=True` it decides how sums are rounded, and so the last bits).
     """
 
     size: str
