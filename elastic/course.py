@@ -56,7 +56,7 @@ from elastic.sample import (
     make_samples,
     text_error,
 )
-from elastic.showing import MOST_TRIES, Made, Showing, missing_line, tries_of
+from elastic.showing import MOST_TRIES, Made, Showing, missing_line, tries_of, why_missing
 from elastic.start import INIT, check_origin
 from elastic.summary import poor_codec
 from elastic.weights import WEIGHTS, finished
@@ -286,26 +286,23 @@ def show_samples(course: Course, stage: Stage) -> None:
     It is tried once a start, and so many times in all.
     """
     began, tries = time.monotonic(), tries_of(course.folder, stage.name)
-    if tries.count() >= MOST_TRIES and is_told(course, "sample_failed", stage):
-        return
-    if tries.count() >= MOST_TRIES:  # and each time the driver ended with them
-        made: Made | str = f"{MOST_TRIES} starts ended while they were made"
-    else:
-        made = course.showing.make(tries, lambda: make_films(course, stage))
+    told = why_missing(read_events(course.folder.root), stage.name)
+    if tries.count() < MOST_TRIES:
+        told, made = None, course.showing.make(tries, lambda: make_films(course, stage))
+    else:  # untold, each of them ended with its driver
+        made = told or f"{MOST_TRIES} starts ended while they were made"
     event = partial(course.tracker.event, stage=stage.name, position=stage.budget)
     seconds = round(time.monotonic() - began, 3)
     if isinstance(made, Made):
         paths = [str(path.relative_to(course.folder.root)) for path in made.paths]
         event(
-            "sample",
-            reason="averaged weights",
-            paths=paths,
-            captions=made.captions,
-            seconds=seconds,
-        )
+            "sample", reason="averaged weights",
+            paths=paths, captions=made.captions, seconds=seconds,
+        )  # fmt: skip
         return
     log.warning("%s", missing_line(course.folder, stage.name, made))
-    event("sample_failed", reason=made, seconds=seconds)
+    if told is None:
+        event("sample_failed", reason=made, seconds=seconds)
 
 
 def make_films(course: Course, stage: Stage) -> Made:

@@ -112,7 +112,7 @@ def test_a_sampler_that_raises_does_not_stop_the_next_stage(
 
 
 def test_what_has_failed_is_tried_by_a_later_start_and_then_left(
-    start: Callable[[Films], list[str]], tmp_path: Path
+    start: Callable[[Films], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[str] = []
 
@@ -122,8 +122,10 @@ def test_what_has_failed_is_tried_by_a_later_start_and_then_left(
             raise StageBlocked(f"no, {asked.count(FIRST)}")
         return _made(tmp_path, stage)
 
-    for _ in range(MOST_TRIES + 2):
+    for number in range(MOST_TRIES + 2):
+        caplog.clear()
         start(films)
+        assert f"no films of {FIRST}: no, {min(number + 1, MOST_TRIES)}; " in caplog.text
     assert asked.count(FIRST) == MOST_TRIES == 2
     assert asked.count(SECOND) == 1
     assert _told(tmp_path, FIRST) == [("sample_failed", "no, 1"), ("sample_failed", "no, 2")]
