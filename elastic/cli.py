@@ -23,6 +23,7 @@ from elastic.flags import (
     keep_flags,
     latents_flag,
     port,
+    shift,
     training_flags,
 )
 from elastic.folders import RunFolder
@@ -128,6 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
     one.add_argument("--steps", type=at_least_one, default=25, help="Euler steps (default 25)")
     one.add_argument("--guidance", type=finite, default=3.0, help="default 3.0; 1 is none")
+    one.add_argument("--shift", type=shift, help="of time (default: that of the stage)")
     one.add_argument("--seed", type=int, default=0)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
     one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
@@ -339,6 +341,7 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     changed = {
         "steps": flags.steps,
         "guidance": flags.guidance,
+        "shift": flags.shift,
         "seed": flags.seed,
         "image": image,
     }

@@ -23,9 +23,9 @@ from elastic.start import check_origin
 from elastic.traffic import update_traffic
 from elastic.weights import finished
 from elastic.worth_a_look import worth_a_look
-from models.flow import time_shift
 from models.t5_clip import T5Clip
 from stages.init import Fresh, FromFile, KeepTrunk
+from stages.noise import Noise
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
@@ -245,7 +245,7 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
     sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
-        f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
+        f"{stage.times(bucket).alpha:.2f}, {_flops(flops)} a sample, "
         f"{_flops(flops * dealt / stage.context)} an update on each of {workers} workers, which "
         f"sends {shown(sent / workers)}, "
         f"{shown(latent_bytes(stage, bucket))} stored a clip"
@@ -270,7 +270,7 @@ def _codec(stage: Stage) -> str:
 
 
 def _conditions(stage: DiffusionStage) -> Iterator[str]:
-    """Text and given frames, as the DiT gets them."""
+    """Text, given frames and noise, as the DiT gets them."""
     text = stage.text
     named = type(text).__name__
     if isinstance(text, T5Clip):
@@ -283,6 +283,8 @@ def _conditions(stage: DiffusionStage) -> Iterator[str]:
     if stage.given is not None:
         weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.given)
         yield f"given       {weights}"
+    if stage.noise != Noise():
+        yield f"noise       {stage.noise.text()}"
 
 
 def _file(path: str) -> str:

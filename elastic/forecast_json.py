@@ -22,7 +22,6 @@ from elastic.shares import computed, real_share, worlds
 from elastic.traffic import update_traffic
 from elastic.weights import finished
 from elastic.worth_a_look import worth_a_look
-from models.flow import time_shift
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
@@ -117,7 +116,7 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -
     sent = update_traffic(stage, module, bucket, text, workers).total
     return found | {
         "tokens": frames * height * width,
-        "time_shift": time_shift(height * width, frames),
+        "time_shift": stage.times(bucket).alpha,
         "flops_a_sample": flops,
         "flops_an_update_a_worker": flops * computed(stage, bucket, workers) / stage.context,
         "sent_bytes_an_update_a_worker": sent / workers,

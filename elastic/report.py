@@ -10,6 +10,7 @@ from plotly.offline import get_plotlyjs
 from elastic.cost import COUNTED, Cost, cost, unit
 from elastic.figures import (
     Figure,
+    level_figure,
     loss_figure,
     psnr_figure,
     safe,
@@ -132,8 +133,14 @@ def _losses(history: History) -> tuple[str, list[Figure]]:
     figures: list[Figure] = []
     cards = []
     for number, stage in enumerate(history.stages):
+        held_out = {"subset": "held_out"}
         pairs = (
             ("loss", loss_figure(latest, stage, f"loss-{number}")),
+            (
+                "loss by noise on held-out clips (t = 1 is noise)",
+                level_figure(latest, stage, f"levels-{number}", held_out),
+            ),
+            ("loss by noise in training", level_figure(latest, stage, f"trained-{number}", {})),
             ("PSNR on held-out clips", psnr_figure(latest, stage, f"psnr-{number}")),
             ("SSIM on held-out clips", ssim_figure(latest, stage, f"ssim-{number}")),
         )

@@ -20,7 +20,7 @@ from elastic.errors import InputError, StageBlocked
 from elastic.film import contact_sheet, write_mp4
 from elastic.record import difference
 from elastic.weights import file_digest, load_weights
-from models.flow import conditioned, euler_sample, time_shift
+from models.flow import conditioned, euler_sample
 from models.fresh import named_seed
 from models.given import given_frames
 from models.text import TextBatch, TextEmbedding, pad
@@ -36,10 +36,11 @@ STEPS, GUIDANCE, SEED = 25, 3.0, 0
 
 
 class Guided(NamedTuple):
-    """In how many steps, and how strongly led by the text."""
+    """In how many steps, how strongly led by the text, and with which shift of time."""
 
     steps: int = STEPS
     guidance: float = GUIDANCE
+    shift: float | None = None  # that of the stage
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class SampleRequest:
     steps: int = STEPS
     guidance: float = GUIDANCE
     seed: int = SEED
+    shift: float | None = None  # of time; that of the stage
     image: Path | None = None  # the first frame of every sample; for stages with image_condition
     text_fields: dict[str, Any] | None = None
     """The text encoder's fingerprint in the stage's latents (JSON); None if they are gone."""
@@ -112,7 +114,7 @@ def make_samples(request: SampleRequest) -> list[Path]:
             noise_BCTHW.to(device),
             pad(_encode(stage, captions)),
             request.null,
-            Guided(request.steps, request.guidance),
+            Guided(request.steps, request.guidance, request.shift),
             None if given_BCTHW is None else given_BCTHW.expand(len(captions), -1, -1, -1, -1),
         )
         _require_finite(request, captions, z_BCTHW)
@@ -136,8 +138,6 @@ def walk(
     Guidance is an input of the DiTs that take it, and classifier-free for all others.
     """
     bucket, takes_guidance = longest_bucket(stage), stage.model.guidance
-    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    frames, height, width = stage.model.token_grid(grid)
     moved = (None if x is None else x.to(noise_BCTHW.device) for x in text)
     return euler_sample(
         conditioned(model, guided.guidance if takes_guidance else None, given_BCTHW),
@@ -146,7 +146,7 @@ def walk(
         null,
         steps=guided.steps,
         guidance=1.0 if takes_guidance else guided.guidance,
-        alpha=time_shift(height * width, frames),
+        alpha=stage.times(bucket).alpha if guided.shift is None else guided.shift,
     )
 
 

@@ -368,14 +368,15 @@ def test_held_out_clips_are_measured_without_frames_and_with_the_first() -> None
     with world_of_one() as world:
         found = objective(GIVING).evaluate(Collecting(), world)
         plain = objective(STAGE).evaluate(Watching(), world)
-    assert set(found) == {"loss", "loss_head"}
-    assert set(plain) == {"loss"}
+    levels = {f"loss_t{level}" for level in range(8)}
+    assert set(found) == {"loss", "loss_head", *levels}
+    assert set(plain) == {"loss", *levels}
     assert found["loss"] == plain["loss"]
     assert found["loss_head"] > 50
+    assert all(found[name] == plain[name] for name in levels), "as text to video"
     shown = [None if mask is None else mask.tolist() for mask in masks]
-    # Five clips and five stills in text to video, then the clips again.
-    assert [each for each in shown if each] == [[0, 0]] * 2 + [[1, 0]] * 2
-    assert shown[-1] == [1, 0]
+    # Five clips and five stills in text to video, then the clips again, and eight by level.
+    assert [each for each in shown if each] == [[0, 0]] * 2 + [[1, 0]] * 2 + [[0, 0]] * 3
 
 
 def test_a_model_that_takes_guidance_is_trained_at_strength_one() -> None:

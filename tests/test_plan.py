@@ -30,8 +30,8 @@ from stages import (
     load_plan,
 )
 from stages.explain import explain
+from stages.identity import description
 from stages.names import check_safe_name
-from stages.stage import description
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "stages/recipes").glob("*.py") if p.name != "__init__.py")
