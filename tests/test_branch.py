@@ -3,8 +3,10 @@
 import hashlib
 import json
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,10 +41,16 @@ from elastic.checkpoint_place import Register, Wanted, open_storage, settle
 from elastic.checkpoint_store import DAMAGED, Keep
 from elastic.checkpoint_weights import weights_of
 from elastic.cli import main
+from elastic.course import Course, encode_plan, train_plan
 from elastic.data.order import samples_carried, updates_carried
 from elastic.errors import InputError
 from elastic.files import write_atomic
-from elastic.folders import LATENT_PINS, RunFolder
+from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
+from elastic.grow import grow_and_train
+from elastic.journal import EVENTS, Journal, read_events
+from elastic.meter import is_due
+from elastic.ray_tracker import TrackerHandle
+from elastic.ray_train import Limits
 from elastic.record import described, write_record
 from elastic.report import write_report
 from elastic.start import Origin, begin
@@ -233,6 +241,21 @@ def test_a_stage_that_began_before_there_were_branches_is_the_same() -> None:
     assert described(BRANCH)["init"]["stage"] == "tiny"
     plan = Plan("p", [LONG, BRANCH])
     assert Plan.model_validate(json.loads(json.dumps(plan.model_dump(mode="json")))) == plan
+
+
+def test_the_branch_of_the_guide_fits_its_parent() -> None:
+    guide = (Path(__file__).parent.parent / "stages" / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(guide.split("```python\n")[1].split("```")[0], names)
+    block = "    calmer" + guide.split("\n    calmer")[1].split("\n\n")[0]
+    exec(textwrap.dedent(block), names)
+    learned, calmer = names["learned"], names["calmer"]
+    assert is_left(Plan("p", [learned, calmer]).stages, learned)
+    at = calmer.init.at
+    assert at + calmer.budget == learned.budget
+    (phase,) = calmer.schedule
+    assert (at - learned.schedule[0].until) % phase.cycle == 0
+    assert is_due(learned.save_every, at, at - phase.cycle)
 
 
 # What has to be there
@@ -466,6 +489,44 @@ plan = Plan("p", [LONG, BRANCH.replace(init=Continue(LONG, at={at}))])
     assert shown["finished"] is True
     assert [one["left"] for one in shown["stages"]] == [True, False]
     assert shown["stages"][0]["checkpoints"] == [HALF, newest]
+
+
+class Told:
+    """A tracker that writes the events of a driver at once."""
+
+    name = "told"
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._journal = Journal(folder.root / EVENTS)
+
+    def event(
+        self, kind: str, stage: str, position: int | None = None, reason: str = "", **more: Any
+    ) -> None:
+        fields = {"attempt": None, "world": None, **more}
+        self._journal.append(
+            wall=0.0, kind=kind, stage=stage, position=position, reason=reason, **fields
+        )
+
+
+def test_a_plan_whose_branch_is_done_is_done_and_tells_once_what_it_left(
+    world: World, run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(world, run.stage("tiny"), HALF, 132)
+    tracker = Told(run)
+    write_atomic(run.stage("branch") / FINISHED, b"{}")
+    write_atomic(run.samples("branch") / "contact-sheet.png", b"any")
+    for kind in ("stage_end", "sample"):
+        tracker.event(kind, "branch", 55)
+    limits = Limits(min_stay=0, leave_before=0, hang_after=0)
+    course = Course(PLAN, run, cast(TrackerHandle, tracker), False, limits)
+    train_plan(course)
+    (run.stage("tiny") / MEMBERS).touch()  # a clip of which could not be read
+    grow_and_train(course)
+    with pytest.raises(InputError, match=r"stage 'branch': vae\.weights"):  # and not the one before
+        encode_plan(course)
+    told = [(e["kind"], e["position"]) for e in read_events(run.root) if e["stage"] == "tiny"]
+    assert told == [("stage_left", HALF)]
+    assert capsys.readouterr().out.count("left as it is") == 1
 
 
 def test_a_stage_that_is_left_is_no_unfinished_one_until_it_goes_on(tmp_path: Path) -> None:
