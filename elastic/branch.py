@@ -85,9 +85,10 @@ def keep_for_branches(plan: Plan, folder: RunFolder) -> None:
             for name, at in branches(plan.stages, parent).items()
             if finished(folder.stage(name)) is None
         }
-        if own.exists():
+        known = Wanted(own)
+        if own.exists() and (wanted or known.path.exists()):
             with quiet(own):
-                Wanted(own).write(wanted)
+                known.write(wanted)
     check_branches(plan, folder)  # a worker that was left behind may have deleted one meanwhile
 
 

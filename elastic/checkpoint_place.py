@@ -65,8 +65,7 @@ class Wanted:
 
     def write(self, branches: Mapping[str, int]) -> None:
         """These are the branches, and no others."""
-        if branches or self.path.exists():
-            write_atomic(self.path, json.dumps(dict(branches)).encode())
+        write_atomic(self.path, json.dumps(dict(branches)).encode())
 
 
 def open_storage(place: str) -> Storage:

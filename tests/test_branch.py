@@ -23,8 +23,10 @@ from tiny import (
     STILL,
     DrawnLatents,
     Turn,
+    attempt,
     blank_state,
     in_turn,
+    objective,
     restored,
     train,
     whole_bytes,
@@ -53,7 +55,7 @@ from elastic.ray_tracker import TrackerHandle
 from elastic.ray_train import Limits
 from elastic.record import described, write_record
 from elastic.report import write_report
-from elastic.start import Origin, begin
+from elastic.start import INIT, Origin, begin
 from elastic.summary import summarise, table_row
 from elastic.weights import FINISHED, WEIGHTS
 from elastic.world import World
@@ -130,12 +132,26 @@ def _branched(world: World, folder: Path, name: str, stage: DiffusionStage) -> d
     return _digests(whole_bytes(restored(world, own, stage)))
 
 
+class Lost(Exception):
+    """A training process is."""
+
+
+def _lose(phase: str, position: int) -> None:
+    if position >= 11:
+        raise Lost
+
+
 def _broken_off(world: World, folder: Path) -> dict[str, str]:
-    """As `_branched`, but ended in the middle, and the parent gone from then on."""
+    """As `_branched`, but lost before its first checkpoint, and ended in the middle.
+
+    The parent is gone by then.
+    """
     own, parent = folder / f"broken-off-{world.size}", folder / f"gone-{world.size}"
     if world.is_first:
         shutil.copytree(folder / "long", parent)
     world.barrier()
+    with pytest.raises(Lost):
+        attempt(world, own, BRANCH, objective(BRANCH), origin=Origin(parent), beat=_lose)
     train(world, own, stop_after=3, stage=BRANCH, origin=Origin(parent))
     world.barrier()
     if world.is_first:
@@ -160,7 +176,7 @@ def _started(world: World, parent: Path, stage: DiffusionStage) -> dict[str, str
 
 
 def test_a_branch_goes_on_as_from_a_parent_that_ended_there(tmp_path: Path) -> None:
-    """In worlds of 1 and 2; without a pause, and ended in the middle with the parent gone."""
+    """In worlds of 1 and 2; without a pause, and with a loss and an end on the way."""
     turns = [Turn(1, _parents, (tmp_path,))]
     for size in (1, 2):
         turns += [
@@ -540,10 +556,14 @@ def test_a_stage_that_is_left_is_no_unfinished_one_until_it_goes_on(tmp_path: Pa
     machines.event("stage_left", stage="tiny", position=80)
     (one,) = summarise(tmp_path)
     assert table_row(one)[:2] == ["tiny (left)", "100"]
+    machines.event("stage_start", stage="branch")
     write_record(RunFolder(tmp_path), PLAN)
+    table = json.dumps({"policy": "Continue", "totals": {}}).encode()
+    write_atomic(RunFolder(tmp_path).stage("branch") / INIT, table)
     page = write_report(tmp_path).read_text()
     assert "tiny (left)" in page
-    assert "0 of 1, 1 left" in page
+    assert "0 of 2, 1 left" in page
+    assert "tiny at 110" in page
     machines.event("stage_start", stage="tiny")
     assert table_row(summarise(tmp_path)[0])[0] == "tiny (unfinished)"
     machines.event("stage_end", stage="tiny", position=305)
