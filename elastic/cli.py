@@ -13,6 +13,7 @@ from elastic.completion import SHELLS, check_verb, script
 from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     aim_flag,
+    at_flag,
     at_least_one,
     cluster_flags,
     device_flags,
@@ -120,10 +121,11 @@ def make_parser() -> argparse.ArgumentParser:
         keep_flags(one)
         device_flags(one)
         fault_flags(one)
-    one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
+    one = _verb(verbs, "sample", sample_verb, "make videos from a stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
     one.add_argument("run", help="run folder")
     one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
+    at_flag(one)
     one.add_argument("--caption", action="append", required=True, help="may be given many times")
     one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
     one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
@@ -132,9 +134,10 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--shift", type=shift, help="of time (default: that of the stage)")
     one.add_argument("--seed", type=int, default=0)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
-    one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
+    one = _verb(verbs, "export", export_verb, "write averaged weights for other programs", example)
     one.add_argument("run", help="run folder")
-    one.add_argument("--stage", required=True, help="stage that is finished")
+    one.add_argument("--stage", required=True, help="which one")
+    at_flag(one)
     one.add_argument(
         "--layout",
         choices=("open-sora", "bfl", "diffusers"),
@@ -288,14 +291,16 @@ def submit_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
+    from elastic.branch import check_branches, left_because
     from elastic.data.table import check_videos
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
     for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
         check_videos(videos)
+    check_branches(plan, folder)
     for stage in plan.stages:
-        if finished(folder.stage(stage.name)) is not None:
+        if finished(folder.stage(stage.name)) is not None or left_because(plan, folder, stage):
             continue  # its latents may go on being encoded; what it was trained with may be gone
         if not (folder.stage(stage.name) / INIT).exists():  # what has begun needs it no more
             check_origin(stage)
@@ -318,6 +323,7 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
 
 def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Make videos."""
+    from elastic.checkpoint_weights import weights_of
     from elastic.course import sample_request
     from elastic.record import read_plan
     from elastic.sample import make_samples
@@ -329,14 +335,17 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
         s for s in plan.stages if isinstance(s, DiffusionStage) and finished(folder.stage(s.name))
     ]
     if flags.stage is None and not done:
-        raise InputError(f"no diffusion stage of {flags.run!r} is finished; nothing to sample from")
+        raise InputError(
+            f"no diffusion stage of {flags.run!r} is finished; name one that is under way, and one "
+            "of its checkpoints: --stage NAME --at POSITION"
+        )
     stage = done[-1] if flags.stage is None else plan.stage(flags.stage)
     if not isinstance(stage, DiffusionStage):
         raise InputError(
             f"stage {stage.name!r} trains an autoencoder; sample from a diffusion stage"
         )
-    target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
-    request = sample_request(folder, stage, tuple(flags.caption), target.absolute())
+    asked = "asked" if flags.at is None else f"asked-{flags.at}"
+    target = Path(flags.out) if flags.out else folder.samples(stage.name) / asked
     image = None if flags.image is None else Path(flags.image).absolute()
     changed = {
         "steps": flags.steps,
@@ -345,13 +354,15 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
         "seed": flags.seed,
         "image": image,
     }
-    for path in make_samples(type(request)(**{**vars(request), **changed})):
-        print(path)
+    with weights_of(folder.stage(stage.name), stage, flags.at, target.absolute()) as weights:
+        request = sample_request(folder, stage, tuple(flags.caption), target.absolute(), weights)
+        for path in make_samples(type(request)(**{**vars(request), **changed})):
+            print(path)
     return DONE
 
 
 def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Write finished weights."""
+    """Write averaged weights."""
     import torch
 
     from elastic.convert import export_stage
@@ -360,7 +371,7 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
     folder = run_folder(flags.run)
     stage = read_plan(folder).stage(flags.stage)
     dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
-    digest = export_stage(folder, stage, flags.layout, dtype, Path(flags.out))
+    digest = export_stage(folder, stage, flags.layout, dtype, Path(flags.out), flags.at)
     print(f"{flags.out}: {os.path.getsize(flags.out):,} bytes, SHA-256 {digest}")
     return DONE
 

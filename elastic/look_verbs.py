@@ -33,6 +33,8 @@ def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.branch import left_because, shown
+    from elastic.checkpoint_place import Register
     from elastic.data.growth import growth_lines
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
@@ -61,5 +63,10 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
         for line in growth_lines(folder.stage(stage.name)):
             print(line)
         if finished(folder.stage(stage.name)) is None:
-            print(f"not finished: {stage.name} ({stage.budget:,} samples)")
+            why = left_because(plan, folder, stage)
+            saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)
+            said = [f"{stage.budget:,} samples"]
+            said += [f"checkpoints at {shown(saved)}"] if saved else []
+            said += [why] if why else []
+            print(f"not finished: {stage.name} ({'; '.join(said)})")
     return 0

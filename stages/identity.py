@@ -32,7 +32,9 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     if parent is not None:
         fields["init"]["stage"] = parent.name
     fields["init"] = {"policy": type(stage.init).__name__} | {
-        name: value for name, value in fields["init"].items() if not name.startswith("guard_")
+        name: value
+        for name, value in fields["init"].items()
+        if not name.startswith("guard_") and (name, value) != ("at", None)
     }
     if stage.order is None:  # as in runs of before there were others
         del fields["order"]
