@@ -40,6 +40,10 @@ RUNTIME_FIELDS = frozenset(
 )
 
 
+Match = Literal["aspect", "any"]
+"""Which buckets have a clip: those that are nearest to its shape, or any that it can fill."""
+
+
 class _Stage(Record):
     name: SafeName
     data: Data
@@ -49,6 +53,12 @@ class _Stage(Record):
     ema: Ema
     rate: float = Field(default=24.0, gt=0, le=240)
     """Frames per second at which clips are sampled."""
+    match: Match = "aspect"
+    """Which buckets have a clip, of those that are as long and of like area.
+
+    "aspect": the ones whose height over width is nearest to the clip's. "any": every one, however
+    much is cut off or, of a narrow clip, blown up.
+    """
     seed: int = Field(default=0, ge=0)
     """Seed of the sample order and of the noise."""
     order: Windows | None = None
@@ -390,6 +400,8 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     }
     if stage.order is None:  # as in runs of before there were others
         del fields["order"]
+    if stage.match == "aspect":  # those of before there were two keep the clips they began with
+        del fields["match"]
     if not stage.exact:  # the order in which a batch is added up
         for phase in fields["schedule"]:
             for bucket in phase["buckets"]:

@@ -29,7 +29,9 @@ _STATS = 32  # threads that ask for sizes: on a shared disk each question is a r
 _FIELDS = np.dtype([
     ("frames", "i8"), ("rate_over", "i8"), ("rate_under", "i8"), ("width", "i8"),
     ("height", "i8"), ("rotation", "i8"), ("duration_s", "f8"),
+    ("stretch_over", "i8"), ("stretch_under", "i8"),
 ])  # fmt: skip
+_RATIOS = ("rate", "stretch")  # each is kept as two numbers
 _COLUMNS = {
     "path": pa.string(), "size": pa.int64(), "mtime_ns": pa.int64(), "reason": pa.string(),
     **{name: pa.from_numpy_dtype(_FIELDS[name]) for name in _FIELDS.names or ()},
@@ -68,18 +70,17 @@ class Probed:
         if isinstance(found, str):
             self._reasons[row] = found
             return
-        rate = found.rate
+        rate, stretch = found.rate, found.stretch
         self._fields[row] = (
             found.frames, rate.numerator, rate.denominator, found.width, found.height,
-            found.rotation, found.duration_s,
+            found.rotation, found.duration_s, stretch.numerator, stretch.denominator,
         )  # fmt: skip
 
     def at(self, row: int) -> Probe | str:
         """What is known of a row."""
         if not self.is_good[row]:
             return str(self._reasons[row])
-        frames, over, under, width, height, rotation, duration_s = self._fields[row].tolist()
-        return Probe(frames, Fraction(over, under), width, height, rotation, duration_s)
+        return _probe(dict(zip(_FIELDS.names or (), self._fields[row].tolist(), strict=True)))
 
     def quarantined(self) -> Iterator[tuple[Clip, str]]:
         """The rows that cannot be used, and why."""
@@ -90,6 +91,12 @@ class Probed:
         """Of a frame of each row."""
         pixels: NDArray[np.int64] = self._fields["width"] * self._fields["height"]
         return pixels
+
+    def shown(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Height and width of each row as it is shown, in the height of its pixels."""
+        of = self._fields
+        stretch = of["stretch_over"] / np.maximum(of["stretch_under"], 1)
+        return of["height"].astype(np.float64), of["width"] * stretch
 
     def can_fill(self, frames: int, rate: Fraction | float) -> NDArray[np.bool_]:
         """Whether a clip is on screen long enough for so many pictures at so many a second.
@@ -227,8 +234,10 @@ class _Cache:
                 yield {**row, "reason": found}
                 continue
             fields = found._asdict()
-            rate = fields.pop("rate")
-            yield {**row, **fields, "rate_over": rate.numerator, "rate_under": rate.denominator}
+            for name in _RATIOS:
+                ratio = fields.pop(name)
+                fields[f"{name}_over"], fields[f"{name}_under"] = ratio.as_integer_ratio()
+            yield {**row, **fields}
 
 
 def _known(row: dict[str, Any], now: Stamp) -> Probe | str | None:
@@ -238,7 +247,14 @@ def _known(row: dict[str, Any], now: Stamp) -> Probe | str | None:
     reason = row.pop("reason")
     if reason is not None:
         return str(reason)
-    return Probe(rate=Fraction(row.pop("rate_over"), row.pop("rate_under")), **row)
+    return _probe(row)
+
+
+def _probe(fields: dict[str, Any]) -> Probe:  # Any: whatever a probe holds
+    """From a row of columns."""
+    for name in _RATIOS:
+        fields[name] = Fraction(fields.pop(f"{name}_over"), fields.pop(f"{name}_under"))
+    return Probe(**fields)
 
 
 def _load(path: Path) -> Iterator[pa.RecordBatch]:
