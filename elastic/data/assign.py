@@ -165,7 +165,7 @@ def _has_none(stage: Stage, bucket: Bucket, part: str, of: str) -> str:
         near = ", and nearer to its shape than to that of another bucket"
         other = ", or leave the bucket out, or write match='any'"
     if part == "held-out":
-        other += ", or a smaller held_out_every"
+        other += ", or a smaller held_out_every, or say which in a column split"
     return (
         f"stage {stage.name!r}: bucket {bucket.name!r} has no {part} clip: {of} are at least "
         f"{bucket.frames} frames long at {stage.rate:g} a second and large enough{near}; ask for "
