@@ -30,7 +30,7 @@ from elastic.grow import grow_stage
 from elastic.latent_pins import forget_stale, note_ahead
 from elastic.record import check_unchanged, start_stage
 from stages import AdamW, Bucket, DiffusionStage, Phase, Plan, Videos
-from stages.stage import description
+from stages.identity import description
 
 WIDE, TALL, SQUARE = "256x448", "448x256", "256px"
 
