@@ -71,6 +71,7 @@ def _new_clips(course: Course, stage: Stage, tables: list[Clips]) -> Assignment 
     sizes = [len(table) for table in new]
     if not any(sizes):
         return None
+    stage = stage.replace(match=members.match)  # one bucket's clips are chosen by one rule
     probed = probe_clips(course, stage, Clips.joined(new))
     assigned = fitting(stage, probed, sizes)
     for line in assigned.lines(stage, probed):

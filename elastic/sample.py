@@ -242,9 +242,8 @@ def make_reconstructions(
             if len(captions) == most:
                 break
             try:
-                x_CTHW = decode_clip(
-                    clip.path, bucket.frames, stage.rate, bucket.height, bucket.width
-                )
+                size = bucket.height, bucket.width
+                x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, *size, clip.segment)
             except BadVideo as error:
                 log.warning("%s: not shown: %s", clip.path, error)
                 continue

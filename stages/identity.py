@@ -38,6 +38,8 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     }
     if stage.order is None:  # as in runs of before there were others
         del fields["order"]
+    if stage.match == "aspect":  # those of before there were two keep the clips they began with
+        del fields["match"]
     if isinstance(stage, DiffusionStage) and stage.noise == Noise():  # as before there were others
         del fields["noise"]
     if not stage.exact:  # the order in which a batch is added up

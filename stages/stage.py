@@ -33,6 +33,10 @@ AnyCodec = Annotated[
 ]
 
 
+Match = Literal["aspect", "any"]
+"""Which buckets have a clip: those that are nearest to its shape, or any that it can fill."""
+
+
 class _Stage(Record):
     name: SafeName
     data: Data
@@ -42,6 +46,12 @@ class _Stage(Record):
     ema: Ema
     rate: float = Field(default=24.0, gt=0, le=240)
     """Frames per second at which clips are sampled."""
+    match: Match = "aspect"
+    """Which buckets have a clip, of those that are as long and of like area.
+
+    "aspect": the ones whose height over width is nearest to the clip's. "any": every one, however
+    much is cut off or, of a narrow clip, blown up.
+    """
     seed: int = Field(default=0, ge=0)
     """Seed of the sample order and of the noise."""
     order: Windows | None = None

@@ -509,6 +509,7 @@ def test_what_identifies_a_stage_is_all_that_can_change_its_result(tmp_path: Pat
     for change in (
         {"seed": 1},
         {"rate": 8.0},
+        {"match": "any"},
         {"optimizer": AdamW(lr=2e-3)},
         {"text_dropout": 0.2},
         {"held_out": 3},
