@@ -41,7 +41,7 @@ def _drawn(
     stage = STAGE.replace(noise=noise)
     source = DrawnLatents(stage, COUNTS, 100)
     goal = FlowMatching(stage, source, source, stage.text.null())
-    bucket = stage.buckets[0].replace(micro=micro)
+    bucket = stage.buckets[0].replace(batch=count, micro=micro)
     plan = BatchPlan(0, bucket, np.arange(count), np.zeros(count, dtype=int))
     found = {}
     for rank in range(ranks):

@@ -164,7 +164,7 @@ def _rounds(world: World, micro: int, held_out: int) -> list[tuple[int, int, int
     stage = STAGE.replace(held_out=held_out)
     source = DrawnLatents(stage, dict.fromkeys((CLIP, STILL), 80), 5000)
     goal = FlowMatching(stage, source, source, stage.text.null())
-    bucket, found = stage.buckets[0].replace(micro=micro), []
+    bucket, found = stage.buckets[0].replace(batch=64, micro=micro), []
     for each in level_rounds(source, stage, bucket, world):
         t_B = goal._inputs(each, torch.device("cpu"), "level", "none").t_B
         assert t_B is not None
