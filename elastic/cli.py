@@ -26,7 +26,13 @@ from elastic.flags import (
 )
 from elastic.folders import RunFolder
 from elastic.job_verbs import stop_flags, stop_verb, submit_flags
-from elastic.look_verbs import doctor_verb, run_folder, status_verb
+from elastic.look_verbs import (
+    dashboard_verb,
+    doctor_verb,
+    report_verb,
+    run_folder,
+    status_verb,
+)
 from elastic.output import READER_GONE, has_reader
 from elastic.sample_verb import sample_flags, sample_verb
 from elastic.settings import Settings, read_settings
@@ -325,28 +331,9 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
     return DONE
 
 
-def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Write report.html."""
-    from elastic.record import read_plan
-    from elastic.report import write_report
-
-    folder = run_folder(flags.run)
-    read_plan(folder)
-    print(write_report(folder.root))
-    return DONE
-
-
 def completion_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print a completion script."""
     print(script(make_parser(), flags.shell), end="")
-    return DONE
-
-
-def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Serve Aim's pages until Ctrl-C."""
-    from elastic.dashboard import show
-
-    show(run_folder(flags.run), flags.port, flags.rebuild)
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""The verbs that look and change nothing: `status` of a run, `doctor` of a machine."""
+"""The verbs that look: `status`, `report` and `dashboard` of a run, `doctor` of a machine."""
 
 import argparse
 import json
@@ -73,4 +73,23 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
             said += [f"checkpoints at {shown(saved)}"] if saved else []
             said += [why] if why else []
             print(f"not finished: {stage.name} ({'; '.join(said)})")
+    return 0
+
+
+def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Write report.html."""
+    from elastic.record import read_plan
+    from elastic.report import write_report
+
+    folder = run_folder(flags.run)
+    read_plan(folder)
+    print(write_report(folder.root))
+    return 0
+
+
+def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Serve Aim's pages until Ctrl-C."""
+    from elastic.dashboard import show
+
+    show(run_folder(flags.run), flags.port, flags.rebuild)
     return 0

@@ -44,7 +44,8 @@ class Bucket(Record):
     @field_validator("micro")
     @classmethod
     def _at_most_the_batch(cls, micro: int, others: ValidationInfo) -> int:
-        return min(micro, others.data.get("batch", micro))
+        batch: int = others.data.get("batch", micro)
+        return min(micro, batch)
 
     @property
     def height(self) -> int:
