@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import NodeDiedError, WorkerCrashedError
 
 from elastic.attempt import Latents, WorkerJob
+from elastic.branch import left_because
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, load_members
 from elastic.data.clips import Clips
@@ -58,10 +59,12 @@ from elastic.sample import (
 )
 from elastic.showing import MOST_TRIES, Made, Showing, missing_line, tries_of, why_missing
 from elastic.start import INIT, check_origin
-from elastic.summary import poor_codec
+from elastic.summary import COURSE_KINDS, poor_codec
 from elastic.weights import WEIGHTS, finished
+from elastic.worth_a_look import worth_a_look
 from models.perceptual import Lpips
 from stages.init import Align, FromFile, Init, parent_of
+from stages.lineage import branches
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
@@ -98,8 +101,12 @@ class Course:
 
 
 def train_plan(course: Course) -> None:
-    """Do whatever is missing of the plan."""
+    """Do whatever is missing of the plan; a stage that is only branched from is left as it is."""
     for stage in course.plan.stages:
+        why = left_because(course.plan, course.folder, stage)
+        if why is not None:
+            leave_stage(course, stage, why)
+            continue
         if finished(course.folder.stage(stage.name)) is None:
             train_one(course, stage)
         elif not is_told(course, "stage_end", stage):
@@ -109,10 +116,21 @@ def train_plan(course: Course) -> None:
             show_samples(course, stage)
 
 
+def leave_stage(course: Course, stage: Stage, why: str) -> None:
+    """Tell once that a stage is trained no further."""
+    events = read_events(course.folder.root)
+    told = [e["kind"] for e in events if e["stage"] == stage.name and e["kind"] in COURSE_KINDS]
+    if told[-1:] != ["stage_left"]:
+        position = max(branches(course.plan.stages, stage).values())
+        course.tracker.event("stage_left", stage.name, position, why)
+        print(f"{stage.name}  {why}", flush=True)
+
+
 def encode_plan(course: Course) -> None:
-    """Encode the latents of every diffusion stage whose codec is finished."""
+    """Encode the latents of every diffusion stage that is not left and whose codec is finished."""
     for stage in course.plan.stages:
-        if isinstance(stage, DiffusionStage):
+        is_left = left_because(course.plan, course.folder, stage) is not None
+        if isinstance(stage, DiffusionStage) and not is_left:
             if not codec_weights(course.folder, stage).exists():
                 raise InputError(
                     f"stage {stage.name!r}: its autoencoder has no weights yet "
@@ -129,6 +147,8 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
+    for said in worth_a_look(stage):
+        log.warning("worth a look: %s", said)
     _warn_of_codec(course, stage)
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else ()
     parent = parent_of(stage.init)
@@ -333,12 +353,13 @@ def _on_worker(course: Course, work: Callable[..., Any], *given: Any) -> Any:  #
 
 
 def sample_request(
-    folder: RunFolder, stage: DiffusionStage, captions: tuple[str, ...], target: Path
-) -> SampleRequest:
-    """A request for samples of a finished stage; InputError if it is not finished."""
+    folder: RunFolder, stage: DiffusionStage, captions: tuple[str, ...], target: Path,
+    weights: Path | None = None,
+) -> SampleRequest:  # fmt: skip
+    """A request for samples of a stage; InputError if it is not finished and has no `weights`."""
     own = folder.stage(stage.name)
     scale = read_scale(own / LATENT_PINS)
-    if finished(own) is None or scale is None:
+    if (finished(own) is None and weights is None) or scale is None:
         raise InputError(
             f"stage {stage.name!r} of {str(folder.root)!r} is not finished, so there is nothing "
             "to sample from; go on with python -m elastic train FILE"
@@ -360,7 +381,7 @@ def sample_request(
     return SampleRequest(
         stage=stage.replace(text=stage.text.located()),
         bucket=longest_bucket(stage),
-        weights=own / WEIGHTS,
+        weights=weights or own / WEIGHTS,
         codec_weights=codec_weights(folder, stage),
         scale=scale,
         null=null,

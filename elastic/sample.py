@@ -51,6 +51,7 @@ class SampleRequest:
     steps: int = STEPS
     guidance: float = GUIDANCE
     seed: int = SEED
+    shift: float | None = None  # of time; that of the stage
     negative: str | None = None  # led away from, in place of the null text
     image: Path | None = None  # the first frame of every sample; for stages with image_condition
     text_fields: dict[str, Any] | None = None
@@ -59,7 +60,7 @@ class SampleRequest:
     @property
     def guided(self) -> Guided:
         """In how many steps, and how strongly led by the text."""
-        return Guided(self.steps, self.guidance)
+        return Guided(self.steps, self.guidance, self.shift)
 
 
 def longest_bucket(stage: Stage) -> Bucket:
@@ -241,9 +242,8 @@ def make_reconstructions(
             if len(captions) == most:
                 break
             try:
-                x_CTHW = decode_clip(
-                    clip.path, bucket.frames, stage.rate, bucket.height, bucket.width
-                )
+                size = bucket.height, bucket.width
+                x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, *size, clip.segment)
             except BadVideo as error:
                 log.warning("%s: not shown: %s", clip.path, error)
                 continue

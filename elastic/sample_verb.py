@@ -1,11 +1,11 @@
-"""The verb `sample`: films of any captions from a finished stage."""
+"""The verb `sample`: films of any captions, from a stage's end or one of its checkpoints."""
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from elastic.errors import InputError
-from elastic.flags import at_least_one, finite
+from elastic.flags import at_flag, at_least_one, finite, shift
 from elastic.folders import RunFolder
 from elastic.look_verbs import run_folder
 from elastic.settings import Settings
@@ -20,6 +20,7 @@ def sample_flags(parser: argparse.ArgumentParser) -> None:
     """What `sample` takes."""
     parser.add_argument("run", help="run folder")
     parser.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
+    at_flag(parser)
     parser.add_argument(
         "--bucket", metavar="NAME", help="size and length, as 256px-33f (default: the longest)"
     )
@@ -32,11 +33,13 @@ def sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
     parser.add_argument("--steps", type=at_least_one, default=25, help="Euler steps (default 25)")
     parser.add_argument("--guidance", type=finite, default=3.0, help="default 3.0; 1 is none")
+    parser.add_argument("--shift", type=shift, help="of time (default: that of the stage)")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Make videos."""
+    from elastic.checkpoint_weights import weights_of
     from elastic.course import sample_request
     from elastic.record import read_plan
     from elastic.sample import make_samples
@@ -44,19 +47,23 @@ def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
     folder = run_folder(flags.run)
     stage = chosen_stage(read_plan(folder), folder, flags.stage)
     captions = chosen_captions(flags.caption, flags.captions)
-    target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
-    request = sample_request(folder, stage, captions, target.absolute())
-    request = replace(
-        request,
-        bucket=request.bucket if flags.bucket is None else chosen_bucket(stage, flags.bucket),
-        negative=flags.negative,
-        steps=flags.steps,
-        guidance=flags.guidance,
-        seed=flags.seed,
-        image=None if flags.image is None else Path(flags.image).absolute(),
-    )
-    for path in make_samples(request):
-        print(path)
+    asked = "asked" if flags.at is None else f"asked-{flags.at}"
+    target = (Path(flags.out) if flags.out else folder.samples(stage.name) / asked).absolute()
+    bucket = None if flags.bucket is None else chosen_bucket(stage, flags.bucket)
+    with weights_of(folder.stage(stage.name), stage, flags.at, target) as weights:
+        request = sample_request(folder, stage, captions, target, weights)
+        request = replace(
+            request,
+            bucket=bucket or request.bucket,
+            negative=flags.negative,
+            steps=flags.steps,
+            guidance=flags.guidance,
+            shift=flags.shift,
+            seed=flags.seed,
+            image=None if flags.image is None else Path(flags.image).absolute(),
+        )
+        for path in make_samples(request):
+            print(path)
     return 0
 
 
@@ -73,7 +80,8 @@ def chosen_stage(plan: Plan, folder: RunFolder, name: str | None) -> DiffusionSt
     done = [stage for stage in stages if finished(folder.stage(stage.name))]
     if not done:
         raise InputError(
-            f"no diffusion stage of {str(folder.root)!r} is finished; nothing to sample from"
+            f"no diffusion stage of {str(folder.root)!r} is finished; name one that is under way, "
+            "and one of its checkpoints: --stage NAME --at POSITION"
         )
     return done[-1]
 

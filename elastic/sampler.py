@@ -14,7 +14,7 @@ from elastic.kernels import attention, attention_order, compile_blocks, compiles
 from elastic.memory import precision_bytes
 from elastic.weights import load_weights
 from elastic.workload import TRAINING, dit_flops, video_tokens
-from models.flow import conditioned, euler_sample, time_shift
+from models.flow import conditioned, euler_sample
 from models.fresh import named_seed
 from models.text import TextBatch, TextEmbedding, padded
 from stages.schedule import Bucket
@@ -27,10 +27,11 @@ _LARGEST_BYTES = 1 << 30
 
 
 class Guided(NamedTuple):
-    """In how many steps, and how strongly led by the text."""
+    """In how many steps, how strongly led by the text, and with which shift of time."""
 
     steps: int = STEPS
     guidance: float = GUIDANCE
+    shift: float | None = None  # that of the stage
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def walk(
 
     Guidance is an input of the DiTs that take it, and classifier-free for all others.
     """
-    num_frames, rows, columns = noise_BCTHW.shape[2:]
+    _, _, num_frames, rows, columns = noise_BCTHW.shape
     frames, height, width = stage.model.token_grid((num_frames, rows, columns))
+    shift = guided.shift or stage.noise.times(height * width, frames).alpha
     takes_guidance = stage.model.guidance
     moved = (None if x is None else x.to(noise_BCTHW.device) for x in text)
     return euler_sample(
@@ -110,7 +112,7 @@ def walk(
         null,
         steps=guided.steps,
         guidance=1.0 if takes_guidance else guided.guidance,
-        alpha=time_shift(height * width, frames),
+        alpha=shift,
     )
 
 

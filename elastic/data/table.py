@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
 from elastic.data.folder import names_in, read_folder
+from elastic.data.segment import SECOND, Segment
 from elastic.errors import InputError
 from stages.videos import Mix, Videos
 
 SPLITS = ("train", "held-out")
-_COLUMNS = ("path", "text", "split")
+_COLUMNS = ("path", "text", "split", "start", "end")
+_MOST_SECONDS = 10**9
 _NEEDED = ("path", "text")
 
 
@@ -167,19 +169,53 @@ def _clips(batch: pa.RecordBatch, videos: Videos, folder: str, first_row: int) -
     """Some rows of the table as clips."""
     name = videos.table
     paths, texts = _values(batch, "path", name, first_row), _values(batch, "text", name, first_row)
-    ids = [sample_id(path) for path in paths]
+    starts, ends = (_times(batch, column, name, first_row) for column in ("start", "end"))
+    segments = [Segment(start or 0, end) for start, end in zip(starts, ends, strict=True)]
+    for row, segment in enumerate(segments, start=first_row):
+        _require_order(segment, f"table {name!r}, row {row}")
+    ids = [sample_id(*one) for one in zip(paths, segments, strict=True)]
     if "split" in batch.schema.names:
         splits = enumerate(_values(batch, "split", name, first_row), start=first_row)
         held_out = [_is_held_out(split, f"table {name!r}, row {row}") for row, split in splits]
     else:
-        held_out = [number % videos.held_out_every == 0 for number in ids]
+        # By the file alone: parts of one film are too much alike to be measured on and trained on.
+        held_out = [sample_id(path) % videos.held_out_every == 0 for path in paths]
     found = [
         _absolute(path, folder, f"table {name!r}, row {row}")
         for row, path in enumerate(paths, start=first_row)
     ]
-    return pa.RecordBatch.from_pydict(
-        dict(zip(SCHEMA.names, (ids, found, texts, held_out), strict=True)), schema=SCHEMA
-    )
+    first_us, last_us = [one.start_us for one in segments], [one.end_us for one in segments]
+    columns = (ids, found, texts, held_out, first_us, last_us)
+    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
+
+
+def _times(batch: pa.RecordBatch, column: str, name: str, first_row: int) -> list[int | None]:
+    """Microseconds, of a column of seconds that need not be there; None where there is none."""
+    if column not in batch.schema.names:
+        return [None] * len(batch)
+    found: list[int | None] = []
+    for row, value in enumerate(batch.column(column).to_pylist(), start=first_row):
+        try:
+            seconds = None if value is None or value == "" else float(value)
+            is_usable = seconds is None or 0 <= seconds <= _MOST_SECONDS
+        except (TypeError, ValueError):
+            is_usable = False
+        if not is_usable or isinstance(value, bool):
+            raise InputError(
+                f"table {name!r}, row {row}: {column} is {value!r}; it must be a number of seconds "
+                f"from the file's first frame on, 0 to {_MOST_SECONDS:,}, or be left empty"
+            )
+        found.append(None if seconds is None else round(seconds * SECOND))
+    return found
+
+
+def _require_order(segment: Segment, where: str) -> None:
+    if segment.end_us is not None and segment.end_us <= segment.start_us:
+        raise InputError(
+            f"{where}: end is {segment.end_us / SECOND:g} and start is "
+            f"{segment.start_us / SECOND:g} seconds; a clip ends after it starts: correct one of "
+            "them, or leave the end empty for the rest of the file"
+        )
 
 
 def _require_distinct(name: str, ids: NDArray[np.int64]) -> None:
@@ -192,7 +228,7 @@ def _require_distinct(name: str, ids: NDArray[np.int64]) -> None:
     path = _path_at(name, row)
     raise InputError(
         f"table {name!r}, row {row + 1}: path {path!r} is there already, in row {first + 1}; "
-        f"a clip has one row: remove one of them"
+        f"a clip has one row: remove one of them, or give each its own start and end"
     )
 
 
