@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test check bench clean-demo
+.PHONY: venv demo test check bench gpu clean-demo
 
 venv: $(STAMP)
 
@@ -31,6 +31,10 @@ check: venv
 BENCHES := $(wildcard tests/bench/*.py)
 bench: venv
 	@set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
+
+# On a machine with a GPU: what only that can show. SECONDS bounds all of it.
+gpu: venv
+	$(BIN)/python tests/on_gpu.py $(if $(SECONDS),--seconds $(SECONDS))
 
 clean-demo:
 	rm -rf runs/demo runs/demo-videos

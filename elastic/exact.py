@@ -240,6 +240,15 @@ def totals(values: Sequence[Sequence[Tensor]], world: World) -> list[float]:
     return [_rounded_once(part.flatten().tolist()) for part in parts]
 
 
+def column_totals(rows_NK: Tensor, world: World) -> list[float]:
+    """The sum of each column over the rows of all ranks together, rounded once.
+
+    Every rank calls it with as many rows; waits for the device.
+    """
+    columns = world.stack(rows_NK.double()).flatten(0, 1).T.tolist()
+    return [_rounded_once(column) for column in columns]
+
+
 def _rounded_once(values: list[float]) -> float:
     # fsum refuses inf - inf; in plain sums inf and NaN come out alike in any order.
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic.branch import left_because
 from elastic.checkpoint_store import Keep
 from elastic.fit import kept_for, needed, policies, workers_on
 from elastic.folders import RunFolder
@@ -12,7 +13,9 @@ from elastic.forecast import (
     BYTES_A_WEIGHT,
     count_parameters,
     latent_bytes,
+    most_held,
     most_latent_bytes,
+    most_text_bytes,
     saved_bytes,
 )
 from elastic.memory import state_memory
@@ -20,7 +23,7 @@ from elastic.outlook import Faults, sample_flops, seconds_a_sample, stage_outloo
 from elastic.shares import computed, real_share, worlds
 from elastic.traffic import update_traffic
 from elastic.weights import finished
-from models.flow import time_shift
+from elastic.worth_a_look import worth_a_look
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
@@ -38,13 +41,20 @@ def forecast_json(
     return {
         "plan": plan.name,
         "folder": str(folder.root),
-        "stages": [_stage(stage, folder, gpus, faults) for stage in plan.stages],
+        "stages": [
+            {
+                **_stage(stage, folder, gpus, faults),
+                "left": left_because(plan, folder, stage) is not None,
+            }
+            for stage in plan.stages
+        ],
         "disk": {
             "weights_bytes": weights,
-            "checkpoints_bytes": sum(keep.most(s.budget) * saved[s.name] for s in plan.stages),
+            "checkpoints_bytes": sum(most_held(plan, s, keep) * saved[s.name] for s in plan.stages),
             "checkpoint_under_way_bytes": max(saved.values()),
             "latents_bytes_at_most": most_latent_bytes(plan),
         },
+        "worth_a_look": [said for stage in plan.stages for said in worth_a_look(stage)],
     }
 
 
@@ -114,11 +124,12 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -
     sent = update_traffic(stage, module, bucket, text, workers).total
     return found | {
         "tokens": frames * height * width,
-        "time_shift": time_shift(height * width, frames),
+        "time_shift": stage.times(bucket).alpha,
         "flops_a_sample": flops,
         "flops_an_update_a_worker": flops * computed(stage, bucket, workers) / stage.context,
         "sent_bytes_an_update_a_worker": sent / workers,
         "latent_bytes_a_clip": latent_bytes(stage, bucket),
+        "text_bytes_a_clip_at_most": most_text_bytes(stage),
     }
 
 

@@ -33,7 +33,7 @@ from elastic.folders import RunFolder
 from elastic.record import check_unchanged, read_plan, start_stage, write_record
 from models.fresh import named_seed
 from stages import AdamW, Bucket, DiffusionStage, Mix, Phase, Plan, Videos, Windows
-from stages.plan import explain
+from stages.explain import explain
 
 MIX = Mix((Videos("films.parquet"), 0.7), (Videos("stock/"), 0.2), (Videos("own.csv"), 0.1))
 MIXED = STAGE.replace(data=MIX)
