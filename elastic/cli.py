@@ -14,17 +14,14 @@ from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     aim_flag,
     at_flag,
-    at_least_one,
     cluster_flags,
     device_flags,
     doctor_flags,
     fault_flags,
-    finite,
     json_flag,
     keep_flags,
     latents_flag,
     port,
-    shift,
     training_flags,
 )
 from elastic.folders import RunFolder
@@ -37,6 +34,7 @@ from elastic.look_verbs import (
     status_verb,
 )
 from elastic.output import READER_GONE, has_reader
+from elastic.sample_verb import sample_flags, sample_verb
 from elastic.settings import Settings, read_settings
 from elastic.versions import version_line
 from models.perceptual import Lpips, check_lpips
@@ -129,16 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
         fault_flags(one)
     one = _verb(verbs, "sample", sample_verb, "make videos from a stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
-    one.add_argument("run", help="run folder")
-    one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
-    at_flag(one)
-    one.add_argument("--caption", action="append", required=True, help="may be given many times")
-    one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
-    one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
-    one.add_argument("--steps", type=at_least_one, default=25, help="Euler steps (default 25)")
-    one.add_argument("--guidance", type=finite, default=3.0, help="default 3.0; 1 is none")
-    one.add_argument("--shift", type=shift, help="of time (default: that of the stage)")
-    one.add_argument("--seed", type=int, default=0)
+    sample_flags(one)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
     one = _verb(verbs, "export", export_verb, "write averaged weights for other programs", example)
     one.add_argument("run", help="run folder")
@@ -325,46 +314,6 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
                 stage.text.check()
             except ValueError as error:
                 raise InputError(f"stage {stage.name!r}: {error}") from None
-
-
-def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Make videos."""
-    from elastic.checkpoint_weights import weights_of
-    from elastic.course import sample_request
-    from elastic.record import read_plan
-    from elastic.sample import make_samples
-    from elastic.weights import finished
-
-    folder = run_folder(flags.run)
-    plan = read_plan(folder)
-    done = [
-        s for s in plan.stages if isinstance(s, DiffusionStage) and finished(folder.stage(s.name))
-    ]
-    if flags.stage is None and not done:
-        raise InputError(
-            f"no diffusion stage of {flags.run!r} is finished; name one that is under way, and one "
-            "of its checkpoints: --stage NAME --at POSITION"
-        )
-    stage = done[-1] if flags.stage is None else plan.stage(flags.stage)
-    if not isinstance(stage, DiffusionStage):
-        raise InputError(
-            f"stage {stage.name!r} trains an autoencoder; sample from a diffusion stage"
-        )
-    asked = "asked" if flags.at is None else f"asked-{flags.at}"
-    target = Path(flags.out) if flags.out else folder.samples(stage.name) / asked
-    image = None if flags.image is None else Path(flags.image).absolute()
-    changed = {
-        "steps": flags.steps,
-        "guidance": flags.guidance,
-        "shift": flags.shift,
-        "seed": flags.seed,
-        "image": image,
-    }
-    with weights_of(folder.stage(stage.name), stage, flags.at, target.absolute()) as weights:
-        request = sample_request(folder, stage, tuple(flags.caption), target.absolute(), weights)
-        for path in make_samples(type(request)(**{**vars(request), **changed})):
-            print(path)
-    return DONE
 
 
 def export_verb(flags: argparse.Namespace, settings: Settings) -> int:

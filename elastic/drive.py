@@ -185,6 +185,8 @@ def _supervise(
         raise
     finally:
         line.end()
+        if thread.is_alive():
+            course.showing.leave()
         ahead.close()
         tracker.event("run_end", reason=reason)
         problem = tracker.close()

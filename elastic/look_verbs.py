@@ -39,6 +39,7 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
+    from elastic.showing import missing_line, why_missing
     from elastic.speed import speed_lines
     from elastic.status_json import status_json
     from elastic.stop import asked, has_driver
@@ -62,6 +63,9 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     for stage in plan.stages:
         for line in growth_lines(folder.stage(stage.name)):
             print(line)
+        reason = why_missing(history.events, stage.name)
+        if reason is not None:
+            print(missing_line(folder, stage.name, reason))
         if finished(folder.stage(stage.name)) is None:
             why = left_because(plan, folder, stage)
             saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)

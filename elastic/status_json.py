@@ -7,6 +7,7 @@ from elastic.checkpoint_place import Register
 from elastic.data.growth import load_growths
 from elastic.encode_progress import read_encoding
 from elastic.folders import RunFolder
+from elastic.showing import why_missing
 from elastic.speed import speeds
 from elastic.summary import History, StageSummary, summarise_history
 from elastic.timeline import ACTIVITIES
@@ -58,6 +59,7 @@ def _stage(
         "psnr_db": None if one is None else one.psnr,
         "ssim": None if one is None else one.ssim,
         "goodput": history.account.goodput(stage.name),
+        "samples_failed": why_missing(history.events, stage.name),
         "encoding": None if encoding is None else encoding[1].as_json(),
         "grown": [
             {"position": grown.position, "clips": grown.members.num_clips()}

@@ -2,8 +2,17 @@
 
 from collections.abc import Sequence
 
-from models.dit import DiT
-from stages.init import Align, Continue, FromFile, KeepTrunk, Switch, branch_of, parent_of
+from models.dit import GUIDANCE_LAYERS, DiT
+from stages.init import (
+    Align,
+    Continue,
+    FromFile,
+    KeepTrunk,
+    Switch,
+    branch_of,
+    is_asked_new,
+    parent_of,
+)
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 # Of a DiT: what may differ where a trunk is kept, and where a stage goes on with all of it.
@@ -59,6 +68,7 @@ def check_init(stage: Stage) -> None:
             )
     if isinstance(init, Continue | KeepTrunk) and init.at is not None:
         _check_at(init.at, init.stage, where)
+    _check_guidance(stage, where)
     if isinstance(init, Continue):
         _check_same(stage, init.stage, init.optimizer, where)
     elif isinstance(init, KeepTrunk):
@@ -74,6 +84,23 @@ def _check_at(at: int, parent: Stage, where: str) -> None:
         raise ValueError(
             f"{where}: at {at}: the parent {parent.name!r} ends at {parent.budget}; give a "
             "position before that, or leave `at` out to start from its end"
+        )
+
+
+def _check_guidance(stage: Stage, where: str) -> None:
+    """A strength that is an input has to be known already: training shows one strength alone.
+
+    A parent has been looked at in its own turn, and has the same field.
+    """
+    if not isinstance(stage, DiffusionStage) or not stage.model.guidance:
+        return
+    new = [name for name in GUIDANCE_LAYERS if is_asked_new(stage.init, name)]
+    if new:
+        raise ValueError(
+            f"{where}: model.guidance is True, and {new[0]!r} would be new: training shows it the "
+            "strength 1 alone, and sampling asks it for others in place of classifier-free "
+            "guidance; leave guidance out of the model, or start from a file that has learnt it, "
+            "as init=FromFile('flux1-dev.safetensors') does, and keep guidance_in of it"
         )
 
 

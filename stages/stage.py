@@ -77,6 +77,7 @@ class _Stage(Record):
 
     And the encoder of a DC-AE that makes its latents: with None on a GPU where there are so many
     clips that it pays, with True always. Some latents then differ in the last bit of bf16.
+    Samples of the finished stage likewise, where there is so much to compute that it pays.
     """
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
@@ -249,7 +250,7 @@ class DiffusionStage(_Stage):
     model: DiT
     text: WordHash | T5Clip = WordHash()
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
+    """What blocks compute in, samples included; parameters, optimizer and sums are fp32 always."""
     text_dropout: float | tuple[float, float] = 0.1
     """Share of samples trained with the null text, for classifier-free guidance.
 
