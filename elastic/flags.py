@@ -112,6 +112,16 @@ def doctor_flags(parser: argparse.ArgumentParser) -> None:
     json_flag(parser)
 
 
+def at_flag(parser: argparse.ArgumentParser) -> None:
+    """What verbs that use the weights of one stage take."""
+    parser.add_argument(
+        "--at",
+        type=at_least_one,
+        metavar="POSITION",
+        help="as they are in this checkpoint of the stage, finished or not (default: at its end)",
+    )
+
+
 def json_flag(parser: argparse.ArgumentParser) -> None:
     """What verbs that report take."""
     parser.add_argument(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from elastic.branch import left_because
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.clips import Clips
 from elastic.data.places import is_there
@@ -24,7 +25,8 @@ from elastic.traffic import update_traffic
 from elastic.weights import finished
 from elastic.worth_a_look import worth_a_look
 from models.t5_clip import T5Clip
-from stages.init import Fresh, FromFile, KeepTrunk
+from stages.init import Fresh, FromFile, KeepTrunk, branch_of
+from stages.lineage import branches
 from stages.noise import Noise
 from stages.plan import Plan
 from stages.schedule import Bucket
@@ -50,8 +52,10 @@ def forecast(
     folder = RunFolder.of(storage, plan)
     lines = [f"plan {plan.name}: {len(plan.stages)} stages, kept in {folder.root}"]
     for number, stage in enumerate(plan.stages, 1):
-        done = "finished" if finished(folder.stage(stage.name)) else "to do"
+        why = left_because(plan, folder, stage)
+        done = "finished" if finished(folder.stage(stage.name)) else "left" if why else "to do"
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
+        lines += [f"   {why}"] if why else []
         lines += [f"   {line}" for line in _stage(stage, gpus)]
         if faults is not None:
             workers, size = workers_on(stage, gpus), saved_bytes(stage)
@@ -70,7 +74,7 @@ def _disk(plan: Plan, keep: Keep) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
     counts = [count_parameters(stage) for stage in plan.stages]
     saved = [saved_bytes(stage) for stage in plan.stages]
-    held = [keep.most(stage.budget) for stage in plan.stages]
+    held = [most_held(plan, stage, keep) for stage in plan.stages]
     parts = [
         f"weights {shown(sum(counts) * BYTES_A_WEIGHT)}",
         f"checkpoints {shown(sum(map(mul, held, saved)))} ({keep}), "
@@ -82,6 +86,11 @@ def _disk(plan: Plan, keep: Keep) -> str:
     if latents is None:
         return "; ".join([*parts, "latents: not known before the clips are there"])
     return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
+
+
+def most_held(plan: Plan, stage: Stage, keep: Keep) -> int:
+    """Checkpoints that a stage may hold at once, with those that branches start from."""
+    return keep.most(stage.budget) + len({*branches(plan.stages, stage).values()})
 
 
 def absent(plan: Plan) -> list[str]:
@@ -172,7 +181,9 @@ def _start(stage: Stage) -> list[str]:
     if isinstance(init, Fresh):
         return [f"start       Fresh(seed={init.seed}): every parameter new"]
     origin = init.path if isinstance(init, FromFile) else init.stage.name
-    lines = [f"start       {type(init).__name__}({origin})"]
+    at = branch_of(init)
+    where = "" if at is None else f", from its checkpoint at {at:,} samples"
+    lines = [f"start       {type(init).__name__}({origin}){where}"]
     if isinstance(init, FromFile) and not Path(init.path).exists():
         return [*lines, "  not known before the file is there"]
     lines += [f"  {line}" for line in check_origin(stage).lines()]

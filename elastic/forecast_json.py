@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic.branch import left_because
 from elastic.checkpoint_store import Keep
 from elastic.fit import kept_for, needed, policies, workers_on
 from elastic.folders import RunFolder
@@ -12,6 +13,7 @@ from elastic.forecast import (
     BYTES_A_WEIGHT,
     count_parameters,
     latent_bytes,
+    most_held,
     most_latent_bytes,
     most_text_bytes,
     saved_bytes,
@@ -39,10 +41,16 @@ def forecast_json(
     return {
         "plan": plan.name,
         "folder": str(folder.root),
-        "stages": [_stage(stage, folder, gpus, faults) for stage in plan.stages],
+        "stages": [
+            {
+                **_stage(stage, folder, gpus, faults),
+                "left": left_because(plan, folder, stage) is not None,
+            }
+            for stage in plan.stages
+        ],
         "disk": {
             "weights_bytes": weights,
-            "checkpoints_bytes": sum(keep.most(s.budget) * saved[s.name] for s in plan.stages),
+            "checkpoints_bytes": sum(most_held(plan, s, keep) * saved[s.name] for s in plan.stages),
             "checkpoint_under_way_bytes": max(saved.values()),
             "latents_bytes_at_most": most_latent_bytes(plan),
         },

@@ -5,6 +5,7 @@ the model lies there whole. What is found is printed, and kept beside the runs; 
 before somebody has written it into the stage file, which stays the only truth.
 """
 
+import gc
 import hashlib
 import json
 import statistics
@@ -186,12 +187,31 @@ class Trainer:
         self._stage = stage
         self._world = world
         self._objective = objective_of(stage, world.device)
+        self._model, self._optimizer = self._built()
+
+    def _built(self) -> tuple[nn.Module, torch.optim.AdamW]:
+        stage, world = self._stage, self._world
         precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
-        self._model: nn.Module = shard(self._objective.build(), world, precision)
-        initialise(self._model, 0, stage.name)
+        model = shard(self._objective.build(), world, precision)
+        initialise(model, 0, stage.name)
         if compiles(stage, world.device):
-            compile_blocks(self._model)
-        self._optimizer = build_optimizer(stage.optimizer, self._model)
+            compile_blocks(model)
+        return model, build_optimizer(stage.optimizer, model)
+
+    def renew(self) -> None:
+        """Another model in its place: where a pass was cut short, FSDP goes on as if inside it.
+
+        It would gather and sum nothing from then on, without a word.
+        """
+        del self._model, self._optimizer  # there may be no room for two
+        gc.collect()  # modules and hooks know each other
+        self.drop_cached()
+        self._model, self._optimizer = self._built()
+
+    def drop_cached(self) -> None:
+        """Give back memory that is free, so that the next size finds it in one piece."""
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def inputs(self, micro: Micro) -> Inputs:
         """What training would read ahead, on the device."""
@@ -256,7 +276,10 @@ def _measure_bucket(
             tried.append(Tried(micro, None, None, said, "more than the device has"))
             break
         tried.append(_try(trainer, stage, bucket, micro, said))
-        if tried[-1].problem or _has_stopped_growing(tried):
+        if tried[-1].problem:
+            trainer.renew()
+            break
+        if _has_stopped_growing(tried):
             break
     update_s = 0.0
     if any(one.round_s is not None for one in tried):
@@ -282,8 +305,7 @@ def _try(trainer: Trainer, stage: Stage, bucket: Bucket, micro: int, said: float
         return Tried(micro, None, None, said, "out of memory")
     finally:
         trainer.forget()
-        if cuda:
-            torch.cuda.empty_cache()
+        trainer.drop_cached()
 
 
 def _has_stopped_growing(tried: list[Tried]) -> bool:

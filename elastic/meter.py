@@ -77,7 +77,8 @@ class _Norms:
                     f"stage {stage.name!r}: {whose} {norm.item()} at {self.position:,} samples. "
                     "The same command meets the same batch again, and a stage that has begun may "
                     f"not change: lower {rate} or optimizer.max_norm and give the stage another "
-                    "name, under which it begins anew, as its init says"
+                    "name, under which it begins anew, or branches from a checkpoint before that "
+                    "with init=Continue(STAGE, at=POSITION); `status RUN` names the positions"
                     + (_LATENTS if isinstance(stage, DiffusionStage) else "")
                 )
 

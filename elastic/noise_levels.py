@@ -51,6 +51,5 @@ def level_rounds(
     count = NUM_LEVELS * max(1, len(indices) // (NUM_LEVELS * _ONE_IN)) if len(indices) else 0
     turns = np.arange(count)
     chosen = indices[turns * len(indices) // max(1, count)]
-    return own_rounds(
-        [BatchPlan(0, bucket, chosen, turns % NUM_LEVELS)], source, world, stage.exact
-    )
+    plan = BatchPlan(0, bucket, chosen, turns % NUM_LEVELS)
+    return own_rounds([plan], source, world, stage.exact)

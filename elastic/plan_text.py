@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from elastic.branch import check_branches
 from elastic.checkpoint_store import Keep
 from elastic.data.deal import num_rounds
 from elastic.errors import InputError
@@ -28,9 +29,12 @@ MEASURED = ".measured"  # folder beside the runs
 def print_plan(plan: Plan, flags: argparse.Namespace, settings: Settings) -> None:
     """Print the plan; InputError for what does not fit the device that is named, or is here.
 
-    So for a stage that has started and is another now: it would not be trained either.
+    So for a stage that has started and is another now, and for a branch from a checkpoint that is
+    not there: they would not be trained either.
     """
-    check_unchanged(RunFolder.of(settings.storage_path, plan), plan)
+    folder = RunFolder.of(settings.storage_path, plan)
+    check_unchanged(folder, plan)
+    check_branches(plan, folder)
     faults = _faults(flags)
     keep = Keep(settings.keep_last, settings.keep_every)
     if flags.json and flags.measure:

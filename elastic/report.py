@@ -103,8 +103,10 @@ def _header(title: str, history: History, summaries: list[StageSummary]) -> str:
     if began is not None:
         moment = datetime.datetime.fromtimestamp(began, datetime.UTC)
         when = f"began {moment:%Y-%m-%d %H:%M} UTC"
+    num_left = sum(one.is_left and not one.is_finished for one in summaries)
     tiles = {
-        "stages finished": f"{sum(one.is_finished for one in summaries)} of {len(summaries)}",
+        "stages finished": f"{sum(one.is_finished for one in summaries)} of {len(summaries)}"
+        + (f", {num_left} left" if num_left else ""),
         "samples seen": f"{sum(one.samples for one in summaries):,}",
         "time": duration(account.seconds()),
         "goodput": shown_goodput(account),

@@ -37,6 +37,12 @@ from models.rotary import Grid, Spacing, rotation
 
 _ALL = slice(None)
 CODEC_SHAPED = ("img_in.", "cond_in.", "final_layer.linear.")
+GUIDANCE_LAYERS = tuple(
+    f"guidance_in.{layer}.{leaf}"
+    for layer in ("in_layer", "out_layer")
+    for leaf in ("weight", "bias")
+)
+"""The parameters that take the strength of guidance."""
 ROPE_PIXELS = (4, 16, 16)
 """One step of position under rope_unit="pixel": a HunyuanVAE token of patch 2."""
 
@@ -63,7 +69,10 @@ class DiT(Record):
     With "pixel" a distance keeps its meaning when the autoencoder or the patch changes.
     """
     guidance: bool = False
-    """Whether the strength of guidance is an input (`guidance_in`), as in FLUX.1-dev."""
+    """Whether the strength of guidance is an input (`guidance_in`), as in FLUX.1-dev.
+
+    For models from such a file alone: training shows it the strength 1, and teaches no other.
+    """
     image_condition: bool = False
     """Whether latents of given frames and their mask are an input (`cond_in`, zero at first)."""
 

@@ -32,10 +32,14 @@ def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fi
     if parent is not None:
         fields["init"]["stage"] = parent.name
     fields["init"] = {"policy": type(stage.init).__name__} | {
-        name: value for name, value in fields["init"].items() if not name.startswith("guard_")
+        name: value
+        for name, value in fields["init"].items()
+        if not name.startswith("guard_") and (name, value) != ("at", None)
     }
     if stage.order is None:  # as in runs of before there were others
         del fields["order"]
+    if stage.match == "aspect":  # those of before there were two keep the clips they began with
+        del fields["match"]
     if isinstance(stage, DiffusionStage) and stage.noise == Noise():  # as before there were others
         del fields["noise"]
     if not stage.exact:  # the order in which a batch is added up

@@ -43,14 +43,9 @@ class Bucket(Record):
 
     @field_validator("micro")
     @classmethod
-    def _check_micro(cls, micro: int, others: ValidationInfo) -> int:
-        batch = others.data.get("batch", micro)
-        if micro > batch:
-            raise ValueError(
-                f"{micro} samples at a time: more than the batch of {batch}, the rest would be "
-                f"filler; nearest is {batch}"
-            )
-        return micro
+    def _at_most_the_batch(cls, micro: int, others: ValidationInfo) -> int:
+        batch: int = others.data.get("batch", micro)
+        return min(micro, batch)
 
     @property
     def height(self) -> int:

@@ -33,6 +33,10 @@ AnyCodec = Annotated[
 ]
 
 
+Match = Literal["aspect", "any"]
+"""Which buckets have a clip: those that are nearest to its shape, or any that it can fill."""
+
+
 class _Stage(Record):
     name: SafeName
     data: Data
@@ -42,6 +46,12 @@ class _Stage(Record):
     ema: Ema
     rate: float = Field(default=24.0, gt=0, le=240)
     """Frames per second at which clips are sampled."""
+    match: Match = "aspect"
+    """Which buckets have a clip, of those that are as long and of like area.
+
+    "aspect": the ones whose height over width is nearest to the clip's. "any": every one, however
+    much is cut off or, of a narrow clip, blown up.
+    """
     seed: int = Field(default=0, ge=0)
     """Seed of the sample order and of the noise."""
     order: Windows | None = None
@@ -77,6 +87,7 @@ class _Stage(Record):
 
     And the encoder of a DC-AE that makes its latents: with None on a GPU where there are so many
     clips that it pays, with True always. Some latents then differ in the last bit of bf16.
+    Samples of the finished stage likewise, where there is so much to compute that it pays.
     """
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
@@ -249,7 +260,7 @@ class DiffusionStage(_Stage):
     model: DiT
     text: WordHash | T5Clip = WordHash()
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
+    """What blocks compute in, samples included; parameters, optimizer and sums are fp32 always."""
     text_dropout: float | tuple[float, float] = 0.1
     """Share of samples trained with the null text, for classifier-free guidance.
 

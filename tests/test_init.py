@@ -39,7 +39,7 @@ from elastic.weights import WEIGHTS
 from elastic.world import World
 from models import DCAE, DiT, Tiling
 from models.align import PairSums, complete, overlap, paired_cells, signal_moments, solve_embedding
-from models.dit import codec_shaped
+from models.dit import GUIDANCE_LAYERS, codec_shaped
 from models.flow import Times, timesteps
 from stages import (
     AdamW,
@@ -134,6 +134,37 @@ def test_an_autoencoder_has_no_trunk_to_keep() -> None:
         KeepTrunk(AUTOENCODER)
     with pytest.raises(ValidationError, match=r"an autoencoder has no trunk to keep"):
         Plan("p", [PARENT, AUTOENCODER.replace(init=KeepTrunk(PARENT))])
+
+
+GUIDED = PARENT.replace(model=PARENT.model.replace(guidance=True))
+LEARNT = GUIDED.replace(init=FromFile("flux.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [GUIDED],
+        [GUIDED.replace(init=FromFile("flux.safetensors", fresh=("guidance_in.*",)))],
+        [LEARNT, LEARNT.replace(name="kept", init=KeepTrunk(LEARNT, fresh=("*.out_layer.bias",)))],
+    ],
+)
+def test_a_strength_of_guidance_that_nothing_has_learnt_is_refused(
+    stages: list[DiffusionStage],
+) -> None:
+    words = r"model.guidance is True, and 'guidance_in\..*' would be new: .*leave guidance out.*"
+    with pytest.raises(ValidationError, match=words + r"FromFile"):
+        Plan("p", stages)
+
+
+def test_a_strength_of_guidance_that_a_file_has_learnt_goes_down_the_line() -> None:
+    kept = LEARNT.replace(name="kept", init=KeepTrunk(LEARNT, fresh=("txt_in.*",)))
+    again = kept.replace(name="again", init=Continue(kept))
+    assert len(Plan("p", [LEARNT, kept, again]).stages) == 3
+
+
+def test_the_layers_that_take_the_strength_of_guidance_are_those_of_the_model() -> None:
+    has, plain = ({n for n, _ in s.build().named_parameters()} for s in (GUIDED, PARENT))
+    assert has - plain == set(GUIDANCE_LAYERS)
 
 
 @pytest.mark.parametrize(("init", "said"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])

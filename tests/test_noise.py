@@ -22,7 +22,8 @@ from elastic.forecast import forecast
 from elastic.forecast_json import forecast_json
 from elastic.objective import FlowMatching
 from elastic.record import check_unchanged, start_stage, write_record
-from elastic.sample import Guided, longest_bucket, walk
+from elastic.sample import longest_bucket
+from elastic.sampler import Guided, walk
 from models.flow import time_shift
 from models.text import pad
 from stages import DiffusionStage, Noise, Plan

@@ -171,11 +171,6 @@ MISTAKES = {
         "batch=16.5",
         r"Bucket batch: 16\.5 is not a whole number; nearest is 16",
     ),
-    "more at a time than there are in a batch": (
-        "batch=16",
-        "batch=16, micro=17",
-        r"Bucket micro: 17 samples at a time: more than the batch of 16, .*; nearest is 16",
-    ),
     "no number": ("AdamW(lr=1e-3)", "AdamW(lr=float('inf'))", "AdamW lr: .*finite number, got inf"),
     "a frame count that the codec would cut": (
         "frames=9, batch=8), B",
@@ -509,6 +504,7 @@ def test_what_identifies_a_stage_is_all_that_can_change_its_result(tmp_path: Pat
     for change in (
         {"seed": 1},
         {"rate": 8.0},
+        {"match": "any"},
         {"optimizer": AdamW(lr=2e-3)},
         {"text_dropout": 0.2},
         {"held_out": 3},

@@ -1,8 +1,10 @@
 """What share of what a world computes is real: as it is dealt, and what `plan` says of it."""
 
 import json
+import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import STAGE
 
+from elastic import ray_gain
 from elastic.cli import main
 from elastic.data.deal import deal
 from elastic.forecast import forecast
 from elastic.outlook import Faults, sample_flops, seconds_a_sample, speed_of, stage_outlook
-from elastic.ray_gain import Gain
+from elastic.ray_gain import Gain, Position
 from elastic.shares import ENOUGH, computed, real_share, share_lines, worlds
 from stages import Bucket, DiffusionStage, Phase, Plan, load_plan
 from stages.stage import Stage
@@ -143,6 +146,32 @@ def test_a_group_gains_by_workers_if_each_computes_less_of_a_bucket_of_this_phas
     assert gain(150)(3, 4)
     assert gain(None)(6, 7), "nobody knows the phase"
     assert not gain(200)(1, 8), "it is at its end"
+
+
+def test_a_position_is_that_of_the_stage_as_it_was_told_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[dict[str, Any] | Exception] = [
+        ValueError("no such actor"),
+        {"stage": "other", "position": 7},
+        {"stage": "mine", "position": 40},
+        {"stage": "mine", "text": "drain: 1 nodes of the group have notice"},
+        {},
+        ValueError("no such actor"),
+    ]
+
+    def latest() -> dict[str, Any]:
+        one = told.pop(0)
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+    monkeypatch.setattr(ray_gain, "TrackerHandle", lambda name: SimpleNamespace(latest=latest))
+    position = Position("mine", "tracker")
+    assert [position() for _ in range(6)] == [None, None, 40, 40, 40, 40]
+    told.append({"stage": "mine", "position": 50})
+    copy = pickle.loads(pickle.dumps(Gain([(100, [(16, 4)])], 1, False, position)))
+    assert copy(1, 2), "the controller gets one"
 
 
 def test_rounds_and_contexts_are_those_of_the_stage() -> None:
