@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-others test-ray check bench clean-demo
+.PHONY: venv demo test test-others test-ray check bench gpu clean-demo
 
 venv: $(STAMP)
 
@@ -33,11 +33,11 @@ test: venv
 test-others test-ray: export OMP_WAIT_POLICY := passive
 test-others test-ray: export PYTHONDONTWRITEBYTECODE :=
 
-test-others:
+test-others: venv
 	$(BIN)/python -m pytest -m "not ray"
 
 # Without the cache of what failed last, for the other part writes it.
-test-ray:
+test-ray: venv
 	$(BIN)/python -m pytest -m ray -p no:cacheprovider $(if $(RAY_SAID),> $(RAY_SAID) 2>&1)
 
 check: venv
@@ -48,6 +48,10 @@ check: venv
 BENCHES := $(wildcard tests/bench/*.py)
 bench: venv
 	@set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
+
+# On a machine with a GPU: what only that can show. SECONDS bounds all of it.
+gpu: venv
+	$(BIN)/python tests/on_gpu.py $(if $(SECONDS),--seconds $(SECONDS))
 
 clean-demo:
 	rm -rf runs/demo runs/demo-videos

@@ -5,6 +5,7 @@ the model lies there whole. What is found is printed, and kept beside the runs; 
 before somebody has written it into the stage file, which stays the only truth.
 """
 
+import gc
 import hashlib
 import json
 import statistics
@@ -21,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.data.load import Micro, Round, Samples, num_rounds
+from elastic.data.deal import num_rounds, round_sizes
+from elastic.data.load import Micro, Round, Samples
 from elastic.data.order import Layout
 from elastic.data.permutation import Indices
 from elastic.exact import reproducible
@@ -40,7 +42,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 _ROUNDS = 3  # timed, after one that compiles and warms up
 _LEAST_GAIN = 0.03  # of throughput; twice in a row less, and no larger size is tried
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Tried(NamedTuple):
@@ -95,11 +97,19 @@ def fastest(found: Found, batch: int) -> Tried | None:
     return min(timed)[2] if timed else None
 
 
-def sizes(bucket: Bucket, workers: int) -> list[int]:
-    """Sizes to try: powers of two, the stage file's own, and the largest that leaves none idle."""
+def sizes(bucket: Bucket, workers: int, exact: bool) -> list[int]:
+    """Sizes to try: powers of two, the stage file's own, and the largest that leaves none idle.
+
+    Of each the size of round that it comes to.
+    """
     most = -(-bucket.batch // workers)
-    doubled = [2**power for power in range(most.bit_length())]
-    return sorted({*doubled, most, min(bucket.micro, most)})
+    asked = {*(2**power for power in range(most.bit_length())), most, min(bucket.micro, most)}
+    return sorted({dealt(bucket, micro, workers, exact) for micro in asked})
+
+
+def dealt(bucket: Bucket, micro: int, workers: int, exact: bool) -> int:
+    """Samples of the largest round, where rounds may have so many."""
+    return max(round_sizes(bucket.batch, micro, workers, exact))
 
 
 class _Nothing:
@@ -177,12 +187,31 @@ class Trainer:
         self._stage = stage
         self._world = world
         self._objective = objective_of(stage, world.device)
+        self._model, self._optimizer = self._built()
+
+    def _built(self) -> tuple[nn.Module, torch.optim.AdamW]:
+        stage, world = self._stage, self._world
         precision = stage.precision if isinstance(stage, DiffusionStage) else "fp32"
-        self._model: nn.Module = shard(self._objective.build(), world, precision)
-        initialise(self._model, 0, stage.name)
+        model = shard(self._objective.build(), world, precision)
+        initialise(model, 0, stage.name)
         if compiles(stage, world.device):
-            compile_blocks(self._model)
-        self._optimizer = build_optimizer(stage.optimizer, self._model)
+            compile_blocks(model)
+        return model, build_optimizer(stage.optimizer, model)
+
+    def renew(self) -> None:
+        """Another model in its place: where a pass was cut short, FSDP goes on as if inside it.
+
+        It would gather and sum nothing from then on, without a word.
+        """
+        del self._model, self._optimizer  # there may be no room for two
+        gc.collect()  # modules and hooks know each other
+        self.drop_cached()
+        self._model, self._optimizer = self._built()
+
+    def drop_cached(self) -> None:
+        """Give back memory that is free, so that the next size finds it in one piece."""
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def inputs(self, micro: Micro) -> Inputs:
         """What training would read ahead, on the device."""
@@ -241,13 +270,16 @@ def _measure_bucket(
     module = stage.build()
     layers = sample_layers(stage, module, bucket, stage.recompute)
     tried: list[Tried] = []
-    for micro in sizes(bucket, workers):
+    for micro in sizes(bucket, workers, stage.exact):
         said = peak_memory(stage, module, bucket.replace(micro=micro), workers, layers).total
         if said > HEADROOM * room:
             tried.append(Tried(micro, None, None, said, "more than the device has"))
             break
         tried.append(_try(trainer, stage, bucket, micro, said))
-        if tried[-1].problem or _has_stopped_growing(tried):
+        if tried[-1].problem:
+            trainer.renew()
+            break
+        if _has_stopped_growing(tried):
             break
     update_s = 0.0
     if any(one.round_s is not None for one in tried):
@@ -273,8 +305,7 @@ def _try(trainer: Trainer, stage: Stage, bucket: Bucket, micro: int, said: float
         return Tried(micro, None, None, said, "out of memory")
     finally:
         trainer.forget()
-        if cuda:
-            torch.cuda.empty_cache()
+        trainer.drop_cached()
 
 
 def _has_stopped_growing(tried: list[Tried]) -> bool:

@@ -165,8 +165,10 @@ class MuonAdamW(torch.optim.AdamW):
     def _nesterov(self, parameter: Tensor) -> Tensor:
         """This rank's part of the update, before it is made orthogonal."""
         assert parameter.grad is not None, "every matrix takes part in every step"
-        momentum = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
-        beta, gradient = self._settings.momentum, local(parameter.grad)
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+        momentum, beta, gradient = state["exp_avg"], self._settings.momentum, local(parameter.grad)
         local(momentum).lerp_(gradient, 1 - beta)
         return gradient.lerp(local(momentum), beta)
 

@@ -103,8 +103,14 @@ class PyramidModule(nn.Module):
 class LpipsModule(nn.Module):
     """VGG16's convolutions and the five heads, under the names of the file that fills them."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
+        # Made here, as a tensor that is made of numbers in a step waits for the device.
+        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.features = nn.ModuleDict()
         self._levels: list[list[str]] = []
         index, width = 0, 3
@@ -131,9 +137,7 @@ class LpipsModule(nn.Module):
 
     def _features(self, x_BCTHW: Tensor) -> list[Tensor]:
         """The features of each level, of unit length over the channels."""
-        x_NCHW = _frames(x_BCTHW.float())
-        shift, scale = x_NCHW.new_tensor(_SHIFT), x_NCHW.new_tensor(_SCALE)
-        x_NCHW = (x_NCHW - shift[:, None, None]) / scale[:, None, None]
+        x_NCHW = (_frames(x_BCTHW.float()) - self.shift) / self.scale
         levels: list[Tensor] = []
         for names in self._levels:
             x_NCHW = functional.max_pool2d(x_NCHW, 2) if levels else x_NCHW

@@ -177,8 +177,10 @@ def _encode(loaded: _Loaded, encoder: T5Clip, captions: list[str]) -> list[TextE
         loaded.clip_tokenizer, captions, encoder.clip_tokens, loaded.clip.device
     )
     pooled_BD = loaded.clip(input_ids=token_BL, attention_mask=clip_mask_BL).pooler_output
+    # All at once: a GPU would be waited for several times with each caption.
+    text_BLD, mask_BL, pooled_BD = (x.cpu() for x in (text_BLD, mask_BL.bool(), pooled_BD))
     return [
-        TextEmbedding(text_LD[mask_L.bool()].float().cpu(), pooled_D.float().cpu())
+        TextEmbedding(text_LD[mask_L].float(), pooled_D.float().clone())
         for text_LD, mask_L, pooled_D in zip(text_BLD, mask_BL, pooled_BD, strict=True)
     ]
 

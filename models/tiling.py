@@ -115,7 +115,9 @@ def tile_weights(starts: list[int], tile: int, overlap: int, scale: int) -> Iter
 def _rise(at: Tensor, starts: list[int], index: int, overlap: int, scale: int) -> Tensor:
     if index == 0:
         return torch.ones(len(at))
-    return ((at - starts[index] * scale + 0.5) / (overlap * scale)).clamp(0, 1)
+    into = at - starts[index] * scale + 0.5
+    # By a tensor: a GPU multiplies by the inverse of a plain number, which rounds otherwise.
+    return (into / into.new_full((), overlap * scale)).clamp(0, 1)
 
 
 def spans(
@@ -151,7 +153,9 @@ def encode_tiled(
     """Latents, or moments, of clips: `encode` on each tile, blended on the latent grid."""
     frames, height, width = x_BCTHW.shape[2:]
     lengths = ((frames - lead) // stride[0], height // stride[1], width // stride[2])
-    return _tiled(encode, x_BCTHW, _axes(lengths, tiling, stride, lead, writes=(1, 1, 1)))
+    with x_BCTHW.device:  # weights made on the host would have to wait for what the device does
+        axes = _axes(lengths, tiling, stride, lead, writes=(1, 1, 1))
+    return _tiled(encode, x_BCTHW, axes)
 
 
 def decode_tiled(
@@ -160,7 +164,9 @@ def decode_tiled(
     """Clips of latents: `decode` on each tile, blended in pixels."""
     frames, height, width = z_BCTHW.shape[2:]
     lengths = (frames - lead, height, width)
-    return _tiled(decode, z_BCTHW, _axes(lengths, tiling, stride, lead, writes=stride))
+    with z_BCTHW.device:
+        axes = _axes(lengths, tiling, stride, lead, writes=stride)
+    return _tiled(decode, z_BCTHW, axes)
 
 
 def _axes(
@@ -190,7 +196,7 @@ def _tiled(
             dtype = part_CTHW.dtype
             sum_BCTHW = part_CTHW.new_zeros(batch, len(part_CTHW), *shape, dtype=torch.float32)
         weight_THW = t.weight[:, None, None] * h.weight[:, None] * w.weight
-        share_CTHW = part_CTHW[:, t.skip :] * weight_THW.to(part_CTHW.device)
+        share_CTHW = part_CTHW[:, t.skip :] * weight_THW
         sum_BCTHW[sample, :, t.write, h.write, w.write] += share_CTHW
         # Gone before the next tile is computed, not after.
         del part_CTHW, share_CTHW

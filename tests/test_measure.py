@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_fit import AUTOENCODER
 from tiny import STAGE
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from elastic import measure
-from elastic.data.load import deal, num_rounds
+from elastic import measure, shard
+from elastic.data.deal import deal, num_rounds, round_sizes
 from elastic.fit import needed
 from elastic.measure import (
     Found,
@@ -28,8 +30,10 @@ from elastic.measure import (
     sizes,
 )
 from elastic.memory import HEADROOM
+from elastic.objective import FlowMatching
 from elastic.plan_text import measured_lines
 from models import DCAE
+from models.dit import MMDiT
 from stages import Adversarial, Bucket, Given, Phase
 
 SMALL = STAGE.replace(
@@ -38,18 +42,32 @@ SMALL = STAGE.replace(
 ROOMY = 1e12
 
 
-@given(batch=st.integers(1, 60), micro=st.integers(1, 60), workers=st.integers(1, 9))
-def test_rounds_are_those_that_the_loop_deals(batch: int, micro: int, workers: int) -> None:
-    assert num_rounds(batch, micro, workers) == len(deal(batch, micro, 0, workers))
+@given(
+    batch=st.integers(1, 60),
+    micro=st.integers(1, 60),
+    workers=st.integers(1, 9),
+    exact=st.booleans(),
+)
+def test_rounds_are_those_that_the_loop_deals(
+    batch: int, micro: int, workers: int, exact: bool
+) -> None:
+    dealt = [len(offsets) for offsets, _ in deal(batch, micro, 0, workers, exact)]
+    assert num_rounds(batch, micro, workers) == len(dealt)
+    assert round_sizes(batch, micro, workers, exact) == dealt
 
 
-@given(batch=st.integers(1, 500), micro=st.integers(1, 500), workers=st.integers(1, 9))
-def test_no_size_is_tried_that_leaves_workers_idle(batch: int, micro: int, workers: int) -> None:
-    tried = sizes(Bucket("32px", frames=5, batch=batch, micro=micro), workers)
+@given(st.data(), st.integers(1, 500), st.integers(1, 9), st.booleans())
+def test_no_size_is_tried_that_leaves_workers_idle_or_that_no_round_has(
+    data: st.DataObject, batch: int, workers: int, exact: bool
+) -> None:
+    micro = data.draw(st.integers(1, batch))
+    tried = sizes(Bucket("32px", frames=5, batch=batch, micro=micro), workers, exact)
     assert tried == sorted(set(tried))
     assert tried[0] == 1
     assert tried[-1] == math.ceil(batch / workers)
-    assert min(micro, tried[-1]) in tried
+    assert max(round_sizes(batch, min(micro, tried[-1]), workers, exact)) in tried
+    for one in tried:
+        assert max(round_sizes(batch, one, workers, exact)) == one
 
 
 @given(
@@ -127,12 +145,48 @@ def test_a_size_that_the_device_refuses_ends_the_search(monkeypatch: pytest.Monk
     ]  # fmt: skip
 
 
+def _runs_out_of_memory(model: nn.Module, above: int) -> nn.Module:
+    """The model, whose way back ends within its blocks for micro-batches larger than that."""
+
+    def refuse(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def watch(block: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        if len(outputs[0]) > above:
+            outputs[0].register_hook(refuse)
+
+    cast(MMDiT, model).double_blocks[0].register_forward_hook(watch)
+    return model
+
+
+def test_what_ran_out_of_memory_halfway_is_not_in_what_is_measured_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buckets = [Bucket("32px", frames=frames, batch=4, micro=1) for frames in (5, 1)]
+    stage = STAGE.replace(schedule=[Phase(until=120, buckets=buckets)])
+    build, update, moved = FlowMatching.build, Trainer.update, list[bool]()
+
+    def watched(self: Any) -> None:
+        moved.append(all(isinstance(p.grad, DTensor) for p in self._model.parameters()))
+        update(self)
+
+    monkeypatch.setattr(shard, "SMALLEST_GROUP", 0)  # groups within the model, as of a large one
+    monkeypatch.setattr(FlowMatching, "build", lambda self: _runs_out_of_memory(build(self), 1))
+    monkeypatch.setattr(Trainer, "update", watched)
+    for found in measure_stage(stage, 1, ROOMY):
+        assert [(one.micro, one.problem) for one in found.tried] == [
+            (1, None),
+            (2, "out of memory"),
+        ]
+    assert moved == [True] * 4, "an update had no gradients of its shards"
+
+
 def test_a_finding_is_kept_for_this_machine_and_this_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, path, was_there = measured(SMALL, 2, tmp_path)
     assert not was_there
-    assert [one.micro for one in first[0].tried] == [1, 2, 3, 4, 6][: len(first[0].tried)]
+    assert [one.micro for one in first[0].tried] == [1, 2, 3, 6][: len(first[0].tried)]
     assert all(one.round_s for one in first[0].tried)
     monkeypatch.setattr(measure, "measure_stage", lambda *a: pytest.fail("measured twice"))
     assert measured(SMALL, 2, tmp_path) == (first, path, True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import HALF_UPDATES, STAGE, Attempt, Turn, in_turn, train
 from torch import nn
@@ -16,6 +16,7 @@ from stages import Muon
 MUON = STAGE.replace(optimizer=Muon(lr=1e-3, matrix_lr=2e-2, warmup=40, decay=100))
 
 
+@settings(deadline=None)
 @given(rows=st.integers(4, 24), columns=st.integers(4, 24), seed=st.integers(0, 2**31))
 def test_an_update_is_made_nearly_orthogonal(rows: int, columns: int, seed: int) -> None:
     update = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

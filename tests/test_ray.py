@@ -171,6 +171,7 @@ def test_a_stage_that_can_only_fail_again_is_not_tried_again(videos: Path, tmp_p
         check=False,
     )
     assert done.returncode == 1
+    assert "worth a look: stage 'hunyuan-vae': optimizer.lr 1e+30: greater than 0.1" in done.stderr
     message = done.stderr.splitlines()[-1]
     assert message.startswith("restage: stage 'hunyuan-vae': gradient norm")
     assert "lower optimizer.lr" in message
