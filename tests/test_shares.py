@@ -27,7 +27,7 @@ counts = st.integers(1, 80)
 
 
 def with_bucket(batch: int, micro: int, **fields: Any) -> DiffusionStage:
-    bucket = Bucket("32px", frames=5, batch=batch, micro=micro)
+    bucket = Bucket("32px", frames=5, batch=batch, micro=min(micro, batch))
     return STAGE.replace(schedule=[Phase(until=100 * batch, buckets=[bucket])], **fields)
 
 
@@ -40,6 +40,7 @@ def test_the_share_is_that_of_the_samples_that_are_dealt(
     for fields in (shared, {"exact": True, "workers": (1, 18)}):
         stage = with_bucket(batch, micro, **fields)
         dealt_to = workers // stage.context
+        micro = stage.buckets[0].micro
         dealt = [deal(batch, micro, rank, dealt_to, stage.exact) for rank in range(dealt_to)]
         rows = [len(offsets) for rounds in dealt for offsets, _ in rounds]
         bucket = stage.buckets[0]
