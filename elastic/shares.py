@@ -66,7 +66,7 @@ def _remedies(
 
     largest = 2 * max(bucket.batch, most)
     for batch in sorted(range(1, largest + 1), key=lambda batch: abs(batch - bucket.batch)):
-        if is_enough(bucket.model_copy(update={"batch": batch}), most, node_less, fewest):
+        if is_enough(bucket.replace(batch=batch), most, node_less, fewest):
             yield f"batch={batch}"
             break
     for micro in range(bucket.micro - 1, 0, -1) if stage.exact else ():
