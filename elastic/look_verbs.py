@@ -66,9 +66,12 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
         reason = why_missing(history.events, stage.name)
         if reason is not None:
             print(missing_line(folder, stage.name, reason))
-        if finished(folder.stage(stage.name)) is None:
+        saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)
+        is_finished = finished(folder.stage(stage.name)) is not None
+        if is_finished and saved:
+            print(f"checkpoints of {stage.name}: {shown(saved)}")
+        if not is_finished:
             why = left_because(plan, folder, stage)
-            saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)
             said = [f"{stage.budget:,} samples"]
             said += [f"checkpoints at {shown(saved)}"] if saved else []
             said += [why] if why else []

@@ -505,6 +505,9 @@ plan = Plan("p", [LONG, BRANCH.replace(init=Continue(LONG, at={at}))])
     assert shown["finished"] is True
     assert [one["left"] for one in shown["stages"]] == [True, False]
     assert shown["stages"][0]["checkpoints"] == [HALF, newest]
+    write_atomic(under_way.stage("tiny") / FINISHED, b"{}")
+    assert main(["status", str(under_way.root)]) == 0
+    assert f"\ncheckpoints of tiny: {newest}, {HALF}\n" in capsys.readouterr().out
 
 
 class Told:
