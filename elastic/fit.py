@@ -13,6 +13,7 @@ from elastic.memory import (
     HEADROOM,
     Memory,
     activations,
+    as_dealt,
     codec_layers,
     dit_layers,
     kept_by_codec,
@@ -54,7 +55,8 @@ def memory_lines(stage: Stage, module: nn.Module, gpus: int | None) -> Iterator[
             need = needed(stage, module, bucket, workers, policy)
             chosen = f" (chosen: {_parts(need, beside=state)})" if policy == stage.recompute else ""
             needs.append(f"{shown(need.total)} with recompute={policy!r}{chosen}")
-        yield f"  {bucket.name:<12}  micro {bucket.micro} takes {', '.join(needs)}"
+        micro = as_dealt(stage, bucket, workers).micro
+        yield f"  {bucket.name:<12}  micro {micro} takes {', '.join(needs)}"
 
 
 def _parts(need: Memory, beside: Memory | None = None) -> str:

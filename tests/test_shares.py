@@ -39,11 +39,9 @@ def test_the_share_is_that_of_the_samples_that_are_dealt(
     shared = {"context": context, "workers": (context, 9 * context)}
     for fields in (shared, {"exact": True, "workers": (1, 18)}):
         stage = with_bucket(batch, micro, **fields)
-        dealt_to = workers // stage.context
-        micro = stage.buckets[0].micro
-        dealt = [deal(batch, micro, rank, dealt_to, stage.exact) for rank in range(dealt_to)]
+        dealt_to, bucket = workers // stage.context, stage.buckets[0]
+        dealt = [deal(batch, bucket.micro, rank, dealt_to, stage.exact) for rank in range(dealt_to)]
         rows = [len(offsets) for rounds in dealt for offsets, _ in rounds]
-        bucket = stage.buckets[0]
         assert real_share(stage, bucket, workers) == pytest.approx(batch / sum(rows))
         assert computed(stage, bucket, workers) * dealt_to == sum(rows)
 
@@ -83,6 +81,18 @@ def test_in_an_exact_stage_a_smaller_micro_batch_mends_it() -> None:
     assert found is not None
     assert said_of(with_bucket(48, int(found[1]), workers=(4, 4), exact=True)) == []
     assert said_of(stage.replace(exact=False)) == []
+
+
+def test_no_batch_is_named_whose_own_micro_would_fill_as_much() -> None:
+    """Where none is written it is the batch, up to 8: with that, not with 5, ten would be dealt."""
+    bucket = Bucket("32px", frames=5, batch=5)
+    stage = STAGE.replace(schedule=[Phase(until=500, buckets=[bucket])], workers=(2, 2), exact=True)
+    assert real_share(stage, bucket.replace(batch=10), 2) < ENOUGH
+    (line,) = said_of(stage)
+    assert "batch=" not in line
+    written = stage.replace(schedule=[Phase(until=500, buckets=[bucket.replace(micro=5)])])
+    (line,) = said_of(written)
+    assert "batch=10" in line
 
 
 @pytest.mark.parametrize(
