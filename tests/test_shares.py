@@ -27,7 +27,7 @@ counts = st.integers(1, 80)
 
 
 def with_bucket(batch: int, micro: int, **fields: Any) -> DiffusionStage:
-    bucket = Bucket("32px", frames=5, batch=batch, micro=micro)
+    bucket = Bucket("32px", frames=5, batch=batch, micro=min(micro, batch))
     return STAGE.replace(schedule=[Phase(until=100 * batch, buckets=[bucket])], **fields)
 
 
