@@ -83,18 +83,6 @@ def test_in_an_exact_stage_a_smaller_micro_batch_mends_it() -> None:
     assert said_of(stage.replace(exact=False)) == []
 
 
-def test_no_batch_is_named_whose_own_micro_would_fill_as_much() -> None:
-    """Where none is written it is the batch, up to 8: with that, not with 5, ten would be dealt."""
-    bucket = Bucket("32px", frames=5, batch=5)
-    stage = STAGE.replace(schedule=[Phase(until=500, buckets=[bucket])], workers=(2, 2), exact=True)
-    assert real_share(stage, bucket.replace(batch=10), 2) < ENOUGH
-    (line,) = said_of(stage)
-    assert "batch=" not in line
-    written = stage.replace(schedule=[Phase(until=500, buckets=[bucket.replace(micro=5)])])
-    (line,) = said_of(written)
-    assert "batch=10" in line
-
-
 @pytest.mark.parametrize(
     ("workers", "gpus", "expected"),
     [
