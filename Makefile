@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test check bench clean-demo
+.PHONY: venv demo test test-others test-ray check bench gpu clean-demo
 
 venv: $(STAMP)
 
@@ -20,8 +20,25 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python -m elastic demo
 
+# Two parts side by side, for those with Ray clusters leave a core idle at times. What these say is
+# shown when both parts have ended.
 test: venv
-	$(BIN)/python -m pytest
+	@said=$$(mktemp); trap 'rm -f $$said' EXIT; \
+	$(MAKE) --no-print-directory --keep-going --jobs=2 RAY_SAID=$$said test-others test-ray; \
+	code=$$?; cat $$said; \
+	test $$code = 0 && echo "all tests: passed" || { echo "all tests: FAILED, see above"; exit $$code; }
+
+# A thread of torch that waits would spin, and keep the other part from its core. Hundreds of
+# processes import the same files: what the first one compiles is kept.
+test-others test-ray: export OMP_WAIT_POLICY := passive
+test-others test-ray: export PYTHONDONTWRITEBYTECODE :=
+
+test-others: venv
+	$(BIN)/python -m pytest -m "not ray"
+
+# Without the cache of what failed last, for the other part writes it.
+test-ray: venv
+	$(BIN)/python -m pytest -m ray -p no:cacheprovider $(if $(RAY_SAID),> $(RAY_SAID) 2>&1)
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -31,6 +48,10 @@ check: venv
 BENCHES := $(wildcard tests/bench/*.py)
 bench: venv
 	@set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
+
+# On a machine with a GPU: what only that can show. SECONDS bounds all of it.
+gpu: venv
+	$(BIN)/python tests/on_gpu.py $(if $(SECONDS),--seconds $(SECONDS))
 
 clean-demo:
 	rm -rf runs/demo runs/demo-videos

@@ -12,7 +12,7 @@ announced in time to save.
 import heapq
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import NamedTuple
@@ -44,6 +44,7 @@ class Fleet:
     return_s: float = 0.0  # mean time until a lost machine, or another for it, is there
     gpus: float = 1.0  # of one machine, in the mean
     multiple: int = 1  # of GPUs that a group always has; the rest of what is there stands idle
+    speed: Callable[[float], float] = float  # of a group of so many GPUs; only ratios count
 
     def __post_init__(self) -> None:
         _require_finite(self)
@@ -60,6 +61,11 @@ class Fleet:
         # The mean of GPUs a machine may be a fraction, and its sum end just below a whole number.
         there = math.floor(machines * self.gpus + 1e-6)
         return (there - there % self.multiple) / self.gpus
+
+    def rate(self, machines: int) -> float:
+        """How fast the group of so many machines is, where that of all of them has 1."""
+        these, whole = (self.speed(self.used(n) * self.gpus) for n in (machines, self.machines))
+        return these / whole
 
     @property
     def crash_mean_s(self) -> float:
@@ -233,9 +239,9 @@ class _Run:
         if self.machines == self.fleet.machines:
             self.spares += 1
             return
-        was_running, used = self.is_running, self.fleet.used
-        if was_running and used(self.machines + 1) == used(self.machines):
-            self.machines += 1  # too few for a larger group
+        was_running, rate = self.is_running, self.fleet.rate
+        if was_running and rate(self.machines + 1) <= rate(self.machines):
+            self.machines += 1  # too few for a larger group, or for a faster one
             return
         if was_running and at_s < self.ready_s:  # a group that starts is left alone until it trains
             heapq.heappush(self.returns, self.ready_s)
@@ -264,10 +270,7 @@ class _Run:
 
     def _train(self, seconds: float, is_crash: bool) -> None:
         """Account for a stretch that begins at a saved position: train, save, train, save."""
-        costs, speed = (
-            self.costs,
-            self.fleet.used(self.machines) / self.fleet.used(self.fleet.machines),
-        )
+        costs, speed = self.costs, self.fleet.rate(self.machines)
         # A save is due after so many samples, and waits until the one before it is written.
         stretch = min(max(costs.interval_s / speed, costs.background_s), seconds + 1.0)
         cycle = stretch + costs.save_s
@@ -287,6 +290,6 @@ class _Run:
 def _require_finite(record: Fleet | Costs) -> None:
     for field in fields(record):
         value = getattr(record, field.name)
-        is_allowed = field.name == "interval_s" and value == math.inf
+        is_allowed = callable(value) or (field.name == "interval_s" and value == math.inf)
         if not (is_allowed or 0 <= value < math.inf):
             raise ValueError(f"{field.name}={value}: must be a finite number, 0 or more")

@@ -19,17 +19,23 @@ def main() -> None:
         check_packages()
     except PackageError as error:
         sys.exit(_refuse(error))
+    if sys.argv[1:] == ["--version"]:  # the command line imports torch
+        from elastic.versions import version_line
+
+        print(version_line())
+        return
     from elastic.cli import INTERRUPTED
     from elastic.cli import main as run
+    from elastic.output import end_output
 
     code = run()
+    ended = end_output(code)
     if code == INTERRUPTED:
         # The course's thread may still wait for Ray, which is gone: it would not survive Python's
         # own end. All that has to be ended or written is.
-        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(ended)
+    sys.exit(ended)
 
 
 def _refuse(error: ImportError | str) -> int:

@@ -13,6 +13,7 @@ from elastic.files import write_atomic
 from elastic.film import animated_webp, read_mp4
 from elastic.goodput import Account, account
 from elastic.journal import Event, Metric
+from elastic.level_names import parted
 from elastic.timeline import ACTIVITIES
 
 AIM_RUNS = "aim_runs.json"
@@ -62,7 +63,11 @@ class AimView:
         stage, attempt, about = metric["stage"], metric["attempt"], metric["context"]
         own = {"stage": stage}
         values = {name: value for name, value in metric["values"].items() if value is not None}
-        shown = [(key, value, {**own, **about}) for key, value in values.items()]
+        shown = []
+        for key, value in values.items():
+            level = parted(key)  # of noise: one chart for all of them
+            name, more = (key, {}) if level is None else (level.together, {"t": level.t})
+            shown.append((name, value, {**own, **about, **more}))
         # The wall, because a rebuilt view has other times of its own.
         said = {"world_size": metric["world"], "attempt": attempt, "wall": metric["wall"]}
         if not about:

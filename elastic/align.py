@@ -13,7 +13,6 @@ from elastic.errors import InputError
 from elastic.world import World
 from models.align import PairSums, complete, overlap, paired_cells, solve_embedding
 from models.dit import patches
-from models.flow import time_shift
 from stages.init import Align
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage
@@ -66,11 +65,10 @@ def solve_patch_embedding(
             f"within the clips of {old_bucket.name!r} of {pairs.parent.name!r}; give the parent "
             "longer clips, or use KeepTrunk"
         )
-    t, h, w = stage.model.token_grid(_grid(stage, new_bucket))
-    alpha = time_shift(h * w, t)
+    times = stage.times(new_bucket)
     solved = None
     if world.is_first:
-        weight, bias = solve_embedding(sums, *old, alpha, init.ridge)
+        weight, bias = solve_embedding(sums, *old, times, init.ridge)
         solved = complete(weight, fresh_DC), bias
     return world.from_first(solved)  # type: ignore[no-any-return]  # whatever was sent
 

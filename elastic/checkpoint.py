@@ -27,10 +27,10 @@ from elastic.checkpoint_manifest import (
     Manifest,
     encode,
     misfits,
-    problems,
     read_manifest,
+    whole_positions,
 )
-from elastic.checkpoint_place import Register, storage_of
+from elastic.checkpoint_place import Register, Wanted, storage_of
 from elastic.checkpoint_ram import RamCopies
 from elastic.checkpoint_read import (
     LONGEST_PAUSE_S,
@@ -90,6 +90,7 @@ class Checkpoints:
         self._stage = folder.name
         self._storage = storage or LocalStorage(folder / "checkpoints")
         self._register = Register(folder)
+        self._wanted = Wanted(folder)
         self._world = world
         self._fence = fence
         self._event = event
@@ -268,18 +269,14 @@ class Checkpoints:
             log.warning("a draft could not be removed: %s", error)
 
     def _delete_old(self) -> None:
-        """Delete what was never published, and the whole checkpoints that are not to be kept.
+        """Delete what was never published, and the whole checkpoints that nobody is to keep.
 
         The fence is not held while a storage works on that: a newer attempt need not wait.
         """
-        whole = [
-            position
-            for position in self._storage.positions()
-            if DAMAGED not in self._storage.sizes(position)
-            and not problems(self._storage, position, thorough=False)
-        ]
+        whole = whole_positions(self._storage)
         doomed = set(whole) - self._keep.chosen(whole)
         with self._fence.held():
+            doomed -= self._wanted.positions()
             self._register.remove(doomed)
             listed = self._register.positions()
         for position in doomed:
@@ -368,7 +365,8 @@ def load_subset(stage: Path, position: int, tensors: dict[str, Tensor], world: W
     except Damaged as error:
         raise NothingToRestore(
             f"checkpoint {position} of {stage.name!r} cannot be used: {error}; put it back, or "
-            f"start from {str(stage / 'weights.safetensors')!r} with FromFile(...)"
+            f"start from {str(stage / 'weights.safetensors')!r} with FromFile(...), or from "
+            "another checkpoint with `at`, under another stage name"
         ) from None
 
 

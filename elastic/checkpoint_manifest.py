@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from elastic.checkpoint_store import MANIFEST, Storage
+from elastic.checkpoint_store import DAMAGED, MANIFEST, Storage
 from elastic.state import Progress
 
 SCHEMA = 1
@@ -91,6 +91,19 @@ def problems(storage: Storage, position: int, thorough: bool) -> list[str]:
     except (Damaged, OSError) as error:
         return [fault(error)]
     return faults
+
+
+def whole_positions(storage: Storage) -> list[int]:
+    """Positions of the checkpoints whose files are there and were not found damaged, newest first.
+
+    OSError where the storage cannot be listed.
+    """
+    return [
+        position
+        for position in storage.positions()
+        if DAMAGED not in storage.sizes(position)
+        and not problems(storage, position, thorough=False)
+    ]
 
 
 def fault(error: Damaged | OSError) -> str:

@@ -1,7 +1,7 @@
 """Which place holds the checkpoints of a stage, whose it is, and what has to be there."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from elastic.checkpoint_store import OWNER, LocalStorage, Storage
@@ -42,6 +42,30 @@ class Register:
 
     def _write(self, positions: set[int]) -> None:
         write_atomic(self.path, json.dumps(sorted(positions)).encode())
+
+
+class Wanted:
+    """The checkpoints of a stage that branches start from, by the branch's name; none is deleted.
+
+    Kept in the stage's own folder. Written while no attempt at the stage publishes or deletes
+    (`elastic.checkpoint_fence.quiet`), so that what is written here is either kept or known gone.
+    """
+
+    def __init__(self, stage: Path) -> None:
+        self.path = stage / "branches.json"
+
+    def positions(self) -> set[int]:
+        """Whichever branch wants them."""
+        try:
+            return {int(at) for at in json.loads(self.path.read_text()).values()}
+        except FileNotFoundError:
+            return set()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise OSError(f"{self.path} has no positions by branch: {error}") from None
+
+    def write(self, branches: Mapping[str, int]) -> None:
+        """These are the branches, and no others."""
+        write_atomic(self.path, json.dumps(dict(branches)).encode())
 
 
 def open_storage(place: str) -> Storage:

@@ -166,7 +166,7 @@ def _verify(source: Source, world: World) -> Verified:
     headers = {n: header for _, some in everyone for n, header in some.items()}
 
     missing = [name for name in names if name not in headers]
-    stored = world.gather(_verify_stored(source, missing[world.rank :: world.size]))
+    stored = world.gather(verify_stored(source, missing[world.rank :: world.size]))
     raise_first([error for _, errors in stored for error in errors])
     headers |= {n: header for some, _ in stored for n, header in some.items()}
     parts = {(name, part.offsets): part for file in headers.values() for name, part in file}
@@ -197,9 +197,13 @@ def _headers_of_copies(
     return headers
 
 
-def _verify_stored(
+def verify_stored(
     source: Source, names: list[str]
 ) -> tuple[dict[str, list[tuple[str, Part]]], list[Exception]]:
+    """The parts in each of these files of the storage that is good, and what is wrong with others.
+
+    Each file is read in full and compared with its digest.
+    """
     headers: dict[str, list[tuple[str, Part]]] = {}
     errors: list[Exception] = []
     for name in names:
@@ -280,7 +284,7 @@ class CheckpointReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Verify this rank's share, then fill the tensors."""
-        _, errors = _verify_stored(self._source, plan.storage_data)
+        _, errors = verify_stored(self._source, plan.storage_data)
         raise_first(errors)
         for item in plan.items:
             self._fill(planner.resolve_tensor(item).detach(), item)

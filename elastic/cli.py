@@ -9,16 +9,15 @@ from pathlib import Path
 
 from elastic import job_verbs
 from elastic.checkpoint_place import check_place
-from elastic.completion import SHELLS, script
+from elastic.completion import SHELLS, check_verb, script
 from elastic.errors import InputError, RunStopped, StageBlocked
 from elastic.flags import (
     aim_flag,
-    at_least_one,
+    at_flag,
     cluster_flags,
     device_flags,
     doctor_flags,
     fault_flags,
-    finite,
     json_flag,
     keep_flags,
     latents_flag,
@@ -27,8 +26,17 @@ from elastic.flags import (
 )
 from elastic.folders import RunFolder
 from elastic.job_verbs import stop_flags, stop_verb, submit_flags
-from elastic.look_verbs import doctor_verb, run_folder, status_verb
+from elastic.look_verbs import (
+    dashboard_verb,
+    doctor_verb,
+    report_verb,
+    run_folder,
+    status_verb,
+)
+from elastic.output import READER_GONE, has_reader
+from elastic.sample_verb import sample_flags, sample_verb
 from elastic.settings import Settings, read_settings
+from elastic.versions import version_line
 from models.perceptual import Lpips, check_lpips
 from stages.lineage import parents
 from stages.plan import Plan, PlanError, load_plan
@@ -43,7 +51,9 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit code."""
     parser = make_parser()
-    flags = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    check_verb(parser, words)
+    flags = parser.parse_args(words)
     try:
         # Each flag of a setting has its name; a verb has those that mean something to it.
         settings = read_settings(**{n: getattr(flags, n, None) for n in Settings.model_fields})
@@ -70,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # the supervisor of a run: said in one line, or with its traceback
         if flags.log_level == "debug":
             raise
+        if isinstance(error, BrokenPipeError) and not has_reader():
+            return READER_GONE
         print(
             f"restage: failed: {error}\n"
             "restage: what is published stays; the same command goes on from there "
@@ -84,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="restage", description="Train video diffusion transformers in stages, elastically."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     file_verbs = (
         ("plan", plan_verb, "print what would happen", "plan stages/recipes/demo.py"),
@@ -112,20 +125,14 @@ def make_parser() -> argparse.ArgumentParser:
         keep_flags(one)
         device_flags(one)
         fault_flags(one)
-    one = _verb(verbs, "sample", sample_verb, "make videos from a finished stage",
+    one = _verb(verbs, "sample", sample_verb, "make videos from a stage",
                 'sample runs/demo --caption "a red circle moving left slowly"')  # fmt: skip
-    one.add_argument("run", help="run folder")
-    one.add_argument("--stage", help="diffusion stage (default: the last that is finished)")
-    one.add_argument("--caption", action="append", required=True, help="may be given many times")
-    one.add_argument("--image", metavar="FILE", help="first frame (PNG or JPEG) of every video")
-    one.add_argument("--out", help="folder for the mp4 files (default: in the run folder)")
-    one.add_argument("--steps", type=at_least_one, default=25, help="Euler steps (default 25)")
-    one.add_argument("--guidance", type=finite, default=3.0, help="default 3.0; 1 is none")
-    one.add_argument("--seed", type=int, default=0)
+    sample_flags(one)
     example = "export runs/demo --stage dc-ae-dit --layout diffusers --out dit.safetensors"
-    one = _verb(verbs, "export", export_verb, "write finished weights for other programs", example)
+    one = _verb(verbs, "export", export_verb, "write averaged weights for other programs", example)
     one.add_argument("run", help="run folder")
-    one.add_argument("--stage", required=True, help="stage that is finished")
+    one.add_argument("--stage", required=True, help="which one")
+    at_flag(one)
     one.add_argument(
         "--layout",
         choices=("open-sora", "bfl", "diffusers"),
@@ -279,14 +286,16 @@ def submit_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def check_inputs(plan: Plan, folder: RunFolder) -> None:
     """InputError for tables, folders and weights that cannot be used, before anything starts."""
+    from elastic.branch import check_branches, left_because
     from elastic.data.table import check_videos
     from elastic.start import INIT, check_origin
     from elastic.weights import finished
 
     for videos in dict.fromkeys(one for stage in plan.stages for one in stage.data.sources):
         check_videos(videos)
+    check_branches(plan, folder)
     for stage in plan.stages:
-        if finished(folder.stage(stage.name)) is not None:
+        if finished(folder.stage(stage.name)) is not None or left_because(plan, folder, stage):
             continue  # its latents may go on being encoded; what it was trained with may be gone
         if not (folder.stage(stage.name) / INIT).exists():  # what has begun needs it no more
             check_origin(stage)
@@ -307,41 +316,8 @@ def check_inputs(plan: Plan, folder: RunFolder) -> None:
                 raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
-def sample_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Make videos."""
-    from elastic.course import sample_request
-    from elastic.record import read_plan
-    from elastic.sample import make_samples
-    from elastic.weights import finished
-
-    folder = run_folder(flags.run)
-    plan = read_plan(folder)
-    done = [
-        s for s in plan.stages if isinstance(s, DiffusionStage) and finished(folder.stage(s.name))
-    ]
-    if flags.stage is None and not done:
-        raise InputError(f"no diffusion stage of {flags.run!r} is finished; nothing to sample from")
-    stage = done[-1] if flags.stage is None else plan.stage(flags.stage)
-    if not isinstance(stage, DiffusionStage):
-        raise InputError(
-            f"stage {stage.name!r} trains an autoencoder; sample from a diffusion stage"
-        )
-    target = Path(flags.out) if flags.out else folder.samples(stage.name) / "asked"
-    request = sample_request(folder, stage, tuple(flags.caption), target.absolute())
-    image = None if flags.image is None else Path(flags.image).absolute()
-    changed = {
-        "steps": flags.steps,
-        "guidance": flags.guidance,
-        "seed": flags.seed,
-        "image": image,
-    }
-    for path in make_samples(type(request)(**{**vars(request), **changed})):
-        print(path)
-    return DONE
-
-
 def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Write finished weights."""
+    """Write averaged weights."""
     import torch
 
     from elastic.convert import export_stage
@@ -350,33 +326,14 @@ def export_verb(flags: argparse.Namespace, settings: Settings) -> int:
     folder = run_folder(flags.run)
     stage = read_plan(folder).stage(flags.stage)
     dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
-    digest = export_stage(folder, stage, flags.layout, dtype, Path(flags.out))
+    digest = export_stage(folder, stage, flags.layout, dtype, Path(flags.out), flags.at)
     print(f"{flags.out}: {os.path.getsize(flags.out):,} bytes, SHA-256 {digest}")
-    return DONE
-
-
-def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Write report.html."""
-    from elastic.record import read_plan
-    from elastic.report import write_report
-
-    folder = run_folder(flags.run)
-    read_plan(folder)
-    print(write_report(folder.root))
     return DONE
 
 
 def completion_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Print a completion script."""
     print(script(make_parser(), flags.shell), end="")
-    return DONE
-
-
-def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
-    """Serve Aim's pages until Ctrl-C."""
-    from elastic.dashboard import show
-
-    show(run_folder(flags.run), flags.port, flags.rebuild)
     return DONE
 
 

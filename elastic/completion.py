@@ -1,10 +1,12 @@
-"""Scripts by which a shell completes verbs, flags and their values, made from the parser itself."""
+"""The verbs as the parser has them: which one was meant, and scripts by which shells complete."""
 
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
+
+from stages.explain import nearest
 
 Shell = Literal["bash", "zsh", "fish"]
 SHELLS: tuple[Shell, ...] = ("bash", "zsh", "fish")
@@ -67,6 +69,13 @@ def verbs_of(parser: argparse.ArgumentParser) -> Iterator[Verb]:
         free = [action for action in one._actions if not action.option_strings]
         words = [str(word) for action in free for word in action.choices or ()]
         yield Verb(name, texts[name], tuple(flags), tuple(words))
+
+
+def check_verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Leave as the parser does, with the nearest verb, if the first word is none."""
+    known = [verb.name for verb in verbs_of(parser)]
+    if words and not words[0].startswith("-") and words[0] not in known:
+        parser.error(f"there is no verb {words[0]!r}{nearest(words[0], known)}")
 
 
 def _bash(verbs: list[Verb], shell: Shell) -> str:

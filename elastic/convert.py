@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from elastic.checkpoint_weights import progress_of, weights_of
 from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.tensor_file import TensorWriter
 from elastic.weight_source import CHUNK, WeightSource, own_weights
-from elastic.weights import WEIGHTS, finished
 from models import layouts
 from models.layouts import Layout, LayoutName, Widths
 from stages.stage import DiffusionStage, Stage
@@ -30,33 +30,38 @@ class Span:
 
 
 def export_stage(
-    folder: RunFolder, stage: Stage, layout: LayoutName | None, dtype: torch.dtype, out: Path
-) -> str:
-    """Write the averaged weights of a finished stage to a file that is not there; its SHA-256."""
-    mark = finished(folder.stage(stage.name))
-    if mark is None:
-        raise InputError(f"stage {stage.name!r} is not finished; it has no weights to export yet")
+    folder: RunFolder, stage: Stage, layout: LayoutName | None, dtype: torch.dtype, out: Path,
+    at: int | None = None,
+) -> str:  # fmt: skip
+    """Write averaged weights of a stage to a file that is not there; its SHA-256.
+
+    Those of its end, or those `at` one of its checkpoints (`weights_of`).
+    """
     if out.exists():
         raise InputError(f"--out {str(out)!r}: is there already; name another file, or remove it")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {str(out)!r}: its folder is not there; make it, or name another")
-    source = own_weights(folder.stage(stage.name) / WEIGHTS)
+    with weights_of(folder.stage(stage.name), stage, at, out.absolute().parent) as weights:
+        source, progress = own_weights(weights), progress_of(folder.stage(stage.name), at)
+        # Readers of published files ask for this format word.
+        metadata = {"format": "pt", "progress": json.dumps(progress)}
+        return write_spans(source, _spans(source, stage, layout), dtype, out, metadata)
+
+
+def _spans(source: WeightSource, stage: Stage, layout: LayoutName | None) -> dict[str, list[Span]]:
+    """The rows that make up each tensor of the file; InputError where the layout has no place."""
     if isinstance(stage, DiffusionStage):
         chosen = layouts.layout_of(layout or "bfl")
         try:
-            spans = in_layout(source, chosen, Widths.of(stage.model))
+            return in_layout(source, chosen, Widths.of(stage.model))
         except LookupError as error:
             raise InputError(f"stage {stage.name!r}: {error.args[0]}; take another") from None
-    elif layout is not None:
+    if layout is not None:
         raise InputError(
             f"--layout {layout}: stage {stage.name!r} trains an autoencoder, whose names are the "
             "published ones already; leave --layout out"
         )
-    else:
-        spans = {name: [Span(name, 0, shape[0], 0)] for name, shape in source.shapes.items()}
-    # Readers of published files ask for this format word.
-    metadata = {"format": "pt", "progress": json.dumps(mark["progress"])}
-    return write_spans(source, spans, dtype, out, metadata)
+    return {name: [Span(name, 0, shape[0], 0)] for name, shape in source.shapes.items()}
 
 
 def in_layout(source: WeightSource, layout: Layout, widths: Widths) -> dict[str, list[Span]]:

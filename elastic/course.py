@@ -12,11 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, WorkerCrashedError
 
 from elastic.attempt import Latents, WorkerJob
+from elastic.branch import left_because
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.assign import Members, assign, load_members
 from elastic.data.clips import Clips
@@ -28,7 +32,7 @@ from elastic.data.sealed import read_null_text
 from elastic.data.store_folder import folder_at
 from elastic.data.table import read_tables
 from elastic.data.verify import FIELDS, Verdict
-from elastic.errors import InputError
+from elastic.errors import InputError, last_line
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.journal import read_events, read_metrics
 from elastic.latent_pins import (
@@ -48,21 +52,25 @@ from elastic.sample import (
     SampleRequest,
     captions_of,
     clips_looked_at,
+    longest_bucket,
     make_reconstructions,
     make_samples,
     text_error,
 )
+from elastic.showing import MOST_TRIES, Made, Showing, missing_line, tries_of, why_missing
 from elastic.start import INIT, check_origin
-from elastic.summary import poor_codec
+from elastic.summary import COURSE_KINDS, poor_codec
 from elastic.weights import WEIGHTS, finished
+from elastic.worth_a_look import worth_a_look
 from models.perceptual import Lpips
 from stages.init import Align, FromFile, Init, parent_of
+from stages.lineage import branches
 from stages.plan import Plan
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-_MORE_TRIES, _TRY_AGAIN_S = 2, 5.0  # for files that cannot be read just now
+_MORE_TRIES, _TRY_AGAIN_S = 2, 5.0  # for files that cannot be read just now, and lost workers
 NUM_RECONSTRUCTIONS = 6
 
 
@@ -84,6 +92,7 @@ class Course:
     beside: "Callable[[Course, Stage], AbstractContextManager[None]]" = lambda *_: nullcontext()
     # Held while a stage trains: who is to stop after a save waits for its workers then.
     claim: Claim = field(default_factory=Claim)
+    showing: Showing = field(default_factory=Showing)
 
     @property
     def gpus(self) -> float:
@@ -92,8 +101,12 @@ class Course:
 
 
 def train_plan(course: Course) -> None:
-    """Do whatever is missing of the plan."""
+    """Do whatever is missing of the plan; a stage that is only branched from is left as it is."""
     for stage in course.plan.stages:
+        why = left_because(course.plan, course.folder, stage)
+        if why is not None:
+            leave_stage(course, stage, why)
+            continue
         if finished(course.folder.stage(stage.name)) is None:
             train_one(course, stage)
         elif not is_told(course, "stage_end", stage):
@@ -103,10 +116,21 @@ def train_plan(course: Course) -> None:
             show_samples(course, stage)
 
 
+def leave_stage(course: Course, stage: Stage, why: str) -> None:
+    """Tell once that a stage is trained no further."""
+    events = read_events(course.folder.root)
+    told = [e["kind"] for e in events if e["stage"] == stage.name and e["kind"] in COURSE_KINDS]
+    if told[-1:] != ["stage_left"]:
+        position = max(branches(course.plan.stages, stage).values())
+        course.tracker.event("stage_left", stage.name, position, why)
+        print(f"{stage.name}  {why}", flush=True)
+
+
 def encode_plan(course: Course) -> None:
-    """Encode the latents of every diffusion stage whose codec is finished."""
+    """Encode the latents of every diffusion stage that is not left and whose codec is finished."""
     for stage in course.plan.stages:
-        if isinstance(stage, DiffusionStage):
+        is_left = left_because(course.plan, course.folder, stage) is not None
+        if isinstance(stage, DiffusionStage) and not is_left:
             if not codec_weights(course.folder, stage).exists():
                 raise InputError(
                     f"stage {stage.name!r}: its autoencoder has no weights yet "
@@ -123,6 +147,8 @@ def train_one(course: Course, stage: Stage) -> None:
     course.tracker.event("stage_start", stage.name)
     members = pin_members(course, stage)
     start_stage(course.folder, stage)
+    for said in worth_a_look(stage):
+        log.warning("worth a look: %s", said)
     _warn_of_codec(course, stage)
     latents = encode_stage(course, stage, members) if isinstance(stage, DiffusionStage) else ()
     parent = parent_of(stage.init)
@@ -275,34 +301,65 @@ def is_told(course: Course, kind: str, stage: Stage) -> bool:
 
 
 def show_samples(course: Course, stage: Stage) -> None:
-    """Make the videos that show what a finished stage can do."""
-    began = time.monotonic()
+    """Make the videos that show what a finished stage can do; what fails is told, and that is all.
+
+    It is tried once a start, and so many times in all.
+    """
+    began, tries = time.monotonic(), tries_of(course.folder, stage.name)
+    told = why_missing(read_events(course.folder.root), stage.name)
+    if tries.count() < MOST_TRIES:
+        told, made = None, course.showing.make(tries, lambda: make_films(course, stage))
+    else:  # untold, each of them ended with its driver
+        made = told or f"{MOST_TRIES} starts ended while they were made"
+    event = partial(course.tracker.event, stage=stage.name, position=stage.budget)
+    seconds = round(time.monotonic() - began, 3)
+    if isinstance(made, Made):
+        paths = [str(path.relative_to(course.folder.root)) for path in made.paths]
+        event(
+            "sample", reason="averaged weights",
+            paths=paths, captions=made.captions, seconds=seconds,
+        )  # fmt: skip
+        return
+    log.warning("%s", missing_line(course.folder, stage.name, made))
+    if told is None:
+        event("sample_failed", reason=made, seconds=seconds)
+
+
+def make_films(course: Course, stage: Stage) -> Made:
+    """The videos of a finished stage, made on a worker."""
     members = load_members(course.folder.stage(stage.name) / MEMBERS)
     clips = clips_looked_at(stage, members)
     weights, folder = course.folder.stage(stage.name) / WEIGHTS, course.folder.samples(stage.name)
     if isinstance(stage, AutoencoderStage):
-        task = ray.remote(make_reconstructions).options(num_gpus=course.gpus)
-        made = task.remote(stage, weights, clips, folder, NUM_RECONSTRUCTIONS)
-        paths, captions = result_of(made)
-    else:
-        captions = captions_of(clips)
-        request = sample_request(course.folder, stage, tuple(captions), folder)
-        task = ray.remote(make_samples).options(num_gpus=course.gpus)
-        paths = result_of(task.remote(request))
-    course.tracker.event(
-        "sample", stage.name, stage.budget, "averaged weights",
-        paths=[str(path.relative_to(course.folder.root)) for path in paths], captions=captions,
-        seconds=round(time.monotonic() - began, 3),
-    )  # fmt: skip
+        given = (stage, weights, clips, folder, NUM_RECONSTRUCTIONS)
+        return Made(*_on_worker(course, make_reconstructions, *given))
+    captions = captions_of(clips)
+    request = sample_request(course.folder, stage, tuple(captions), folder)
+    return Made(_on_worker(course, make_samples, request), captions)
+
+
+def _on_worker(course: Course, work: Callable[..., Any], *given: Any) -> Any:  # Any: as Ray
+    """What a task gives; a machine that is lost meanwhile is replaced.
+
+    Not by Ray: one that takes all memory it would start again without end.
+    """
+    task = ray.remote(work).options(num_gpus=course.gpus, max_retries=0)
+    for _ in range(_MORE_TRIES):
+        try:
+            return result_of(task.remote(*given))
+        except (NodeDiedError, WorkerCrashedError) as error:
+            log.warning("a worker was lost, another one begins again: %s", last_line(error))
+    return result_of(task.remote(*given))
 
 
 def sample_request(
-    folder: RunFolder, stage: DiffusionStage, captions: tuple[str, ...], target: Path
-) -> SampleRequest:
-    """A request for samples of a finished stage; InputError if it is not finished."""
+    folder: RunFolder, stage: DiffusionStage, captions: tuple[str, ...], target: Path,
+    weights: Path | None = None,
+) -> SampleRequest:  # fmt: skip
+    """A request for samples of a stage; InputError if it is not finished and has no `weights`."""
     own = folder.stage(stage.name)
     scale = read_scale(own / LATENT_PINS)
-    if finished(own) is None or scale is None:
+    if (finished(own) is None and weights is None) or scale is None:
         raise InputError(
             f"stage {stage.name!r} of {str(folder.root)!r} is not finished, so there is nothing "
             "to sample from; go on with python -m elastic train FILE"
@@ -323,7 +380,8 @@ def sample_request(
         text_fields = None
     return SampleRequest(
         stage=stage.replace(text=stage.text.located()),
-        weights=own / WEIGHTS,
+        bucket=longest_bucket(stage),
+        weights=weights or own / WEIGHTS,
         codec_weights=codec_weights(folder, stage),
         scale=scale,
         null=null,

@@ -17,13 +17,15 @@ class View(NamedTuple):
 
 
 def standard_views(plan: str) -> list[View]:
-    """Training, held-out clips, speed, machines, time, and what was made, of the plan's run."""
+    """Training, held-out clips, noise, speed, machines, time, and what was made, of the plan."""
     overall = "'bucket' not in metric.context and 'subset' not in metric.context"
     return [
         _metrics(plan, "Training", "loss, gradient norm and learning rate by stage, and events",
                  ("loss", "grad_norm", "lr", MARKS), overall),
         _metrics(plan, "Held-out clips", "loss, PSNR and SSIM on clips that are not trained on",
                  ("loss", "psnr", "ssim"), "'subset' in metric.context"),
+        _metrics(plan, "Loss by noise", "held-out clips at fixed times, from 0 (data) to 1 (noise)",
+                 ("loss_by_t",), "'subset' in metric.context", colour="t"),
         _metrics(plan, "Speed", "samples and tokens a second, share of the peak, waits, memory",
                  ("samples_per_s", "tokens_per_s", "mfu", "useful_tokens", "data_wait",
                   "memory_peak"), overall),

@@ -15,6 +15,7 @@ from elastic.film import contact_sheet, read_mp4
 from elastic.folders import RunFolder
 from elastic.journal import read_events
 from elastic.report import print_table, summarise, write_report
+from elastic.report_samples import last_films
 from elastic.settings import Settings
 from elastic.shape_reader import parse_caption, read_shape
 from stages.plan import Plan
@@ -101,22 +102,19 @@ def print_outcome(plan: Plan, folder: RunFolder) -> None:
                 f"{stage.name}: of {len(films)} samples a reader of pixels names the captioned "
                 f"{', '.join(words)}"
             )
-    sheet = folder.root / "contact-sheet.png"
-    contact_sheet(sheet, rows)
-    print(f"contact sheet: {sheet}\nsamples:       {folder.root / 'samples'}")
+    if rows:
+        contact_sheet(folder.root / "contact-sheet.png", rows)
+        print(f"contact sheet: {folder.root / 'contact-sheet.png'}")
+    print(f"samples:       {folder.root / 'samples'}")
     print(f"report:        {report}\nAim:           python -m elastic dashboard {folder.root}")
 
 
 def read_samples(folder: RunFolder, stage: str) -> tuple[Counter[str], list[tuple[str, Any]]]:
     """In how many of a stage's samples each word of the caption is seen, and the samples."""
-    event = [
-        event
-        for event in read_events(folder.root)
-        if event["kind"] == "sample" and event["stage"] == stage
-    ][-1]
+    last = last_films(read_events(folder.root), stage)
     named: Counter[str] = Counter()
     films = []
-    for path, caption in zip(event["paths"], event["captions"], strict=True):
+    for caption, path, _ in last:
         frames_THWC = read_mp4(folder.root / path).frames_THWC
         seen = read_shape(frames_THWC)._asdict()
         named.update(what for what, word in parse_caption(caption).items() if seen[what] == word)

@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError, RpcError
 
 from cluster.local import LocalCluster, join, prepare_environment
 from cluster.token import advice, asks_for_token
+from elastic.branch import keep_for_branches
 from elastic.checkpoint_store import Keep
 from elastic.course import Course
 from elastic.errors import InputError, RunStopped
@@ -58,6 +59,7 @@ def run_course(
         check_address(settings)
     with driven(folder.root):
         check_unchanged(folder, plan)
+        keep_for_branches(plan, folder)
         write_record(folder, plan)
         settle_latents(folder, settings.latents)
         own = None if cluster or _attached(settings) else start_cluster(settings)
@@ -183,6 +185,8 @@ def _supervise(
         raise
     finally:
         line.end()
+        if thread.is_alive():
+            course.showing.leave()
         ahead.close()
         tracker.event("run_end", reason=reason)
         problem = tracker.close()

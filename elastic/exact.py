@@ -1,6 +1,6 @@
 """Sums whose bits do not depend on the world: what a stage with `exact=True` is trained with.
 
-A batch is cut into micro-batches without regard to the world (elastic.data.load.deal), and what a
+A batch is cut into micro-batches without regard to the world (elastic.data.deal), and what a
 rank computes of one of them does not depend on the rank. What is left is how results are added up:
 
 - gradients in the order of the batch: ((g0 + g1) + g2) + ..., in fp32, whoever computed which;
@@ -238,6 +238,15 @@ def totals(values: Sequence[Sequence[Tensor]], world: World) -> list[float]:
     mine_N = torch.stack([value for each in values for value in each]).double()
     parts = world.stack(mine_N).split(counts, dim=1)
     return [_rounded_once(part.flatten().tolist()) for part in parts]
+
+
+def column_totals(rows_NK: Tensor, world: World) -> list[float]:
+    """The sum of each column over the rows of all ranks together, rounded once.
+
+    Every rank calls it with as many rows; waits for the device.
+    """
+    columns = world.stack(rows_NK.double()).flatten(0, 1).T.tolist()
+    return [_rounded_once(column) for column in columns]
 
 
 def _rounded_once(values: list[float]) -> float:

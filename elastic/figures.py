@@ -6,6 +6,7 @@ from typing import Any, TypedDict, TypeVar
 
 from elastic.goodput import Account
 from elastic.journal import Event, Metric
+from elastic.level_names import NUM_LEVELS, name_of, text_of
 from elastic.summary import History, contexts_of, values_of
 from elastic.timeline import (
     ACTIVITIES,
@@ -26,6 +27,11 @@ from elastic.timeline import (
 )
 
 COLOURS = ("#4c8dd6", "#e07b39", "#3fa66b", "#b565c4", "#c9a227", "#d1495b", "#4fb3bf", "#8a8f98")
+# From little noise to much.
+_LEVEL_COLOURS = (
+    *("#4c6fd6", "#4c9bd6", "#3fb3a6", "#5fb35f"),
+    *("#b5b53a", "#e0a139", "#e07b39", "#d1495b"),
+)
 _ACTIVITY_COLOURS = {
     TRAINING: "#3fa66b",
     LOST: "#d1495b",
@@ -83,10 +89,7 @@ def loss_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure
         held_out = _line(points, subset.replace("_", "-"), len(data), width=2.5)
         data.append({**held_out, "mode": "lines+markers", "line": {"width": 2.5, "dash": "dot"}})
         data[-1]["line"]["color"] = data[-1]["marker"]["color"] = COLOURS[5]
-    data = [trace for trace in data if trace["x"]]
-    values = [value for trace in data for value in trace["y"]]
-    is_wide = bool(values) and min(values) > 0 and max(values) > 8 * min(values)
-    return _figure(identifier, data, "loss", "log" if is_wide else "linear")
+    return _loss_axis(identifier, [trace for trace in data if trace["x"]])
 
 
 def psnr_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure | None:
@@ -97,6 +100,27 @@ def psnr_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure
 def ssim_figure(latest: Sequence[Metric], stage: str, identifier: str) -> Figure | None:
     """SSIM over samples on the held-out clips; None for a stage that does not measure it."""
     return _held_out_figure(latest, stage, identifier, "ssim", "SSIM")
+
+
+def level_figure(
+    latest: Sequence[Metric], stage: str, identifier: str, context: dict[str, str]
+) -> Figure | None:
+    """Loss over samples by level of noise; None where it is not known by level."""
+    data: list[Trace] = []
+    for level, colour in zip(range(NUM_LEVELS), _LEVEL_COLOURS, strict=True):
+        points = values_of(latest, stage, name_of("loss", level), context)
+        if points:
+            line = _line(points, f"t {text_of(level)}", level, width=1.5)
+            line["line"]["color"] = line["marker"]["color"] = colour
+            data.append(line)
+    return _loss_axis(identifier, data) if data else None
+
+
+def _loss_axis(identifier: str, data: list[Trace]) -> Figure:
+    """A logarithmic one where the losses lie far from one another."""
+    values = [value for trace in data for value in trace["y"]]
+    is_wide = bool(values) and min(values) > 0 and max(values) > 8 * min(values)
+    return _figure(identifier, data, "loss", "log" if is_wide else "linear")
 
 
 def _held_out_figure(

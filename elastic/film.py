@@ -4,9 +4,12 @@
 """
 
 import io
+import os
+import shutil
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +29,7 @@ _SMPTE_170M, _LIMITED = 6, 1  # the numbers of ITU-T H.273 for the matrix of BT.
 _THUMB = 120  # pixels, the least long side of a frame on the sheet
 _GAP = 8
 _TEXT = 18
+_COLUMNS, _MOST_ROWS = 6, 16  # of a sheet
 
 # What a truncated file ends with depends on where it was cut.
 _CUT_SHORT = (av.error.InvalidDataError, av.error.EOFError)
@@ -123,7 +127,53 @@ def animated_webp(frames_THWC: Frames, rate: float, longest_side: int = 256) -> 
     return buffer.getvalue()
 
 
-def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Frames]], columns: int = 6) -> None:
+class Films:
+    """Films in a folder that is not yet that of their end; made by `films_into`."""
+
+    def __init__(self, draft: Path, end: Path, count: int, rate: float) -> None:
+        self._draft, self._end, self._rate = draft, end, rate
+        self._digits = max(2, len(str(count - 1)))
+        self.paths: list[Path] = []  # where they will be
+        self._rows: list[tuple[str, Frames]] = []
+
+    def add(self, caption: str, frames_THWC: Frames) -> None:
+        """Write the next one; nothing of it stays in memory but what the sheet shows."""
+        name = f"{len(self.paths):0{self._digits}d}.mp4"
+        write_mp4(self._draft / name, frames_THWC, self._rate)
+        self.paths.append(self._end / name)
+        if len(self._rows) < _MOST_ROWS:
+            self._rows.append((caption, _shown(frames_THWC, _COLUMNS)))
+
+    def sheet(self) -> None:
+        """Write the contact sheet, of the first of them."""
+        if self._rows:
+            contact_sheet(self._draft / "contact-sheet.png", self._rows)
+
+
+@contextmanager
+def films_into(folder: Path, count: int, rate: float) -> Iterator[Films]:
+    """So many films that appear in a folder when all are made, the contact sheet last; or none."""
+    had_folder, draft = folder.exists(), folder / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    draft.mkdir(parents=True)
+    films = Films(draft, folder, count, rate)
+    try:
+        yield films
+        films.sheet()
+        for path in sorted(draft.iterdir()):
+            os.replace(path, folder / path.name)
+    except BaseException:
+        shutil.rmtree(draft)
+        if not had_folder:
+            with suppress(OSError):  # something of it has appeared
+                folder.rmdir()
+        raise
+    draft.rmdir()
+
+
+def contact_sheet(
+    path: str | Path, rows: Sequence[tuple[str, Frames]], columns: int = _COLUMNS
+) -> None:
     """Publish a PNG: one row a caption, `columns` frames from first to last across it."""
     if not rows:
         raise ValueError(f"contact sheet {str(path)!r}: no rows; give at least one film")
@@ -153,17 +203,22 @@ def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Frames]], columns:
 
 def _strip(frames_THWC: Frames, columns: int) -> Image.Image:
     _check_frames(frames_THWC)
-    num_frames, height, width = frames_THWC.shape[:3]
+    height, width = frames_THWC.shape[1:3]
     # Whole multiples and no smoothing: what the model drew, not what a filter made of it.
     scale = max(1, -(-_THUMB // max(height, width)))
-    shown = np.unique(np.linspace(0, num_frames - 1, columns).round().astype(int))
     cell_w, cell_h = width * scale, height * scale
     strip = Image.new("RGB", (columns * (cell_w + _GAP) - _GAP, cell_h), (250, 250, 250))
-    for column, index in enumerate(shown):
-        picture = Image.fromarray(frames_THWC[index])
+    for column, pixels_HWC in enumerate(_shown(frames_THWC, columns)):
+        picture = Image.fromarray(pixels_HWC)
         picture = picture.resize((cell_w, cell_h), Image.Resampling.NEAREST)
         strip.paste(picture, (column * (cell_w + _GAP), 0))
     return strip
+
+
+def _shown(frames_THWC: Frames, columns: int) -> Frames:
+    """A copy of the frames that a sheet of so many columns shows."""
+    last = len(frames_THWC) - 1
+    return np.take(frames_THWC, np.unique(np.linspace(0, last, columns).round().astype(int)), 0)
 
 
 def _wrap(

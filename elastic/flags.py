@@ -112,6 +112,16 @@ def doctor_flags(parser: argparse.ArgumentParser) -> None:
     json_flag(parser)
 
 
+def at_flag(parser: argparse.ArgumentParser) -> None:
+    """What verbs that use the weights of one stage take."""
+    parser.add_argument(
+        "--at",
+        type=at_least_one,
+        metavar="POSITION",
+        help="as they are in this checkpoint of the stage, finished or not (default: at its end)",
+    )
+
+
 def json_flag(parser: argparse.ArgumentParser) -> None:
     """What verbs that report take."""
     parser.add_argument(
@@ -135,13 +145,22 @@ def port(text: str) -> int:
 
 def gib(text: str) -> float:
     """GiB, more than 0."""
+    return _positive(text, "must be GiB, a number greater than 0")
+
+
+def shift(text: str) -> float:
+    """A factor of the odds of noise, more than 0."""
+    return _positive(text, "must be a number greater than 0; 1 shifts nothing")
+
+
+def _positive(text: str, rule: str) -> float:
     try:
-        size = float(text)
+        value = float(text)
     except ValueError:
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be GiB, a number greater than 0")
-    return size
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: {rule}")
+    return value
 
 
 def finite(text: str) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from elastic.branch import left_because
 from elastic.checkpoint_store import DEFAULT_KEEP, Keep
 from elastic.data.clips import Clips
 from elastic.data.places import is_there
@@ -18,12 +19,15 @@ from elastic.fit import memory_lines, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.init_table import shapes_of
 from elastic.outlook import Faults, outlook_lines, sample_flops, scale_lines
+from elastic.shares import computed, share_lines
 from elastic.start import check_origin
 from elastic.traffic import update_traffic
 from elastic.weights import finished
-from models.flow import time_shift
+from elastic.worth_a_look import worth_a_look
 from models.t5_clip import T5Clip
-from stages.init import Fresh, FromFile, KeepTrunk
+from stages.init import Fresh, FromFile, KeepTrunk, branch_of
+from stages.lineage import branches
+from stages.noise import Noise
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
@@ -48,14 +52,17 @@ def forecast(
     folder = RunFolder.of(storage, plan)
     lines = [f"plan {plan.name}: {len(plan.stages)} stages, kept in {folder.root}"]
     for number, stage in enumerate(plan.stages, 1):
-        done = "finished" if finished(folder.stage(stage.name)) else "to do"
+        why = left_because(plan, folder, stage)
+        done = "finished" if finished(folder.stage(stage.name)) else "left" if why else "to do"
         lines += ["", f"{number}. {stage.name} ({type(stage).__name__}, {done})"]
+        lines += [f"   {why}"] if why else []
         lines += [f"   {line}" for line in _stage(stage, gpus)]
         if faults is not None:
             workers, size = workers_on(stage, gpus), saved_bytes(stage)
             lines += [f"   {line}" for line in outlook_lines(stage, workers, faults, size)]
     lines += ["", f"disk: {_disk(plan, keep)}"]
     lines += [f"not here: {table!r}; train needs it" for table in absent(plan)]
+    lines += [f"worth a look: {said}" for stage in plan.stages for said in worth_a_look(stage)]
     if faults is not None:
         largest = max(plan.stages, key=saved_bytes)
         scales = scale_lines(faults, saved_bytes(largest), gpus, largest.multiple)
@@ -67,7 +74,7 @@ def _disk(plan: Plan, keep: Keep) -> str:
     """What the finished run holds: its checkpoints while it trains, weights, latents."""
     counts = [count_parameters(stage) for stage in plan.stages]
     saved = [saved_bytes(stage) for stage in plan.stages]
-    held = [keep.most(stage.budget) for stage in plan.stages]
+    held = [most_held(plan, stage, keep) for stage in plan.stages]
     parts = [
         f"weights {shown(sum(counts) * BYTES_A_WEIGHT)}",
         f"checkpoints {shown(sum(map(mul, held, saved)))} ({keep}), "
@@ -79,6 +86,11 @@ def _disk(plan: Plan, keep: Keep) -> str:
     if latents is None:
         return "; ".join([*parts, "latents: not known before the clips are there"])
     return "; ".join([*parts, f"latents at most {shown(latents)}, if every clip fills each bucket"])
+
+
+def most_held(plan: Plan, stage: Stage, keep: Keep) -> int:
+    """Checkpoints that a stage may hold at once, with those that branches start from."""
+    return keep.most(stage.budget) + len({*branches(plan.stages, stage).values()})
 
 
 def absent(plan: Plan) -> list[str]:
@@ -116,6 +128,11 @@ def text_bytes(stage: DiffusionStage, captions: Iterable[str]) -> int:
     blocks = -(-stage.text.most_tokens(captions) // TEXT_BLOCK)
     values = blocks * TEXT_BLOCK * stage.text.width + stage.text.pooled_width
     return values * torch.bfloat16.itemsize
+
+
+def most_text_bytes(stage: DiffusionStage) -> int | None:
+    """The most that is stored of any text in one bucket; None where only the captions tell."""
+    return text_bytes(stage, ()) if isinstance(stage.text, T5Clip) else None
 
 
 def _stage(stage: Stage, gpus: int | None) -> list[str]:
@@ -164,7 +181,9 @@ def _start(stage: Stage) -> list[str]:
     if isinstance(init, Fresh):
         return [f"start       Fresh(seed={init.seed}): every parameter new"]
     origin = init.path if isinstance(init, FromFile) else init.stage.name
-    lines = [f"start       {type(init).__name__}({origin})"]
+    at = branch_of(init)
+    where = "" if at is None else f", from its checkpoint at {at:,} samples"
+    lines = [f"start       {type(init).__name__}({origin}){where}"]
     if isinstance(init, FromFile) and not Path(init.path).exists():
         return [*lines, "  not known before the file is there"]
     lines += [f"  {line}" for line in check_origin(stage).lines()]
@@ -220,6 +239,7 @@ def _phases(stage: Stage, module: nn.Module, gpus: int | None) -> list[str]:
             lines.append(
                 f"  {bucket.name:<12}  batch {bucket.batch}, {_shape(stage, module, bucket, gpus)}"
             )
+            lines += [f"    {line}" for line in share_lines(stage, bucket, gpus)]
         start = phase.until
     return lines
 
@@ -231,13 +251,16 @@ def _shape(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) ->
         return shape
     frames, height, width = stage.model.token_grid(grid)
     workers, flops = workers_on(stage, gpus), sample_flops(stage, bucket)
+    dealt = computed(stage, bucket, workers)
+    text = most_text_bytes(stage)
     sent = update_traffic(stage, module, bucket, stage.text.most_tokens(()), workers).total
     return (
         f"{shape}, {frames * height * width:,} tokens, time shift "
-        f"{time_shift(height * width, frames):.2f}, {_flops(flops)} a sample, "
-        f"{_flops(flops * bucket.batch / workers)} an update on each of {workers} workers, which "
+        f"{stage.times(bucket).alpha:.2f}, {_flops(flops)} a sample, "
+        f"{_flops(flops * dealt / stage.context)} an update on each of {workers} workers, which "
         f"sends {shown(sent / workers)}, "
         f"{shown(latent_bytes(stage, bucket))} stored a clip"
+        + (f" + up to {shown(text)} of text" if text else "")
     )
 
 
@@ -258,7 +281,7 @@ def _codec(stage: Stage) -> str:
 
 
 def _conditions(stage: DiffusionStage) -> Iterator[str]:
-    """Text and given frames, as the DiT gets them."""
+    """Text, given frames and noise, as the DiT gets them."""
     text = stage.text
     named = type(text).__name__
     if isinstance(text, T5Clip):
@@ -271,6 +294,8 @@ def _conditions(stage: DiffusionStage) -> Iterator[str]:
     if stage.given is not None:
         weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.given)
         yield f"given       {weights}"
+    if stage.noise != Noise():
+        yield f"noise       {stage.noise.text()}"
 
 
 def _file(path: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic.branch import left_because
 from elastic.checkpoint_store import Keep
 from elastic.fit import kept_for, needed, policies, workers_on
 from elastic.folders import RunFolder
@@ -12,14 +13,17 @@ from elastic.forecast import (
     BYTES_A_WEIGHT,
     count_parameters,
     latent_bytes,
+    most_held,
     most_latent_bytes,
+    most_text_bytes,
     saved_bytes,
 )
 from elastic.memory import state_memory
-from elastic.outlook import Faults, outlook, sample_flops, seconds_a_sample
+from elastic.outlook import Faults, sample_flops, seconds_a_sample, stage_outlook
+from elastic.shares import computed, real_share, worlds
 from elastic.traffic import update_traffic
 from elastic.weights import finished
-from models.flow import time_shift
+from elastic.worth_a_look import worth_a_look
 from stages.plan import Plan
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
@@ -37,13 +41,20 @@ def forecast_json(
     return {
         "plan": plan.name,
         "folder": str(folder.root),
-        "stages": [_stage(stage, folder, gpus, faults) for stage in plan.stages],
+        "stages": [
+            {
+                **_stage(stage, folder, gpus, faults),
+                "left": left_because(plan, folder, stage) is not None,
+            }
+            for stage in plan.stages
+        ],
         "disk": {
             "weights_bytes": weights,
-            "checkpoints_bytes": sum(keep.most(s.budget) * saved[s.name] for s in plan.stages),
+            "checkpoints_bytes": sum(most_held(plan, s, keep) * saved[s.name] for s in plan.stages),
             "checkpoint_under_way_bytes": max(saved.values()),
             "latents_bytes_at_most": most_latent_bytes(plan),
         },
+        "worth_a_look": [said for stage in plan.stages for said in worth_a_look(stage)],
     }
 
 
@@ -59,7 +70,7 @@ def _stage(
                 "from": start,
                 "until": phase.until,
                 "rounds": (phase.until - start) // phase.cycle,
-                "buckets": [_bucket(stage, module, bucket, workers) for bucket in phase.buckets],
+                "buckets": [_bucket(stage, module, bucket, gpus) for bucket in phase.buckets],
             }
         )
         start = phase.until
@@ -92,7 +103,8 @@ def _stage(
     }
 
 
-def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> dict[str, Any]:
+def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, gpus: int | None) -> dict[str, Any]:
+    sizes = worlds(stage, gpus)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
     found: dict[str, Any] = {
         "bucket": bucket.name,
@@ -102,26 +114,28 @@ def _bucket(stage: Stage, module: nn.Module, bucket: Bucket, workers: int) -> di
         "height": bucket.height,
         "width": bucket.width,
         "latent": [stage.codec.channels, *grid],
+        "real_share": {name: real_share(stage, bucket, size) for name, size in sizes.items()},
     }
     if not isinstance(stage, DiffusionStage):
         return found
     frames, height, width = stage.model.token_grid(grid)
     flops, text = sample_flops(stage, bucket), stage.text.most_tokens(())
+    workers = workers_on(stage, gpus)
     sent = update_traffic(stage, module, bucket, text, workers).total
     return found | {
         "tokens": frames * height * width,
-        "time_shift": time_shift(height * width, frames),
+        "time_shift": stage.times(bucket).alpha,
         "flops_a_sample": flops,
-        "flops_an_update_a_worker": flops * bucket.batch / workers,
+        "flops_an_update_a_worker": flops * computed(stage, bucket, workers) / stage.context,
         "sent_bytes_an_update_a_worker": sent / workers,
         "latent_bytes_a_clip": latent_bytes(stage, bucket),
+        "text_bytes_a_clip_at_most": most_text_bytes(stage),
     }
 
 
 def _goodput(stage: Stage, workers: int, faults: Faults) -> dict[str, Any]:
     """What is expected with the best interval between saves, and that interval."""
-    size, multiple = saved_bytes(stage), stage.multiple
-    best = outlook(workers, stage.workers[0], faults, size, multiple=multiple)
+    best = stage_outlook(stage, workers, faults, saved_bytes(stage))
     seconds, interval = seconds_a_sample(stage, workers), best.costs.interval_s
     is_known = interval != float("inf")  # nothing fails: the fewer saves the better
     return {

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from elastic.branch import left_because
 from elastic.checkpoint_fence import Fence
 from elastic.checkpoint_place import Register, storage_of
 from elastic.course import Course, encode_stage, pin_members, probe_clips, train_plan
@@ -24,7 +25,8 @@ def grow_and_train(course: Course) -> None:
     """As `train_plan`, but stages that are under way take in what is new first."""
     for stage in course.plan.stages:
         folder = course.folder.stage(stage.name)
-        if finished(folder) is None and (folder / MEMBERS).exists():
+        is_left = left_because(course.plan, course.folder, stage) is not None
+        if finished(folder) is None and not is_left and (folder / MEMBERS).exists():
             grow_stage(course, stage)
     train_plan(course)
 
@@ -69,6 +71,7 @@ def _new_clips(course: Course, stage: Stage, tables: list[Clips]) -> Assignment 
     sizes = [len(table) for table in new]
     if not any(sizes):
         return None
+    stage = stage.replace(match=members.match)  # one bucket's clips are chosen by one rule
     probed = probe_clips(course, stage, Clips.joined(new))
     assigned = fitting(stage, probed, sizes)
     for line in assigned.lines(stage, probed):

@@ -27,12 +27,16 @@ _BACKENDS: dict[Backend, SDPBackend] = {
     "math": SDPBackend.MATH,
 }
 _HOPPER = (9, 0)  # measured; what came later has the same kernels or newer ones
-# Of one class of blocks: a graph for each bucket, with gradients and without.
+# Of one class of blocks: a graph for each bucket, length of text and size of round (there are two),
+# with gradients and without.
 # More than torch's limit is an error with fullgraph=True.
-_MOST_GRAPHS = 2048
+_MOST_GRAPHS = 4096
 # Every process compiles an encoder for every bucket, for half a minute or more. From so many pixels
 # on, an hour of one GPU with DC-AE (0.4 TFLOP a megapixel), that is made up for on a dozen of them.
 _WORTH_PIXELS = 1 << 36
+# Compiling a training step of 2.2 B parameters takes 21 s on an H200, and makes it 1.25 times as
+# fast (tests/bench/README.md): that is made up for in two minutes, at 400 TFLOP/s.
+_WORTH_FLOPS = 5e16
 
 
 def attention_order(device: torch.device) -> tuple[Backend, ...]:
@@ -81,6 +85,11 @@ def eager() -> Iterator[None]:
     """Inside this block nothing is compiled: for sizes that come too seldom to pay for it."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def compiles_walks(stage: DiffusionStage, flops: float, device: torch.device) -> bool:
+    """Whether the blocks are compiled for a process that samples, with so many FLOPs before it."""
+    return compiles(stage, device) and (bool(stage.compile) or flops >= _WORTH_FLOPS)
 
 
 def compiles_encoder(

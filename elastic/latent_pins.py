@@ -180,4 +180,4 @@ def _asked(stage: DiffusionStage) -> dict[str, Any]:  # Any: JSON
     fields = {name: value for name, value in described(stage).items() if name in _FIELDS}
     goes_on = stage.init.stage.name if isinstance(stage.init, Continue) else None
     buckets = [[b.name, b.frames, b.height, b.width] for b in stage.buckets]
-    return {**fields, "buckets": buckets, "goes_on": goes_on}
+    return {**fields, "match": stage.match, "buckets": buckets, "goes_on": goes_on}

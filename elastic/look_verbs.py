@@ -1,4 +1,4 @@
-"""The verbs that look and change nothing: `status` of a run, `doctor` of a machine."""
+"""The verbs that look: `status`, `report` and `dashboard` of a run, `doctor` of a machine."""
 
 import argparse
 import json
@@ -33,10 +33,13 @@ def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
+    from elastic.branch import left_because, shown
+    from elastic.checkpoint_place import Register
     from elastic.data.growth import growth_lines
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
     from elastic.record import read_plan
+    from elastic.showing import missing_line, why_missing
     from elastic.speed import speed_lines
     from elastic.status_json import status_json
     from elastic.stop import asked, has_driver
@@ -60,6 +63,33 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     for stage in plan.stages:
         for line in growth_lines(folder.stage(stage.name)):
             print(line)
+        reason = why_missing(history.events, stage.name)
+        if reason is not None:
+            print(missing_line(folder, stage.name, reason))
         if finished(folder.stage(stage.name)) is None:
-            print(f"not finished: {stage.name} ({stage.budget:,} samples)")
+            why = left_because(plan, folder, stage)
+            saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)
+            said = [f"{stage.budget:,} samples"]
+            said += [f"checkpoints at {shown(saved)}"] if saved else []
+            said += [why] if why else []
+            print(f"not finished: {stage.name} ({'; '.join(said)})")
+    return 0
+
+
+def report_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Write report.html."""
+    from elastic.record import read_plan
+    from elastic.report import write_report
+
+    folder = run_folder(flags.run)
+    read_plan(folder)
+    print(write_report(folder.root))
+    return 0
+
+
+def dashboard_verb(flags: argparse.Namespace, settings: Settings) -> int:
+    """Serve Aim's pages until Ctrl-C."""
+    from elastic.dashboard import show
+
+    show(run_folder(flags.run), flags.port, flags.rebuild)
     return 0

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.data.load import Micro, Round, Samples, num_rounds
+from elastic.data.deal import num_rounds, round_sizes
+from elastic.data.load import Micro, Round, Samples
 from elastic.data.order import Layout
 from elastic.data.permutation import Indices
 from elastic.exact import reproducible
@@ -41,7 +42,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 _ROUNDS = 3  # timed, after one that compiles and warms up
 _LEAST_GAIN = 0.03  # of throughput; twice in a row less, and no larger size is tried
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Tried(NamedTuple):
@@ -96,11 +97,19 @@ def fastest(found: Found, batch: int) -> Tried | None:
     return min(timed)[2] if timed else None
 
 
-def sizes(bucket: Bucket, workers: int) -> list[int]:
-    """Sizes to try: powers of two, the stage file's own, and the largest that leaves none idle."""
+def sizes(bucket: Bucket, workers: int, exact: bool) -> list[int]:
+    """Sizes to try: powers of two, the stage file's own, and the largest that leaves none idle.
+
+    Of each the size of round that it comes to.
+    """
     most = -(-bucket.batch // workers)
-    doubled = [2**power for power in range(most.bit_length())]
-    return sorted({*doubled, most, min(bucket.micro, most)})
+    asked = {*(2**power for power in range(most.bit_length())), most, min(bucket.micro, most)}
+    return sorted({dealt(bucket, micro, workers, exact) for micro in asked})
+
+
+def dealt(bucket: Bucket, micro: int, workers: int, exact: bool) -> int:
+    """Samples of the largest round, where rounds may have so many."""
+    return max(round_sizes(bucket.batch, micro, workers, exact))
 
 
 class _Nothing:
@@ -261,7 +270,7 @@ def _measure_bucket(
     module = stage.build()
     layers = sample_layers(stage, module, bucket, stage.recompute)
     tried: list[Tried] = []
-    for micro in sizes(bucket, workers):
+    for micro in sizes(bucket, workers, stage.exact):
         said = peak_memory(stage, module, bucket.replace(micro=micro), workers, layers).total
         if said > HEADROOM * room:
             tried.append(Tried(micro, None, None, said, "more than the device has"))

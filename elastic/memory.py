@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from elastic.data.load import num_rounds
+from elastic.data.deal import num_rounds
 from elastic.exact import BYTES_A_SQUARE, MOST_AT_ONCE
 from elastic.moments import FP32, Layer, Sums, most
 from elastic.muon import is_matrix

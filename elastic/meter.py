@@ -13,13 +13,15 @@ from torch import Tensor
 from elastic.data.load import Micro, Step
 from elastic.device_peaks import memory_peak, peak_flops
 from elastic.errors import StageBlocked
-from elastic.exact import totals
+from elastic.exact import column_totals, totals
 from elastic.inputs import Inputs
+from elastic.level_names import level_counts, level_means
+from elastic.noise_levels import by_level
 from elastic.objective import Losses
 from elastic.state import Progress
 from elastic.workload import model_flops, useful_tokens, video_tokens
 from elastic.world import World
-from stages.stage import Stage
+from stages.stage import DiffusionStage, Stage
 
 OF_THE_MACHINES = frozenset(
     {
@@ -65,27 +67,30 @@ class _Norms:
         arrived.record()
         return cls(there, position, arrived)
 
-    def check(self, stage: str) -> None:
+    def check(self, stage: Stage) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         for name, norm in self.values.items():
             if not torch.isfinite(norm):
-                whose, advice = _NORMS[name]
+                whose, rate = _NORMS[name]
                 raise NonFiniteLoss(
-                    f"stage {stage!r}: {whose} {norm.item()} at {self.position:,} samples; {advice}"
+                    f"stage {stage.name!r}: {whose} {norm.item()} at {self.position:,} samples. "
+                    "The same command meets the same batch again, and a stage that has begun may "
+                    f"not change: lower {rate} or optimizer.max_norm and give the stage another "
+                    "name, under which it begins anew, or branches from a checkpoint before that "
+                    "with init=Continue(STAGE, at=POSITION); `status RUN` names the positions"
+                    + (_LATENTS if isinstance(stage, DiffusionStage) else "")
                 )
 
 
 _NORMS = {
-    "grad_norm": (
-        "gradient norm",
-        "lower optimizer.lr or optimizer.max_norm, or look at the latents",
-    ),
-    "critic_grad_norm": (
-        "gradient norm of the critic",
-        "lower adversarial.lr or optimizer.max_norm, or look at the clips",
-    ),
+    "grad_norm": ("gradient norm", "optimizer.lr"),
+    "critic_grad_norm": ("gradient norm of the critic", "adversarial.lr"),
 }
+_LATENTS = (
+    ". Where `verify RUN` finds its latents damaged, `repair FILE` mends them, and this stage goes "
+    "on from its last checkpoint"
+)
 
 
 def is_due(every: int, samples: int, last: int) -> bool:
@@ -116,6 +121,7 @@ class Meter:
         self._loss: dict[str, list[Tensor]] = {}
         self._parts: dict[str, list[Tensor]] = {}
         self._parts_since: dict[str, int] = {}
+        self._timed: list[tuple[Tensor, Tensor, Tensor]] = []  # time, loss, weight of samples
         self._counts: dict[str, int] = {}
         self._latest: dict[str, float | Tensor] = {}
 
@@ -137,6 +143,8 @@ class Meter:
         self._num_computed += losses.work.computed
         self._lengths.setdefault(bucket, Counter()).update(losses.work.lengths)
         self._loss.setdefault(bucket, []).append((losses.model_B * weight_B).sum())
+        if losses.t_B is not None:
+            self._timed.append((losses.t_B, losses.model_B.detach(), weight_B))
         for name, part_B in losses.parts_B.items():
             self._parts.setdefault(name, []).append((part_B * weight_B).sum())
             self._parts_since.setdefault(name, micro.position)  # a part may begin in between
@@ -151,12 +159,12 @@ class Meter:
         if self._norms[-1].arrived is None:
             return self.settle()
         while len(self._norms) > 1:
-            self._norms.popleft().check(self._stage.name)
+            self._norms.popleft().check(self._stage)
 
     def settle(self) -> None:
         """Wait until the norms of every update so far are known, and found to be numbers."""
         while self._norms:
-            self._norms.popleft().check(self._stage.name)
+            self._norms.popleft().check(self._stage)
 
     def stepped(
         self, progress: Progress, step: Step[Inputs], rate: float, norms: dict[str, Tensor]
@@ -199,6 +207,7 @@ class Meter:
                     name: total / (progress.samples - self._parts_since[name])
                     for name, total in zip(parts, part_sums, strict=True)
                 },
+                **self._levels(),
                 **{name: float(value) for name, value in self._latest.items()},
                 "samples_per_s": num_samples / elapsed,
                 **self._speed(elapsed),
@@ -236,6 +245,19 @@ class Meter:
         if math.isfinite(peaks):  # of every device
             speed["mfu"] = flops / elapsed / peaks
         return speed
+
+    def _levels(self) -> dict[str, float]:
+        """Losses by level of noise, and how many samples each had; every rank calls it."""
+        if not self._timed:
+            return {}
+        t_N, loss_N, weight_N = (torch.cat(values) for values in zip(*self._timed, strict=True))
+        rows_NK = by_level(t_N, loss_N, weight_N)
+        # A sum of its own: its length may not change the order in which ranks add up the losses.
+        if self._stage.exact:
+            sums = column_totals(rows_NK, self._world)
+        else:
+            sums = self._world.sum(rows_NK.sum(0)).tolist()
+        return {**level_means(sums), **level_counts(sums)}
 
     def _sums(self, collected: list[list[Tensor]]) -> list[float]:
         """The sum of each list over all ranks."""

@@ -1,7 +1,7 @@
 """What a stage minimises: reconstruction for an autoencoder, flow matching for a DiT."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
@@ -13,14 +13,16 @@ from elastic.critic import Critic
 from elastic.data.ahead import read_ahead
 from elastic.data.load import Micro, Source, Step, held_out_rounds
 from elastic.errors import InputError
-from elastic.exact import totals
+from elastic.exact import column_totals, totals
 from elastic.inputs import Inputs, on_device
 from elastic.kernels import compiles, text_room
+from elastic.level_names import level_means
+from elastic.noise_levels import by_level, level_rounds, times_of
 from elastic.randomness import normals, sample_generator, uniforms
 from elastic.workload import Workload, workload
 from elastic.world import World
 from models.codec import Reconstruction
-from models.flow import conditioned, flow_loss_B, time_shift, timesteps
+from models.flow import conditioned, flow_loss_B, timesteps
 from models.given import given_frames
 from models.reconstruction import psnr_B, reconstruction_loss, ssim_B
 from models.text import TextEmbedding, padded, trimmed, without_text
@@ -29,7 +31,8 @@ from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage
 
 _CPU = torch.device("cpu")
-Use = Literal["train", "held-out"]
+Use = Literal["train", "held-out", "level"]
+Graph = tuple[str, int, int]  # bucket, samples, and tokens of text
 
 
 class Losses(NamedTuple):
@@ -42,6 +45,8 @@ class Losses(NamedTuple):
     """What the critic minimises; its gradients reach the critic alone, and no other does."""
     parts_B: Mapping[str, Tensor] = MappingProxyType({})
     """The addends of `model_B` by name, if there are several, and `critic_B`."""
+    t_B: Tensor | None = None
+    """The times of flow matching, by which losses are told apart."""
 
     @property
     def both_B(self) -> Tensor:
@@ -71,7 +76,7 @@ class Objective(Protocol):
         """The losses of each sample of a micro-batch, unweighted; the inputs are on the device."""
         ...
 
-    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[Graph]:
         """What this rank compiles for a step, unless it has before."""
         ...
 
@@ -103,11 +108,7 @@ class FlowMatching:
         self.held_out = held_out
         self._stage = stage
         self.null = null
-        self._alpha = {}
-        for bucket in stage.buckets:
-            grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-            frames, height, width = stage.model.token_grid(grid)
-            self._alpha[bucket.name] = time_shift(height * width, frames)
+        self._times = {bucket.name: stage.times(bucket) for bucket in stage.buckets}
 
     def build(self) -> nn.Module:
         """The DiT on the meta device."""
@@ -126,7 +127,7 @@ class FlowMatching:
         strength = 1.0 if self._stage.model.guidance else None
         conditioned_model = conditioned(model, strength, inputs.given_BCTHW)
         loss_B = flow_loss_B(conditioned_model, inputs.x_BCTHW, noise_BCTHW, t_B, text)
-        return Losses(loss_B, inputs.work)
+        return Losses(loss_B, inputs.work, t_B=t_B)
 
     def _inputs(
         self, micro: Micro, device: torch.device, use: Use, choice: Choice | None = None
@@ -134,7 +135,7 @@ class FlowMatching:
         """Given are the frames of `choice`; None draws it for each sample."""
         samples = micro.samples
         generators = self._generators(micro, use)
-        t_B = timesteps(normals(generators, ()), self._alpha[micro.bucket.name])
+        t_B = self._times_of(micro, normals(generators, ()), use)
         dropped = self._dropped(micro, uniforms(generators), use)
         z_BCTHW = self._latents(micro, use)
         noise_BCTHW = normals(generators, tuple(z_BCTHW.shape[1:]))
@@ -158,11 +159,19 @@ class FlowMatching:
         )
         return found.ready_for(device)
 
-    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
-        """What this rank compiles for a step, unless it has before: bucket and lengths of text."""
+    def _times_of(self, micro: Micro, normal_B: Tensor, use: Use) -> Tensor:
+        if use == "level":
+            return times_of(micro)
+        times = self._times[micro.bucket.name]
+        return timesteps(
+            normal_B, times, uniforms(self._generators(micro, "time")) if times.uniform else None
+        )
+
+    def graphs(self, step: Step[Inputs]) -> frozenset[Graph]:
+        """What this rank compiles for a step, unless it has before."""
         bucket = step.plan.bucket
-        lengths = {inputs.micro.text_tokens for inputs in step.micros}
-        return frozenset((bucket.name, self._room(bucket, length)) for length in lengths)
+        sizes = {(len(one.weight_B), one.micro.text_tokens) for one in step.micros}
+        return frozenset((bucket.name, size, self._room(bucket, text)) for size, text in sizes)
 
     def _room(self, bucket: Bucket, longest: int) -> int:
         """Text tokens that are computed for; the null text may take the place of any other."""
@@ -172,10 +181,14 @@ class FlowMatching:
         return text_room(max(longest, null), tokens, max(self._text_tokens, null))
 
     def _generators(self, micro: Micro, use: str) -> list[torch.Generator]:
-        """The randomness of each sample of the micro-batch for one use."""
+        """The randomness of each sample of the micro-batch for one use.
+
+        Levels of noise are measured alike in all stages, so that these can be compared.
+        """
         stage, bucket = self._stage, micro.bucket.name
+        seed, name = (0, "") if use == "level" else (stage.seed, stage.name)
         return [
-            sample_generator(stage.seed, stage.name, use, bucket, int(epoch), int(sample_id))
+            sample_generator(seed, name, use, bucket, int(epoch), int(sample_id))
             for epoch, sample_id in zip(micro.epochs, micro.samples.ids, strict=True)
         ]
 
@@ -185,7 +198,7 @@ class FlowMatching:
         if self._stage.codec.mode == "mean":
             return x_BCTHW
         mean_BCTHW, deviation_BCTHW = x_BCTHW.float().chunk(2, dim=1)
-        if use == "held-out":
+        if use != "train":
             return mean_BCTHW
         generators = self._generators(micro, "posterior")
         return mean_BCTHW + deviation_BCTHW * normals(generators, tuple(mean_BCTHW.shape[1:]))
@@ -208,7 +221,7 @@ class FlowMatching:
 
     def _dropped(self, micro: Micro, draw_B: Tensor, use: Use) -> tuple[Tensor, Tensor]:
         """Whose tokens and whose pooled vectors are dropped."""
-        if use == "held-out":
+        if use != "train":
             nobody_B = torch.zeros_like(draw_B, dtype=torch.bool)
             return nobody_B, nobody_B
         dropout = self._stage.text_dropout
@@ -221,14 +234,16 @@ class FlowMatching:
         """Mean flow loss, at noise and times that are fixed for each held-out sample.
 
         `loss` is that of text to video. Where frames are given in training, `loss_head` is the
-        loss with the first one given, over the buckets that have frames to give.
+        loss with the first one given, over the buckets that have frames to give. `loss_t0` and so
+        on are those at fixed times, of fewer clips (elastic.noise_levels).
         """
         buckets = self._stage.buckets
         giving = tuple(bucket for bucket in buckets if self._stage.gives(bucket))
         means = {"loss": self._mean_loss(model, world, "none", buckets)}
         if giving:
             means["loss_head"] = self._mean_loss(model, world, "head", giving)
-        return {name: mean for name, mean in means.items() if mean is not None}
+        found = {name: mean for name, mean in means.items() if mean is not None}
+        return found | self._level_losses(model, world)
 
     def _mean_loss(
         self, model: nn.Module, world: World, choice: Choice, buckets: tuple[Bucket, ...]
@@ -239,14 +254,32 @@ class FlowMatching:
         ready = partial(self._inputs, device=world.device, use="held-out", choice=choice)
         for bucket in buckets:
             micros = held_out_rounds(self.held_out, self._stage, bucket, world)
-            for inputs in on_device(read_ahead(ready, micros, most=2), world.device):
-                with torch.no_grad():
-                    loss_B = self.losses(model, inputs).model_B
+            for loss_B, inputs in self._measured(model, read_ahead(ready, micros, most=2), world):
                 weight_B = inputs.weight_B.double()
                 losses.append((loss_B * weight_B).sum())
                 weights.append(weight_B.sum())
         total, count = totals([losses, weights], world)
         return total / count if count else None
+
+    def _level_losses(self, model: nn.Module, world: World) -> dict[str, float]:
+        """The mean at each level of noise, without given frames; none without held-out clips."""
+        rows: list[Tensor] = []
+        ready = partial(self._inputs, device=world.device, use="level", choice="none")
+        for bucket in self._stage.buckets:
+            micros = level_rounds(self.held_out, self._stage, bucket, world)
+            for loss_B, inputs in self._measured(model, read_ahead(ready, micros, most=2), world):
+                assert inputs.t_B is not None, "flow matching has times"
+                rows.append(by_level(inputs.t_B, loss_B, inputs.weight_B))
+        return level_means(column_totals(torch.cat(rows), world)) if rows else {}
+
+    def _measured(
+        self, model: nn.Module, ready: Iterable[Inputs], world: World
+    ) -> Iterator[tuple[Tensor, Inputs]]:
+        """The losses of each micro-batch, without gradients."""
+        for inputs in on_device(ready, world.device):
+            with torch.no_grad():
+                loss_B = self.losses(model, inputs).model_B
+            yield loss_B, inputs
 
 
 class Reconstructing:
@@ -327,7 +360,7 @@ class Reconstructing:
             parts_B["loss_perceptual"] = self._stage.perceptual.weight * distance_B
         return parts_B
 
-    def graphs(self, step: Step[Inputs]) -> frozenset[tuple[str, int]]:
+    def graphs(self, step: Step[Inputs]) -> frozenset[Graph]:
         """Nothing of an autoencoder is compiled."""
         return frozenset()
 

@@ -1,6 +1,8 @@
 """What `plan` expects of a plan on machines that fail: goodput, the best interval, what is lost."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 from cluster.constants import (
@@ -22,8 +24,9 @@ from cluster.constants import (
 )
 from cluster.goodput import DAY_S, Costs, Expected, Fleet, best_interval, expected
 from elastic.goodput import duration
+from elastic.shares import computed
 from elastic.timeline import LOST, SAVING, STARTING
-from elastic.workload import dit_flops
+from elastic.workload import dit_flops, video_tokens
 from stages.layout import rounded
 from stages.schedule import Bucket
 from stages.stage import DiffusionStage, Stage
@@ -56,8 +59,11 @@ def outlook(
     saved_bytes: float,
     interval_s: float | None = None,
     multiple: int = 1,
+    speed: Callable[[float], float] = float,
 ) -> Outlook:
     """Model a run on `gpus`, of which `least` must be there and a `multiple` is used.
+
+    How fast it goes on so many of them is their `speed`.
 
     Saves `saved_bytes` on all GPUs together, every `interval_s` or as often as is best.
     """
@@ -74,6 +80,7 @@ def outlook(
         return_s=RETURN_S.value,
         gpus=each,
         multiple=multiple,
+        speed=speed,
     )
     # What a worker saves may take longer than what was measured; that less takes less is not known.
     scale = max(1.0, saved_bytes / gpus / STATE_BYTES.value)
@@ -92,9 +99,17 @@ def outlook(
     return Outlook(fleet, costs, expected(fleet, costs, RUN_DAYS.value * DAY_S))
 
 
+def stage_outlook(
+    stage: Stage, gpus: int, faults: Faults, saved_bytes: float, interval_s: float | None = None
+) -> Outlook:
+    """Model a run of a stage; what worlds compute without need makes them slower."""
+    least, multiple, speed = stage.workers[0], stage.multiple, speed_of(stage)
+    return outlook(gpus, least, faults, saved_bytes, interval_s, multiple, speed)
+
+
 def outlook_lines(stage: Stage, gpus: int, faults: Faults, saved_bytes: float) -> Iterator[str]:
     """What is expected of one stage on so many GPUs."""
-    best = outlook(gpus, stage.workers[0], faults, saved_bytes, multiple=stage.multiple)
+    best = stage_outlook(stage, gpus, faults, saved_bytes)
     yield f"goodput     {_said(best.expected)} on {gpus:,} GPUs"
     yield f"  {_parts(best)}"
     interval = best.costs.interval_s
@@ -106,7 +121,7 @@ def outlook_lines(stage: Stage, gpus: int, faults: Faults, saved_bytes: float) -
         yield f"  best saved every {duration(interval)} (Daly)"
         return
     every_s = stage.save_every * each
-    own = outlook(gpus, stage.workers[0], faults, saved_bytes, every_s, stage.multiple)
+    own = stage_outlook(stage, gpus, faults, saved_bytes, every_s)
     yield (
         f"  best saved every {duration(interval)} (Daly), or {round(interval / each):,} samples; "
         f"save_every={stage.save_every:,} is every {duration(own.costs.interval_s)} at "
@@ -169,12 +184,35 @@ def seconds_a_sample(stage: Stage, gpus: int) -> float | None:
     """Mean seconds a sample over the stage at the assumed speed; None where FLOPs are not known."""
     if not isinstance(stage, DiffusionStage):
         return None
-    flops, start = 0.0, 0
+    return _work(stage, gpus) / stage.budget / GPU_FLOPS.value
+
+
+def speed_of(stage: Stage) -> Callable[[float], float]:
+    """How fast a stage trains on so many GPUs, against others: by what each of them computes."""
+
+    @cache
+    def speed(gpus: float) -> float:
+        # The mean of GPUs a machine may be a fraction, and its sum end just below a whole number.
+        return 1 / _work(stage, rounded(math.floor(gpus + 1e-6), stage.multiple))
+
+    return speed
+
+
+def _work(stage: Stage, workers: int) -> float:
+    """What each worker computes over the stage, filler included: FLOPs, or tokens of a codec."""
+    total, start = 0.0, 0
     for phase in stage.schedule:
-        cycles = (phase.until - start) / phase.cycle
-        flops += cycles * sum(b.batch * sample_flops(stage, b) for b in phase.buckets)
+        cycles = (phase.until - start) // phase.cycle
+        for bucket in phase.buckets:
+            total += cycles * computed(stage, bucket, workers) * _size(stage, bucket)
         start = phase.until
-    return flops / start / gpus / GPU_FLOPS.value
+    return total / stage.context
+
+
+def _size(stage: Stage, bucket: Bucket) -> float:
+    if isinstance(stage, DiffusionStage):
+        return sample_flops(stage, bucket)
+    return video_tokens(stage, bucket)
 
 
 def _said(one: Expected) -> str:

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from elastic.branch import check_branches
 from elastic.checkpoint_store import Keep
-from elastic.data.load import num_rounds
+from elastic.data.deal import num_rounds
 from elastic.errors import InputError
 from elastic.fit import GIB, check_fit, local_device_bytes, shown, workers_on
 from elastic.folders import RunFolder
 from elastic.forecast import forecast
 from elastic.forecast_json import forecast_json
-from elastic.measure import Found, Tried, fastest, measured, seconds_of
+from elastic.measure import Found, Tried, dealt, fastest, measured, seconds_of
 from elastic.outlook import Faults
 from elastic.record import check_unchanged
 from elastic.settings import Settings
@@ -28,9 +29,12 @@ MEASURED = ".measured"  # folder beside the runs
 def print_plan(plan: Plan, flags: argparse.Namespace, settings: Settings) -> None:
     """Print the plan; InputError for what does not fit the device that is named, or is here.
 
-    So for a stage that has started and is another now: it would not be trained either.
+    So for a stage that has started and is another now, and for a branch from a checkpoint that is
+    not there: they would not be trained either.
     """
-    check_unchanged(RunFolder.of(settings.storage_path, plan), plan)
+    folder = RunFolder.of(settings.storage_path, plan)
+    check_unchanged(folder, plan)
+    check_branches(plan, folder)
     faults = _faults(flags)
     keep = Keep(settings.keep_last, settings.keep_every)
     if flags.json and flags.measure:
@@ -75,7 +79,7 @@ def measured_lines(stage: Stage, gpus: int | None, folder: Path) -> Iterator[str
         yield "    micro  rounds  s a sample  tokens/s a worker      memory"
         for tried in one.tried:
             yield "    " + _row(stage, bucket, one, tried, tried is best)
-        yield "    " + _advice(stage, bucket, best)
+        yield "    " + _advice(stage, bucket, best, workers)
 
 
 def _row(stage: Stage, bucket: Bucket, found: Found, tried: Tried, is_best: bool) -> str:
@@ -90,10 +94,10 @@ def _row(stage: Stage, bucket: Bucket, found: Found, tried: Tried, is_best: bool
     return row + "  fastest" * is_best
 
 
-def _advice(stage: Stage, bucket: Bucket, best: Tried | None) -> str:
+def _advice(stage: Stage, bucket: Bucket, best: Tried | None, workers: int) -> str:
     if best is None:
         return "nothing fits here: choose a smaller bucket, or recompute"
-    if best.micro == bucket.micro:
+    if best.micro == dealt(bucket, bucket.micro, workers, stage.exact):
         return f"micro={bucket.micro}, as the stage file has it"
     text = f"write micro={best.micro} into the stage file, which has micro={bucket.micro}"
     # In an exact stage the size decides how sums are rounded.

@@ -30,7 +30,9 @@ from elastic.film import write_mp4
 from elastic.folders import RunFolder
 from elastic.kernels import eager
 from elastic.meter import is_due
-from elastic.sample import Guided, captions_of, longest_bucket, noise_of, to_frames, walk
+from elastic.sample import captions_of, longest_bucket, to_frames
+from elastic.sampler import Guided, noise_of, walk
+from elastic.tries import Tries
 from elastic.weights import file_digest, load_weights
 from elastic.world import World
 from models.codec import CodecModule
@@ -134,7 +136,7 @@ class Previews:
 
         Whatever ends an attempt here would end the next one at the same place: a few may try.
         """
-        tries = world.on_first(lambda: _number_in(self._tries_at(position)))
+        tries = world.on_first(self._tries_of(position).count)
         if tries >= _MOST_TRIES:
             return f"{tries} attempts ended while they made them"
         problem = self._note(world, position, tries + 1)
@@ -147,18 +149,13 @@ class Previews:
         self._note(world, position, tries=0)
         return problem
 
-    def _tries_at(self, position: int) -> Path:
-        return self.folder / f".tries-{position}"
+    def _tries_of(self, position: int) -> Tries:
+        return Tries(self.folder / f".tries-{position}")
 
     def _note(self, world: World, position: int, tries: int) -> str | None:
         """How many attempts have begun with this position and not come to its end."""
-        path = self._tries_at(position)
-
-        def write() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(str(tries)) if tries else path.unlink(missing_ok=True)
-
-        return world.on_first(partial(_tried, write))
+        note = partial(self._tries_of(position).note, tries)
+        return world.on_first(partial(_tried, note))
 
     def _texts(self, world: World) -> tuple[list[TextBatch], str | None]:
         """The text of each caption that this rank walks, in turn; or why a rank has none."""
@@ -325,11 +322,3 @@ def _tried(step: Callable[[], None]) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _number_in(path: Path) -> int:
-    """What was noted there; 0 if nothing was."""
-    try:
-        return int(path.read_text() or 0)
-    except (OSError, ValueError):
-        return 0

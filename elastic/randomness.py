@@ -11,7 +11,8 @@ def sample_generator(
 ) -> torch.Generator:
     """One sample's randomness in one epoch of its bucket, for one use.
 
-    Uses: 'train' and 'held-out' (time, dropped text, noise), 'pooled' (dropped pooled vector),
+    Uses: 'train' and 'held-out' (time, dropped text, noise), 'level' (noise at a fixed time, which
+    stands in place of the epoch), 'time' (whose time is uniform), 'pooled' (dropped pooled vector),
     'posterior' (the latent, where it is a sample), 'given' (which frames are given).
     Each has a stream of its own, so that what one of them draws does not move the others.
     Bucket and epoch follow from the position, and stay right where a clip is in several buckets.

@@ -62,9 +62,9 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
     silent nodes as capacity, and grows as soon as anything comes. This one has the coordinator look
     again each time, asks for as much more as lies on nodes that do not count, leaves a node that
     has notice `leave_before` seconds before its end, and grows only when the group has had its size
-    for `min_stay` seconds and the new capacity has stood, free, for a third of that. Every size is
-    a `multiple`, as are the fewest and the most. Once a stop is wanted it has the group save and
-    moves nothing any more: the driver ends the run.
+    for `min_stay` seconds, the new capacity has stood, free, for a third of that, and the larger
+    group `gains` by it. Every size is a `multiple`, as are the fewest and the most. Once a stop is
+    wanted it has the group save and moves nothing any more: the driver ends the run.
     """
 
     def __init__(
@@ -75,8 +75,10 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         tell: Teller,
         stop_wanted: Callable[[], bool],
         multiple: int = 1,
+        gains: Callable[[int, int], bool] = lambda now, more: True,
     ) -> None:
         super().__init__(scaling_config)
+        self._gains = gains
         self._multiple = multiple
         self._min_stay = min_stay
         self._leave_before = leave_before
@@ -149,7 +151,8 @@ class CapacityPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no 
         if possible <= size:
             self._larger = (0, now)
             return NoopDecision()
-        if not self._may_grow(possible, now, worker_group_state.start_time):
+        may_grow = self._may_grow(possible, now, worker_group_state.start_time)
+        if not may_grow or not self._gains(size, possible):
             return NoopDecision()
         return self._get_resize_decision(possible)
 

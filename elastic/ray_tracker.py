@@ -31,6 +31,7 @@ _SHOWN = (
     "crash",
     "hang",
     "save_failed",
+    "sample_failed",
     "damaged_checkpoint",
 )
 _SETTLE_S = 30.0

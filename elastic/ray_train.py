@@ -24,6 +24,7 @@ from ray.util.placement_group import (
 from elastic.attempt import WorkerJob
 from elastic.errors import InputError, StageBlocked, StageFailed, last_line
 from elastic.journal import EVENTS
+from elastic.ray_gain import Gain, Position
 from elastic.ray_policy import (
     CapacityPolicy,
     CrashPolicy,
@@ -131,8 +132,15 @@ def fit_stage(
         use_gpu=use_gpu,
         elastic_resize_monitor_interval_s=_LOOK_EVERY_S,
     )
+    phases = [(p.until, [(b.batch, b.micro) for b in p.buckets]) for p in stage.schedule]
     capacity = CapacityPolicy(
-        scaling, limits.min_stay, limits.leave_before, tell, lambda: is_to_save(run), stage.multiple
+        scaling,
+        limits.min_stay,
+        limits.leave_before,
+        tell,
+        lambda: is_to_save(run),
+        stage.multiple,
+        Gain(phases, stage.context, stage.exact, Position(stage.name, tracker)),
     )
     policies = {
         "scaling_policy": capacity,

@@ -15,8 +15,10 @@ from elastic.files import write_atomic
 from elastic.folders import RunFolder
 from elastic.weights import file_digest
 from models.perceptual import Lpips
-from stages.plan import Plan, explain
-from stages.stage import AutoencoderStage, Stage, description
+from stages.explain import explain
+from stages.identity import description
+from stages.plan import Plan
+from stages.stage import AutoencoderStage, Stage
 
 SCHEMA = 2
 _VERSIONS = ("restage", "torch", "ray", "zarr", "av", "diffusers")

@@ -10,6 +10,7 @@ from plotly.offline import get_plotlyjs
 from elastic.cost import COUNTED, Cost, cost, unit
 from elastic.figures import (
     Figure,
+    level_figure,
     loss_figure,
     psnr_figure,
     safe,
@@ -102,8 +103,10 @@ def _header(title: str, history: History, summaries: list[StageSummary]) -> str:
     if began is not None:
         moment = datetime.datetime.fromtimestamp(began, datetime.UTC)
         when = f"began {moment:%Y-%m-%d %H:%M} UTC"
+    num_left = sum(one.is_left and not one.is_finished for one in summaries)
     tiles = {
-        "stages finished": f"{sum(one.is_finished for one in summaries)} of {len(summaries)}",
+        "stages finished": f"{sum(one.is_finished for one in summaries)} of {len(summaries)}"
+        + (f", {num_left} left" if num_left else ""),
         "samples seen": f"{sum(one.samples for one in summaries):,}",
         "time": duration(account.seconds()),
         "goodput": shown_goodput(account),
@@ -132,8 +135,14 @@ def _losses(history: History) -> tuple[str, list[Figure]]:
     figures: list[Figure] = []
     cards = []
     for number, stage in enumerate(history.stages):
+        held_out = {"subset": "held_out"}
         pairs = (
             ("loss", loss_figure(latest, stage, f"loss-{number}")),
+            (
+                "loss by noise on held-out clips (t = 1 is noise)",
+                level_figure(latest, stage, f"levels-{number}", held_out),
+            ),
+            ("loss by noise in training", level_figure(latest, stage, f"trained-{number}", {})),
             ("PSNR on held-out clips", psnr_figure(latest, stage, f"psnr-{number}")),
             ("SSIM on held-out clips", ssim_figure(latest, stage, f"ssim-{number}")),
         )

@@ -97,7 +97,8 @@ def _declared(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _origin(stage: dict[str, Any]) -> str:
     init = stage.get("init", {})
     if "stage" in init:
-        return str(init["stage"].get("name"))
+        at = init.get("at")
+        return str(init["stage"].get("name")) + (f" at {at:,}" if isinstance(at, int) else "")
     return str(init["path"]) if "path" in init else f"seed {init.get('seed', 0)}"
 
 

@@ -9,6 +9,7 @@ from elastic.figures import safe
 from elastic.film import first_frame
 from elastic.journal import Event
 from elastic.page_parts import soft
+from elastic.showing import why_missing
 from elastic.summary import History
 
 MOST_POSITIONS = 8  # of one caption; the course of a long stage is shown at some of its points
@@ -55,15 +56,17 @@ def _stage(run_dir: Path, events: list[Event], stage: str, is_pair: bool, room: 
     rows = [_course(run_dir, films, room) for films in courses.values()]
     rest = [film for film in last if film.caption not in courses]
     figures = [_film(run_dir / film.path, film.caption, room) for film in rest]
-    if not rows and not figures:
+    reason = why_missing(events, stage)
+    if not rows and not figures and reason is None:
         return ""
+    missing = "" if reason is None else f'<p class="bad">no films of its end: {safe(reason)}</p>'
     told = [f"at {film.position:,} samples" for film in last[:1]]
     told += ["first frames by samples seen, and the last film"] if rows else []
     told += ["left the clip, right what the codec gives back of it"] if is_pair else []
     grid = f'<div class="samples{" pairs" if is_pair else ""}">{"".join(figures)}</div>'
     return (
         f'<div class="card stage-samples"><h3>{safe(stage)} <span class="soft">'
-        f"{'; '.join(told)}</span></h3>{''.join(rows)}{grid if figures else ''}</div>"
+        f"{'; '.join(told)}</span></h3>{missing}{''.join(rows)}{grid if figures else ''}</div>"
     )
 
 

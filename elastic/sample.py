@@ -1,10 +1,11 @@
 """Videos from a finished stage: samples of a DiT for captions, or reconstructions of a codec."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +18,22 @@ from elastic.data.clips import Clip
 from elastic.data.decode import BadVideo, decode_clip, to_unit
 from elastic.data.latents import Scale, chunk_size, encode_still, load_codec
 from elastic.errors import InputError, StageBlocked
-from elastic.film import contact_sheet, write_mp4
+from elastic.film import films_into
 from elastic.record import difference
-from elastic.weights import file_digest, load_weights
-from models.flow import conditioned, euler_sample, time_shift
-from models.fresh import named_seed
+from elastic.sampler import GUIDANCE, SEED, STEPS, Guided, Sampler, noise_of, rows_of
+from elastic.weights import file_digest
+from models.codec import Codec, CodecModule
 from models.given import given_frames
-from models.text import TextBatch, TextEmbedding, pad
+from models.text import TextEmbedding, pad
 from stages.schedule import Bucket
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 8  # clips decoded at once
+# Of the clips that are decoded at once: a decoder has a hundred channels and more of each.
+_DECODED_PIXELS = 1 << 20
 NUM_SAMPLES = 16
 _MOST_LOOKED_AT = 256  # held-out clips
-STEPS, GUIDANCE, SEED = 25, 3.0, 0
-
-
-class Guided(NamedTuple):
-    """In how many steps, and how strongly led by the text."""
-
-    steps: int = STEPS
-    guidance: float = GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class SampleRequest:
     """What to sample from a finished diffusion stage, and where to put it."""
 
     stage: DiffusionStage
+    bucket: Bucket  # of the stage: how long and how large
     weights: Path
     codec_weights: Path
     scale: Scale
@@ -56,9 +51,16 @@ class SampleRequest:
     steps: int = STEPS
     guidance: float = GUIDANCE
     seed: int = SEED
+    shift: float | None = None  # of time; that of the stage
+    negative: str | None = None  # led away from, in place of the null text
     image: Path | None = None  # the first frame of every sample; for stages with image_condition
     text_fields: dict[str, Any] | None = None
     """The text encoder's fingerprint in the stage's latents (JSON); None if they are gone."""
+
+    @property
+    def guided(self) -> Guided:
+        """In how many steps, and how strongly led by the text."""
+        return Guided(self.steps, self.guidance, self.shift)
 
 
 def longest_bucket(stage: Stage) -> Bucket:
@@ -82,77 +84,79 @@ def make_samples(request: SampleRequest) -> list[Path]:
 
     Averaged weights, Euler steps, classifier-free guidance, which is an input of the DiTs that take
     it; the noise of a caption is a function of (seed, its place in the list). InputError for an
-    image or a text encoder that cannot be used; StageBlocked, and nothing is written, for latents
-    that are not finite.
+    image, a text encoder or a negative text that cannot be used; StageBlocked for latents that are
+    not finite. Nothing is written then.
     """
-    stage, bucket = request.stage, longest_bucket(request.stage)
+    stage, bucket = request.stage, request.bucket
     _check_text(request)
-    image_CTHW = None if request.image is None else read_image(request.image, stage)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    image_CTHW = None if request.image is None else read_image(request.image, stage, bucket)
     codec = load_codec(stage.codec, request.codec_weights, file_digest(request.codec_weights))
-    channels = stage.codec.channels
-    model = load_weights(stage.build("cpu"), request.weights).to(device)
-    grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    given_BCTHW = None
-    if image_CTHW is not None:
-        x_BCTHW = to_unit(image_CTHW)[None].to(device)
-        still_BCTHW = encode_still(codec, request.scale, x_BCTHW)
-        ends_BCTHW = still_BCTHW.expand(-1, -1, 2, -1, -1)
-        yes_B = torch.ones(1, dtype=torch.bool, device=device)
-        given_BCTHW = given_frames(ends_BCTHW, yes_B, ~yes_B, stage.model.token_grid(grid)[0])
-    films: list[NDArray[np.uint8]] = []
-    for first in range(0, len(request.captions), _CHUNK):
-        captions = request.captions[first : first + _CHUNK]
-        noise_BCTHW = torch.stack(
-            [noise_of((channels, *grid), first + i, request.seed) for i in range(len(captions))]
-        )
-        z_BCTHW = walk(
-            stage,
-            model,
-            noise_BCTHW.to(device),
-            pad(_encode(stage, captions)),
-            request.null,
-            Guided(request.steps, request.guidance),
-            None if given_BCTHW is None else given_BCTHW.expand(len(captions), -1, -1, -1, -1),
-        )
+    given_1CTHW = None if image_CTHW is None else _given(request, codec, image_CTHW)
+    null = request.null
+    if request.negative is not None:
+        (null,) = _encode(stage, [request.negative])
+    sampler = Sampler.load(stage, bucket, request.guided, null, request.captions, request.weights)
+    with films_into(request.folder, len(request.captions), stage.rate) as films:
+        for caption, film in _made(request, sampler, codec, given_1CTHW):
+            films.add(caption, film)
+    return films.paths
+
+
+def _made(
+    request: SampleRequest, sampler: Sampler, codec: CodecModule, given_1CTHW: Tensor | None
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Each caption with its film, in order."""
+    stage, bucket = request.stage, request.bucket
+    shape = (stage.codec.channels, *stage.codec.grid(bucket.frames, bucket.height, bucket.width))
+    for first in range(0, len(request.captions), sampler.at_once):
+        captions = request.captions[first : first + sampler.at_once]
+        places = range(first, first + len(captions))
+        noise_BCTHW = torch.stack([noise_of(shape, place, request.seed) for place in places])
+        given_BCTHW = None
+        if given_1CTHW is not None:
+            given_BCTHW = given_1CTHW.expand(len(captions), -1, -1, -1, -1)
+        z_BCTHW = sampler.latents(noise_BCTHW, pad(_encode(stage, captions)), given_BCTHW)
         _require_finite(request, captions, z_BCTHW)
-        with torch.no_grad():
-            for part_BCTHW in request.scale.restore(z_BCTHW).split(chunk_size(stage.codec)):
-                films += to_frames(codec.decode(part_BCTHW))
-    return _write(request.folder, list(request.captions), films, stage.rate)
+        left = iter(captions)
+        for part_BCTHW in request.scale.restore(z_BCTHW).split(
+            decoded_at_once(stage.codec, bucket)
+        ):
+            with torch.no_grad():
+                x_BCTHW = codec.decode(part_BCTHW)
+            yield from zip(islice(left, len(x_BCTHW)), to_frames(x_BCTHW), strict=True)
 
 
-def walk(
-    stage: DiffusionStage,
-    model: Callable[..., Tensor],
-    noise_BCTHW: Tensor,
-    text: TextBatch,
-    null: TextEmbedding,
-    guided: Guided,
-    given_BCTHW: Tensor | None = None,
-) -> Tensor:
-    """From noise to latents of the stage's longest clips, on the device of the noise.
+def decoded_at_once(codec: Codec, bucket: Bucket) -> int:
+    """How many clips go through the decoder together: one, where they are large or tiled."""
+    pixels = bucket.frames * bucket.height * bucket.width
+    return max(1, min(chunk_size(codec), _DECODED_PIXELS // pixels))
 
-    Guidance is an input of the DiTs that take it, and classifier-free for all others.
-    """
-    bucket, takes_guidance = longest_bucket(stage), stage.model.guidance
+
+def _given(request: SampleRequest, codec: CodecModule, image_CTHW: Tensor) -> Tensor:
+    """The mask and latents of a first frame, (1, 1 + C, T, H, W)."""
+    stage, bucket = request.stage, request.bucket
+    device = next(codec.parameters()).device
+    still_BCTHW = encode_still(codec, request.scale, to_unit(image_CTHW)[None].to(device))
+    ends_BCTHW = still_BCTHW.expand(-1, -1, 2, -1, -1)
+    yes_B = torch.ones(1, dtype=torch.bool, device=device)
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    frames, height, width = stage.model.token_grid(grid)
-    moved = (None if x is None else x.to(noise_BCTHW.device) for x in text)
-    return euler_sample(
-        conditioned(model, guided.guidance if takes_guidance else None, given_BCTHW),
-        noise_BCTHW,
-        TextBatch(*moved),  # type: ignore[arg-type]  # only the mask may be None
-        null,
-        steps=guided.steps,
-        guidance=1.0 if takes_guidance else guided.guidance,
-        alpha=time_shift(height * width, frames),
-    )
+    return given_frames(ends_BCTHW, yes_B, ~yes_B, stage.model.token_grid(grid)[0])
 
 
 def _check_text(request: SampleRequest) -> None:
-    """InputError unless the text encoder can be used here and is that of the stage's latents."""
+    """InputError unless the text encoder can be used here and is that of the stage's latents.
+
+    And where a negative text is asked for that nothing would be led away from.
+    """
     stage = request.stage
+    if request.negative is not None and rows_of(stage, request.guided) == 1:
+        reason = "its model takes the strength of guidance (guidance=True), and walks once"
+        if not stage.model.guidance:
+            reason = "at guidance 1 nothing but the caption is walked"
+        raise InputError(
+            f"negative {request.negative!r}: stage {stage.name!r} has no use for it: {reason}; "
+            "leave it out"
+        )
     try:
         stage.text.check()
         if request.text_fields is None:
@@ -197,12 +201,12 @@ def _require_finite(request: SampleRequest, captions: Sequence[str], z_BCTHW: Te
         )
 
 
-def read_image(path: Path, stage: DiffusionStage) -> Tensor:
-    """A picture as the first frame of the stage's longest clips, uint8 C,1,H,W.
+def read_image(path: Path, stage: DiffusionStage, bucket: Bucket) -> Tensor:
+    """A picture as the first frame of the clips of a bucket, uint8 C,1,H,W.
 
     Resized and cropped as clips are. InputError if it cannot be read, or the stage cannot use it.
     """
-    bucket, reason = longest_bucket(stage), None
+    reason = None
     if not stage.model.image_condition:
         reason = "its model was built without image_condition=True"
     elif not stage.gives(bucket):
@@ -232,43 +236,26 @@ def make_reconstructions(
     bucket = longest_bucket(stage)
     codec = load_codec(stage.codec, weights, file_digest(weights))
     device = next(codec.parameters()).device
-    films: list[NDArray[np.uint8]] = []
     captions: list[str] = []
-    for clip in clips:
-        if len(films) == most:
-            break
-        try:
-            x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, bucket.height, bucket.width)
-        except BadVideo as error:
-            log.warning("%s: not shown: %s", clip.path, error)
-            continue
-        x_BCTHW = to_unit(x_CTHW)[None].to(device)
-        with torch.no_grad():
-            back_BCTHW = codec.decode(codec.encode(x_BCTHW))
-        films += to_frames(torch.cat([x_BCTHW, back_BCTHW], dim=-1))
-        captions.append(clip.text)
-    return _write(folder, captions, films, stage.rate), captions
+    with films_into(folder, most, stage.rate) as films:
+        for clip in clips:
+            if len(captions) == most:
+                break
+            try:
+                size = bucket.height, bucket.width
+                x_CTHW = decode_clip(clip.path, bucket.frames, stage.rate, *size, clip.segment)
+            except BadVideo as error:
+                log.warning("%s: not shown: %s", clip.path, error)
+                continue
+            x_BCTHW = to_unit(x_CTHW)[None].to(device)
+            with torch.no_grad():
+                back_BCTHW = codec.decode(codec.encode(x_BCTHW))
+            films.add(clip.text, to_frames(torch.cat([x_BCTHW, back_BCTHW], dim=-1))[0])
+            captions.append(clip.text)
+    return films.paths, captions
 
 
 def to_frames(x_BCTHW: Tensor) -> list[NDArray[np.uint8]]:
     """Clips in [-1, 1] as uint8 T,H,W,C arrays, clamped."""
     pixels_BCTHW = ((x_BCTHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return list(rearrange(pixels_BCTHW, "b c t h w -> b t h w c").cpu().numpy())
-
-
-def noise_of(shape: tuple[int, ...], place: int, seed: int = SEED) -> Tensor:
-    """What the sample at a place of the list of captions starts from."""
-    generator = torch.Generator().manual_seed(named_seed("sample", seed, place))
-    return torch.randn(shape, generator=generator)
-
-
-def _write(
-    folder: Path, captions: list[str], films: list[NDArray[np.uint8]], rate: float
-) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:02d}.mp4" for number in range(len(films))]
-    for path, film in zip(paths, films, strict=True):
-        write_mp4(path, film, rate)
-    if films:
-        contact_sheet(folder / "contact-sheet.png", list(zip(captions, films, strict=True)))
-    return paths

@@ -64,6 +64,7 @@ def watch(
             raise LossSpike(
                 f"stage {stage.name!r} at {progress.samples:,} samples: {said}. The new start did "
                 "not hold: lower optimizer.lr, lengthen optimizer.warmup or init.warmup_samples, "
-                "or start with Fresh, under another stage name. To train on as it is, raise "
+                "start with Fresh, or branch from a checkpoint before that with init=Continue("
+                "STAGE, at=POSITION), under another stage name. To train on as it is, raise "
                 "init.guard_factor"
             )

@@ -13,14 +13,14 @@ from elastic.checkpoint import load_subset
 from elastic.ema import local
 from elastic.errors import InputError
 from elastic.files import write_atomic
-from elastic.init_table import SOLVED, Available, InitTable, init_table
+from elastic.init_table import SOLVED, Available, InitTable, init_table, shapes_of
 from elastic.shard import generators, initialise, own_part
 from elastic.state import TrainState
 from elastic.weight_source import WeightSource, fill, open_weights, own_weights
 from elastic.weights import WEIGHTS
 from elastic.world import World
 from models.fresh import fresh_parameters
-from stages.init import Align, Continue, FromFile, KeepTrunk, seed_of
+from stages.init import Align, Continue, FromFile, KeepTrunk, parent_samples, seed_of
 from stages.stage import DiffusionStage, Stage
 
 INIT = "init.json"  # in a stage's folder: the table
@@ -62,12 +62,15 @@ def begin(state: TrainState, origin: Origin, world: World) -> InitTable:
     if isinstance(init, Continue):
         _continue(state, table, origin, world)
         return table
+    parameters = dict(state.model.named_parameters())
+    kept = table.names("loaded", "converted")
     if source is not None:
-        parameters = dict(state.model.named_parameters())
-        for name in table.names("loaded", "converted"):
+        for name in kept:
             fill(parameters[name], source, name)
-        if isinstance(init, Align):
-            _align(state, source, origin, world)
+    elif isinstance(init, KeepTrunk):
+        _load_average(stage, origin, {name: parameters[name].detach() for name in kept}, world)
+    if isinstance(init, Align):
+        _align(state, source, origin, world)
     state.ema.reset()
     return table
 
@@ -90,7 +93,7 @@ def open_origin(stage: Stage, parent: Path | None) -> WeightSource | None:
         if not isinstance(stage, DiffusionStage):
             return own_weights(Path(init.path))
         return open_weights(Path(init.path), stage.model, init.layout, init.rotary)
-    if isinstance(init, KeepTrunk):
+    if isinstance(init, KeepTrunk) and init.at is None:
         assert parent is not None, f"stage {stage.name!r} was started without its parent's folder"
         return own_weights(parent / WEIGHTS)
     return None
@@ -113,7 +116,7 @@ def publish_table(table: InitTable, folder: Path) -> None:
 
 
 def _continue(state: TrainState, table: InitTable, origin: Origin, world: World) -> None:
-    """Load the parent's last checkpoint: parameters, average and, if asked, the optimizer."""
+    """Load a checkpoint of the parent: parameters, average and, if asked, the optimizer."""
     init, ema = state.stage.init, state.ema
     assert isinstance(init, Continue), type(init)
     assert origin.parent is not None, f"{state.stage.name!r} was started without its parent"
@@ -124,17 +127,35 @@ def _continue(state: TrainState, table: InitTable, origin: Origin, world: World)
         for key, tensor in state.tensors().items()
         if key.partition("/")[2] in kept and (carried or key.startswith(("model/", "ema/")))
     }
-    load_subset(origin.parent, init.stage.budget, wanted, world)
+    load_subset(origin.parent, parent_samples(init), wanted, world)
     ema.reset(only=frozenset(table.names("new")))
     state.restored(state.progress)  # the optimizer's count of updates
 
 
+def _load_average(
+    stage: Stage, origin: Origin, tensors: dict[str, torch.Tensor], world: World
+) -> None:
+    """Fill tensors with the parent's average at the position that the stage branches from."""
+    init = stage.init
+    assert isinstance(init, KeepTrunk), type(init)
+    assert origin.parent is not None, f"{stage.name!r} was started without its parent"
+    wanted = {f"ema/{name}": tensor for name, tensor in tensors.items()}
+    load_subset(origin.parent, parent_samples(init), wanted, world)
+
+
 @torch.no_grad()
-def _align(state: TrainState, source: WeightSource, origin: Origin, world: World) -> None:
+def _align(state: TrainState, source: WeightSource | None, origin: Origin, world: World) -> None:
     stage = state.stage
+    assert isinstance(stage.init, Align), type(stage.init)
     assert isinstance(stage, DiffusionStage), type(stage)
     assert origin.pairs is not None, f"{stage.name!r} was started without the paired latents"
-    weight, bias = (source.rows(name, 0, source.shapes[name][0]) for name in SOLVED)
+    shapes = shapes_of(stage.init.stage)
+    old = {name: torch.empty(shapes[name]) for name in SOLVED}
+    if source is None:
+        _load_average(stage, origin, old, world)
+    else:
+        old = {name: source.rows(name, 0, shapes[name][0]) for name in SOLVED}
+    weight, bias = (old[name] for name in SOLVED)
     (_, fresh), *_ = fresh_parameters(
         state.model, generators(seed_of(stage.init), stage.name), only=SOLVED[:1]
     )

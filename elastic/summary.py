@@ -42,8 +42,11 @@ class StageSummary(NamedTuple):
     crashes: int
     longest_gap: float
     is_finished: bool
+    is_left: bool  # for what branches from it
 
 
+# What a stage's course is told by: begun, left for a branch, done.
+COURSE_KINDS = ("stage_start", "stage_left", "stage_end")
 _POOR_DB = 20.0  # what is given back is a blur, and a DiT on such latents learns to draw one
 
 
@@ -132,8 +135,9 @@ TABLE_HEAD = (
 def table_row(one: StageSummary) -> list[str]:
     """The cells of one stage under TABLE_HEAD."""
     losses = (one.loss_first, one.loss_last, one.held_out_first, one.held_out_last)
+    state = "" if one.is_finished else " (left)" if one.is_left else " (unfinished)"
     return [
-        one.stage if one.is_finished else f"{one.stage} (unfinished)",
+        f"{one.stage}{state}",
         f"{one.samples:,}",
         *("-" if loss is None else f"{loss:.4g}" for loss in losses),
         "-" if one.psnr is None else f"{one.psnr:.2f}",
@@ -186,6 +190,7 @@ def _summarise_stage(history: History, latest: list[Metric], stage: str) -> Stag
     positions = [metric["position"] for metric in latest if metric["stage"] == stage]
     positions += [event["position"] or 0 for event in mine if event["kind"] == "stage_end"]
     few = max(1, len(losses) // 20)
+    course = [event["kind"] for event in mine if event["kind"] in COURSE_KINDS]
     return StageSummary(
         stage=stage,
         samples=max(positions, default=0),
@@ -200,7 +205,8 @@ def _summarise_stage(history: History, latest: list[Metric], stage: str) -> Stag
         resizes=sum(restart.cause == "resize" for restart in restarts),
         crashes=sum(event["kind"] == "crash" for event in mine),
         longest_gap=max((restart.seconds_without_step for restart in restarts), default=0.0),
-        is_finished=any(event["kind"] == "stage_end" for event in mine),
+        is_finished="stage_end" in course,
+        is_left=course[-1:] == ["stage_left"],
     )
 
 

@@ -31,6 +31,7 @@ _NEXT = {
     "hang": STARTING,
     "stage_end": SAMPLING,
     "sample": OTHER,
+    "sample_failed": OTHER,
     "blocked": OTHER,
     "run_end": DOWN,
 }
@@ -221,7 +222,7 @@ def _inside(found: list[Life]) -> list[tuple[str, list[Mark], tuple[str, ...]]]:
             if kind in ("publish", "save_failed"):
                 at -= microseconds(event.get("background"))
                 saves.append(Mark(at - seconds, at))
-            elif kind == "sample":
+            elif kind in ("sample", "sample_failed"):
                 samples.append(Mark(at - seconds, at))
             elif kind in ("preview", "preview_failed"):
                 previews.append(Mark(at - seconds, at))

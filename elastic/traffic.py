@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from elastic.data.load import num_rounds
+from elastic.data.deal import round_sizes
 from elastic.memory import precision_bytes
 from elastic.moments import FP32
 from elastic.muon import is_matrix
@@ -45,7 +45,8 @@ def update_traffic(
     """What an update of a bucket takes on so many workers; parameters are those of the module."""
     holders = stage.holders(workers)
     replicas, readers = workers // holders, workers // stage.context
-    rounds = num_rounds(bucket.batch, bucket.micro, readers)
+    sizes = round_sizes(bucket.batch, bucket.micro, readers, stage.exact)
+    rounds = len(sizes)
     width, count = precision_bytes(stage), _count(module)
     apart = sum(map(_count, gathered_apart(module)))
     whole = replicas * (holders - 1)  # what leaves the workers, of what each replica gathers
@@ -55,7 +56,7 @@ def update_traffic(
         parameters=rounds * whole * width * (count + apart),
         gradients=(scatters * whole + 2 * (replicas - 1)) * FP32 * count,
         matrices=2 * whole * FP32 * matrices if isinstance(stage.optimizer, Muon) else 0.0,
-        tokens=rounds * readers * bucket.micro * width * _tokens(stage, bucket, text_tokens),
+        tokens=sum(sizes) * readers * width * _tokens(stage, bucket, text_tokens),
     )
 
 

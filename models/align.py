@@ -6,13 +6,14 @@ solution of a ridge system: sums over tokens, in fp64, that may be taken apart a
 
 # C cells of a new patch, E cells of an old patch, D width, N tokens, T, H, W grid, K latent steps
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import einsum
 from torch import Tensor
+
+from models.flow import Times, shifted
 
 _COVERED = 0.99  # share of a new token that old tokens must cover, for it to count
 _SEEN = 0.05  # of the strongest direction of a solution; weaker ones are as good as unseen
@@ -41,15 +42,15 @@ class PairSums:
 
 
 def solve_embedding(
-    sums: PairSums, weight_DE: Tensor, bias_D: Tensor, alpha: float, ridge: float
+    sums: PairSums, weight_DE: Tensor, bias_D: Tensor, times: Times, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """Weight (D, C) and bias (D) of the new embedding, fp32.
 
     It is fitted to what the old embedding makes of latents scaled by 1 - t, for t as training draws
-    it under the time shift `alpha`: the signal in a noisy latent, at every level of noise. `ridge`
-    is a share of the latents' mean square.
+    it: the signal in a noisy latent, at every level of noise. `ridge` is a share of the latents'
+    mean square.
     """
-    first, second = signal_moments(alpha)
+    first, second = signal_moments(times)
     num_cells = len(sums.new_C)
     penalty = ridge * second * sums.new_new_CC.diagonal().mean()
     gram = torch.zeros(num_cells + 1, num_cells + 1, dtype=torch.float64)
@@ -83,11 +84,13 @@ def complete(weight_DC: Tensor, fresh_DC: Tensor) -> Tensor:
     return whole_DC
 
 
-def signal_moments(alpha: float, points: int = 4096) -> tuple[float, float]:
-    """Means of 1 - t and of its square for logit-normal t shifted by `alpha`."""
+def signal_moments(times: Times, points: int = 4096) -> tuple[float, float]:
+    """Means of 1 - t and of its square over the times that are drawn."""
     quantile = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    t = torch.sigmoid(torch.special.ndtri(quantile) + math.log(alpha))
-    return float((1 - t).mean()), float((1 - t).square().mean())
+    drawn = torch.sigmoid(torch.special.ndtri(quantile) * times.std + times.centre)
+    parts = ((1 - times.uniform, drawn), (times.uniform, shifted(quantile, times.alpha)))
+    first = sum(share * float((1 - t).mean()) for share, t in parts)
+    return first, sum(share * float((1 - t).square().mean()) for share, t in parts)
 
 
 def overlap(new: Sequence[float], old: Sequence[float]) -> Tensor:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.attention import Padding, attention
 from models.context import Share
 from models.recompute import Recompute, run_block
 from models.rotary import Rotation
@@ -122,17 +123,17 @@ def attend(
     k_BASE: Tensor,
     v_BASE: Tensor,
     turn: Rotation,
-    mask_B11S: Tensor | None,
+    padding: Padding | None,
     share: Share | None = None,
 ) -> Tensor:
     """Attention over the joint sequence, (B, S, D); of a `share`, tokens come and go as its run.
 
-    The mask is always that of all tokens.
+    The padding is always that of all tokens.
     """
     q_BASE, k_BASE = turn(q_BASE), turn(k_BASE)
     if share is not None:
         q_BASE, k_BASE, v_BASE = share.to_heads(q_BASE, k_BASE, v_BASE)
-    out_BASE = functional.scaled_dot_product_attention(q_BASE, k_BASE, v_BASE, attn_mask=mask_B11S)
+    out_BASE = attention(q_BASE, k_BASE, v_BASE, padding)
     if share is not None:
         return share.to_tokens(out_BASE)
     return rearrange(out_BASE, "b a s e -> b s (a e)")
@@ -193,7 +194,7 @@ class DoubleBlock(Block):
         text_BLD: Tensor,
         condition_BD: Tensor,
         turn: Rotation,
-        mask_B11S: Tensor | None,
+        padding: Padding | None,
         share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         v_shift, v_scale, v_gate, v_shift2, v_scale2, v_gate2 = self.img_mod(condition_BD)
@@ -201,7 +202,7 @@ class DoubleBlock(Block):
         video_qkv = self.img_attn(_norm(video_BND) * (1 + v_scale) + v_shift)
         text_qkv = self.txt_attn(_norm(text_BLD) * (1 + t_scale) + t_shift)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, video_qkv, strict=True))
-        joint_BSD = attend(q, k, v, turn, mask_B11S, share)
+        joint_BSD = attend(q, k, v, turn, padding, share)
         length = text_BLD.shape[1]
 
         video_BND = video_BND + v_gate * self.img_attn.proj(joint_BSD[:, length:])
@@ -228,14 +229,14 @@ class SingleBlock(Block):
         x_BSD: Tensor,
         condition_BD: Tensor,
         turn: Rotation,
-        mask_B11S: Tensor | None,
+        padding: Padding | None,
         share: Share | None = None,
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition_BD)
         qkv, hidden = self.linear1(_norm(x_BSD) * (1 + scale) + shift).split(self.widths, dim=-1)
         q, k, v = _heads(qkv, self.heads)
         q, k = self.norm(q, k)
-        attended_BSD = attend(q, k, v, turn, mask_B11S, share)
+        attended_BSD = attend(q, k, v, turn, padding, share)
         hidden = functional.gelu(hidden, approximate="tanh")
         x_BSD = x_BSD + gate * self.linear2(torch.cat((attended_BSD, hidden), dim=-1))
         return x_BSD

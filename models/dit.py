@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.attention import Padding
 from models.blocks import (
     TIME_WIDTH,
     Block,
@@ -36,6 +37,12 @@ from models.rotary import Grid, Spacing, rotation
 
 _ALL = slice(None)
 CODEC_SHAPED = ("img_in.", "cond_in.", "final_layer.linear.")
+GUIDANCE_LAYERS = tuple(
+    f"guidance_in.{layer}.{leaf}"
+    for layer in ("in_layer", "out_layer")
+    for leaf in ("weight", "bias")
+)
+"""The parameters that take the strength of guidance."""
 ROPE_PIXELS = (4, 16, 16)
 """One step of position under rope_unit="pixel": a HunyuanVAE token of patch 2."""
 
@@ -62,7 +69,10 @@ class DiT(Record):
     With "pixel" a distance keeps its meaning when the autoencoder or the patch changes.
     """
     guidance: bool = False
-    """Whether the strength of guidance is an input (`guidance_in`), as in FLUX.1-dev."""
+    """Whether the strength of guidance is an input (`guidance_in`), as in FLUX.1-dev.
+
+    For models from such a file alone: training shows it the strength 1, and teaches no other.
+    """
     image_condition: bool = False
     """Whether latents of given frames and their mask are an input (`cond_in`, zero at first)."""
 
@@ -208,7 +218,8 @@ class MMDiT(nn.Module):
             condition_BD = condition_BD + self.guidance_in(sinusoid(guidance_B))
         pairs, theta = self.shape.rotary_pairs, self.shape.theta
         turn = rotation(pairs, theta, (t, h, w), length, z_BCTHW.device, self.spacing)
-        inputs = (condition_BD, turn.of(own_joint), _joint_mask(text_mask_BL, tokens), share)
+        padding = self._padding(text_mask_BL, tokens)
+        inputs = (condition_BD, turn.of(own_joint), padding, share)
 
         for block in self.double_blocks:
             video_BND, text_BLD = block(video_BND, text_BLD, *inputs)
@@ -237,6 +248,13 @@ class MMDiT(nn.Module):
         assert len(found) == len(blocks), "every block can be compiled and computed again"
         return found
 
+    def _padding(self, text_mask_BL: Tensor | None, tokens: int) -> Padding | None:
+        """Which tokens of the joint sequence are only there to fill it; None: there are none."""
+        if text_mask_BL is None:
+            return None
+        real_BS = functional.pad(text_mask_BL, (0, tokens), value=True)
+        return Padding.of(real_BS, self.img_in.weight, self.shape.head_width)
+
     def _cells(self, x_BCTHW: Tensor) -> Tensor:
         """The values of each patch, in the dtype of the layers that take them."""
         return patches(x_BCTHW, self.shape.patch).to(self.img_in.weight.dtype)
@@ -245,9 +263,3 @@ class MMDiT(nn.Module):
 def patches(x_BCTHW: Tensor, patch: int) -> Tensor:
     """The cells of every patch, (B, N, C * patch^2)."""
     return rearrange(x_BCTHW, "b c t (h p) (w q) -> b (t h w) (c p q)", p=patch, q=patch)
-
-
-def _joint_mask(text_mask_BL: Tensor | None, tokens: int) -> Tensor | None:
-    if text_mask_BL is None:
-        return None
-    return functional.pad(text_mask_BL, (0, tokens), value=True)[:, None, None, :]

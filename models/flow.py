@@ -1,7 +1,8 @@
 """Rectified flow: where on the path a sample is trained, what is learned there, and sampling.
 
-Time runs from 0 (data) to 1 (noise). Schedule as in Open-Sora 2.0 (arXiv 2503.09642), whose
-sigma_min of 1e-5 is left out.
+Time runs from 0 (data) to 1 (noise). Times are drawn as in SD3 (arXiv 2403.03206, sections 3.1 and
+5.3.2) and by default shifted as in Open-Sora 2.0 (arXiv 2503.09642), whose sigma_min of 1e-5 is
+left out.
 """
 
 # B sample, C channel, T frame, H, W latent grid, L text token, D text width
@@ -9,6 +10,7 @@ sigma_min of 1e-5 is left out.
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
@@ -18,6 +20,7 @@ from models.text import TextBatch, TextEmbedding, without_text
 
 # velocity_BCTHW = model(z_BCTHW, t_B, text_BLD, mask_BL, pooled_BD)
 VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+Time = TypeVar("Time", float, Tensor)
 
 
 def time_shift(tokens_per_frame: int, latent_frames: int) -> float:
@@ -35,12 +38,37 @@ def time_shift(tokens_per_frame: int, latent_frames: int) -> float:
     return max(1.0, line * math.sqrt(latent_frames))
 
 
-def timesteps(normal_B: Tensor, alpha: float) -> Tensor:
-    """Logit-normal timesteps in (0, 1) from standard normal draws, shifted by `alpha`, fp32.
+class Times(NamedTuple):
+    """How times are drawn: logit-normal, a share of them uniform, and all shifted by `alpha`."""
 
-    The shift t -> alpha t / (1 + (alpha - 1) t) multiplies the odds of t, so it adds to the logit.
+    alpha: float
+    mean: float = 0.0
+    std: float = 1.0
+    uniform: float = 0.0
+
+    @property
+    def centre(self) -> float:
+        """The mean of the shifted logit: the shift multiplies the odds of t."""
+        return self.mean + math.log(self.alpha)
+
+
+def shifted(t: Time, alpha: float) -> Time:
+    """The time at which the odds of noise are `alpha` times as high."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def timesteps(normal_B: Tensor, times: Times, uniform_B: Tensor | None = None) -> Tensor:
+    """Times of standard normal draws, fp32; `uniform_B` in [0, 1) decides who has a uniform one.
+
+    Where it lies below the share it is spread over [0, 1) again: one draw is the choice and the
+    time. What is uniform is the time before the shift, in which samplers take equal steps.
     """
-    return torch.sigmoid(normal_B.float() + math.log(alpha))
+    t_B = torch.sigmoid(normal_B.float() * times.std + times.centre)
+    if not times.uniform:
+        return t_B
+    assert uniform_B is not None, f"a share of {times.uniform} is uniform, and nothing was drawn"
+    spread_B = shifted(uniform_B.double() / times.uniform, times.alpha).float()
+    return torch.where(uniform_B.double() < times.uniform, spread_B, t_B)
 
 
 def mix(z_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
@@ -108,7 +136,7 @@ def euler_sample(
     if guided:
         text = _with_null(text, null)
     even = [1 - step / steps for step in range(steps + 1)]
-    times = [alpha * s / (1 + (alpha - 1) * s) for s in even]
+    times = [shifted(s, alpha) for s in even]
     z_BCTHW = noise_BCTHW.float()
     for now, after in itertools.pairwise(times):
         input_BCTHW = torch.cat([z_BCTHW, z_BCTHW]) if guided else z_BCTHW

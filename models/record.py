@@ -21,6 +21,6 @@ class Record(BaseModel):
         return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
     def replace(self, **changes: Any) -> Self:  # Any: whatever the fields take; validated below
-        """The same record with some fields changed, validated again."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        """The same record with some fields changed, validated again; defaults stay defaults."""
+        fields = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**fields, **changes})

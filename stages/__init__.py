@@ -3,6 +3,7 @@
 from stages.adversarial import Adversarial
 from stages.given import Given
 from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
+from stages.noise import Noise
 from stages.optimizer import AdamW, Ema, Muon
 from stages.plan import Plan, PlanError, load_plan
 from stages.schedule import Bucket, Phase, Windows
@@ -24,6 +25,7 @@ __all__ = [
     "KeepTrunk",
     "Mix",
     "Muon",
+    "Noise",
     "Phase",
     "Plan",
     "PlanError",

@@ -35,10 +35,18 @@ class Continue(Record):
     start at 0; the average's half-life goes on growing from where the parent left it. Latents are
     normalised as the parent's were. A DiT may gain `image_condition`: its layer starts at zero. A
     discriminator starts anew.
+
+    The order of data is the stage's own, from its beginning, as (seed, name) draw it: clips that
+    the parent has seen in its epoch under way may come again, and others later.
+
+    With `at` it branches: it starts from the parent's checkpoint at that position, and the parent
+    need not be finished (stages.lineage says how far it is trained then).
     """
 
     stage: "AutoencoderStage | DiffusionStage"
     optimizer: Literal["carry", "reset"] = "carry"
+    at: int | None = Field(default=None, ge=1)
+    """The parent's samples seen at one of its checkpoints; None is its end."""
 
     @field_validator("stage", mode="before")
     @classmethod
@@ -74,10 +82,12 @@ class KeepTrunk(Switch):
     its learning rate warms up from 0 as the optimizer's `warmup` says. Optimizer, average and
     position start at 0.
     Rotary positions count tokens of another size now: give the model rope_unit="pixel" to keep the
-    distances that the trunk knows.
+    distances that the trunk knows. `at` is that of Continue.
     """
 
     stage: "DiffusionStage"
+    at: int | None = Field(default=None, ge=1)
+    """The parent's samples seen at one of its checkpoints; None is its end."""
 
     @field_validator("stage", mode="before")
     @classmethod
@@ -139,6 +149,16 @@ Init = Fresh | Continue | KeepTrunk | Align | FromFile
 def parent_of(init: Init) -> "AutoencoderStage | DiffusionStage | None":
     """The stage that a policy starts from."""
     return init.stage if isinstance(init, Continue | KeepTrunk) else None
+
+
+def branch_of(init: Init) -> int | None:
+    """The position in the midst of its parent that a policy starts from; None for all others."""
+    return init.at if isinstance(init, Continue | KeepTrunk) else None
+
+
+def parent_samples(init: Continue | KeepTrunk) -> int:
+    """Samples that the parent has seen where a policy starts from it."""
+    return init.stage.budget if init.at is None else init.at
 
 
 def seed_of(init: Init) -> int:

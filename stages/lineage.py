@@ -1,7 +1,18 @@
 """Which stages a stage needs, and whether it can start from them as its init policy says."""
 
-from models.dit import DiT
-from stages.init import Align, Continue, FromFile, KeepTrunk, Switch, parent_of
+from collections.abc import Sequence
+
+from models.dit import GUIDANCE_LAYERS, DiT
+from stages.init import (
+    Align,
+    Continue,
+    FromFile,
+    KeepTrunk,
+    Switch,
+    branch_of,
+    is_asked_new,
+    parent_of,
+)
 from stages.stage import AutoencoderStage, DiffusionStage, Stage
 
 # Of a DiT: what may differ where a trunk is kept, and where a stage goes on with all of it.
@@ -10,7 +21,7 @@ _GAINED = {"image_condition"}
 
 
 def parents(stage: Stage) -> list[tuple[str, Stage]]:
-    """The stages that must be finished first, with the field that names each."""
+    """The stages that come first, with the field that names each."""
     found: list[tuple[str, Stage]] = []
     if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
         found.append(("vae", stage.vae))
@@ -18,6 +29,30 @@ def parents(stage: Stage) -> list[tuple[str, Stage]]:
     if parent is not None:
         found.append(("init", parent))
     return found
+
+
+def branches(stages: Sequence[Stage], parent: Stage) -> dict[str, int]:
+    """The stages of a plan that branch from this one: their names, and from which position."""
+    return {
+        stage.name: at
+        for stage in stages
+        if (at := branch_of(stage.init)) is not None and parent_of(stage.init) == parent
+    }
+
+
+def is_left(stages: Sequence[Stage], stage: Stage) -> bool:
+    """Whether a plan trains a stage no further than it has come.
+
+    That is so where stages of the plan branch from it, and none needs what it is at its end: who
+    writes `Continue(stage, at=...)` wants the branch in place of the rest. It loses nothing: a plan
+    without its branches, or with a stage that needs its end, trains it on.
+    """
+    needed = any(
+        other == stage and not (field == "init" and branch_of(child.init) is not None)
+        for child in stages
+        for field, other in parents(child)
+    )
+    return not needed and bool(branches(stages, stage))
 
 
 def check_init(stage: Stage) -> None:
@@ -31,6 +66,9 @@ def check_init(stage: Stage) -> None:
                 f"{stage.optimizer.warmup} after it, what is held would not get its full rate in "
                 f"the stage's {stage.budget} samples; write less than {max(room, 0)}"
             )
+    if isinstance(init, Continue | KeepTrunk) and init.at is not None:
+        _check_at(init.at, init.stage, where)
+    _check_guidance(stage, where)
     if isinstance(init, Continue):
         _check_same(stage, init.stage, init.optimizer, where)
     elif isinstance(init, KeepTrunk):
@@ -39,6 +77,31 @@ def check_init(stage: Stage) -> None:
         is_codec, asked = isinstance(stage, AutoencoderStage), (init.layout, init.rotary)
         if is_codec and asked != ("auto", "auto"):
             raise ValueError(f"{where}: layout and rotary are a DiT's; leave them out for a codec")
+
+
+def _check_at(at: int, parent: Stage, where: str) -> None:
+    if at >= parent.budget:
+        raise ValueError(
+            f"{where}: at {at}: the parent {parent.name!r} ends at {parent.budget}; give a "
+            "position before that, or leave `at` out to start from its end"
+        )
+
+
+def _check_guidance(stage: Stage, where: str) -> None:
+    """A strength that is an input has to be known already: training shows one strength alone.
+
+    A parent has been looked at in its own turn, and has the same field.
+    """
+    if not isinstance(stage, DiffusionStage) or not stage.model.guidance:
+        return
+    new = [name for name in GUIDANCE_LAYERS if is_asked_new(stage.init, name)]
+    if new:
+        raise ValueError(
+            f"{where}: model.guidance is True, and {new[0]!r} would be new: training shows it the "
+            "strength 1 alone, and sampling asks it for others in place of classifier-free "
+            "guidance; leave guidance out of the model, or start from a file that has learnt it, "
+            "as init=FromFile('flux1-dev.safetensors') does, and keep guidance_in of it"
+        )
 
 
 def _check_same(stage: Stage, parent: Stage, optimizer: str, where: str) -> None:

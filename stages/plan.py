@@ -1,15 +1,14 @@
 """A plan: the stages of a course, in order."""
 
 import difflib
-import math
 import sys
-import textwrap
 import traceback
 from pathlib import Path
 
 from pydantic import ValidationError, model_validator
 
 from models.record import Record
+from stages.explain import faults, nearest
 from stages.lineage import check_init, parents
 from stages.names import SafeName
 from stages.stage import Stage
@@ -59,7 +58,7 @@ class Plan(Record):
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise PlanError(f"plan {self.name!r} has no stage {name!r}{_nearest(name, self._names())}")
+        raise PlanError(f"plan {self.name!r} has no stage {name!r}{nearest(name, self._names())}")
 
     def _names(self) -> list[str]:
         return [stage.name for stage in self.stages]
@@ -82,7 +81,8 @@ def load_plan(path: str | Path) -> Plan:
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), names)
     except ValidationError as error:
-        raise PlanError(f"{path}:{_line(path, error)}: {explain(error)}") from None
+        where = f"{path}:{_line(path, error)}"
+        raise PlanError("\n".join(f"{where}: {fault}" for fault in faults(error))) from None
     except SyntaxError as error:
         # A module that the file imports may be the broken one; null bytes come without a place.
         where = f"{error.filename or path}:{error.lineno or 0}"
@@ -101,51 +101,6 @@ def load_plan(path: str | Path) -> Plan:
             "such as plan = Plan('name', [stage, ...])"
         )
     return plans[0]
-
-
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one line a fault: field, value, rule, and the nearest right name."""
-    lines = []
-    for fault in error.errors():
-        # Brackets stand in pydantic's own names for the branches of a union.
-        field = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            message = f"{error.title} has no such field{_nearest(field, _fields(error.title))}"
-        elif fault["type"] == "missing":
-            message = f"{error.title} needs this field"
-        elif fault["type"] in _WHOLE:
-            message = f"{fault['input']!r} is not a whole number{_nearest_whole(fault['input'])}"
-        elif fault["type"] in ("tuple_type", "too_short", "too_long"):
-            message = f"{message}, got {fault['input']!r}; write all its values in brackets"
-        elif fault["type"] != "value_error":
-            message = f"{message}, got {textwrap.shorten(repr(fault['input']), 100)}"
-        lines.append(f"{error.title} {field}: {message}" if field else message)
-    return "; ".join(dict.fromkeys(lines))
-
-
-_WHOLE = ("int_type", "int_from_float", "int_parsing")
-
-
-def _nearest_whole(value: object) -> str:
-    if not isinstance(value, float) or not math.isfinite(value):
-        return ""
-    return f"; nearest is {max(1, round(value))}"
-
-
-def _fields(title: str) -> list[str]:
-    todo = list(Record.__subclasses__())
-    while todo:
-        record = todo.pop()
-        if record.__name__ == title:
-            return list(record.model_fields)
-        todo.extend(record.__subclasses__())
-    return []
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
 
 
 def _line(path: Path, error: BaseException) -> int:

@@ -1,6 +1,6 @@
 """The two kinds of stage: training an autoencoder, and training a DiT on its latents."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from models.codec import Codec, CodecModule
 from models.dc_ae import DCAE
 from models.dit import DiT, MMDiT
+from models.flow import Times
 from models.hunyuan_vae import HunyuanVAE
 from models.perceptual import SMALLEST_SIDE, Lpips, Pyramid
 from models.published import LTXVAE, HunyuanVAE15, ImageDCAE, Wan21VAE, Wan22VAE
@@ -17,9 +18,10 @@ from models.t5_clip import T5Clip
 from models.text import WordHash
 from stages.adversarial import Adversarial
 from stages.given import Given
-from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk, parent_of
+from stages.init import Align, Continue, Fresh, FromFile, KeepTrunk
 from stages.layout import check_heads, check_layout, multiple
 from stages.names import SafeName
+from stages.noise import Noise
 from stages.optimizer import AdamW, Ema, Muon
 from stages.schedule import Bucket, Phase, Windows, check_schedule
 from stages.videos import Data, Mix, Videos
@@ -30,14 +32,9 @@ AnyCodec = Annotated[
     Field(discriminator="kind"),
 ]
 
-# What may change between two starts of the same stage: none of it changes the result, but for the
-# rounding of compiled blocks and of sums over other ranks.
-RUNTIME_FIELDS = frozenset(
-    {
-        *("workers", "context", "shard_within", "recompute", "compile"),
-        *("save_every", "log_every", "evaluate_every", "sample_every"),
-    }
-)
+
+Match = Literal["aspect", "any"]
+"""Which buckets have a clip: those that are nearest to its shape, or any that it can fill."""
 
 
 class _Stage(Record):
@@ -49,6 +46,12 @@ class _Stage(Record):
     ema: Ema
     rate: float = Field(default=24.0, gt=0, le=240)
     """Frames per second at which clips are sampled."""
+    match: Match = "aspect"
+    """Which buckets have a clip, of those that are as long and of like area.
+
+    "aspect": the ones whose height over width is nearest to the clip's. "any": every one, however
+    much is cut off or, of a narrow clip, blown up.
+    """
     seed: int = Field(default=0, ge=0)
     """Seed of the sample order and of the noise."""
     order: Windows | None = None
@@ -84,6 +87,7 @@ class _Stage(Record):
 
     And the encoder of a DC-AE that makes its latents: with None on a GPU where there are so many
     clips that it pays, with True always. Some latents then differ in the last bit of bf16.
+    Samples of the finished stage likewise, where there is so much to compute that it pays.
     """
     exact: bool = False
     """Whether losses and parameters are the same to the bit on any number of workers.
@@ -256,7 +260,7 @@ class DiffusionStage(_Stage):
     model: DiT
     text: WordHash | T5Clip = WordHash()
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What blocks compute in; parameters, their optimizer and sums over ranks are fp32 always."""
+    """What blocks compute in, samples included; parameters, optimizer and sums are fp32 always."""
     text_dropout: float | tuple[float, float] = 0.1
     """Share of samples trained with the null text, for classifier-free guidance.
 
@@ -268,6 +272,8 @@ class DiffusionStage(_Stage):
 
     Clips of one latent frame are given nothing.
     """
+    noise: Noise = Noise()
+    """How much noise samples are trained with."""
     sample_every: int | None = Field(default=None, gt=0)
     """Samples seen between videos for a few captions; None: there are videos only at the end."""
 
@@ -350,6 +356,12 @@ class DiffusionStage(_Stage):
         grid = self.codec.grid(bucket.frames, bucket.height, bucket.width)
         return self.given is not None and grid[0] > 1
 
+    def times(self, bucket: Bucket) -> Times:
+        """How times are drawn in this bucket; the shift is that of its samples too."""
+        grid = self.codec.grid(bucket.frames, bucket.height, bucket.width)
+        frames, height, width = self.model.token_grid(grid)
+        return self.noise.times(height * width, frames)
+
     @property
     def codec(self) -> Codec:
         """The codec whose latents are used."""
@@ -368,30 +380,3 @@ Stage = AutoencoderStage | DiffusionStage
 
 for _record in (Continue, KeepTrunk, Align, AutoencoderStage, DiffusionStage):
     _record.model_rebuild()
-
-
-def description(stage: Stage) -> dict[str, Any]:  # Any: JSON of whatever the fields hold
-    """What identifies the stage: every field that can change its result, a parent by its name.
-
-    How an autoencoder cuts and normalises latents is no part of its training: the stores that are
-    encoded with it have that in their fingerprint.
-    """
-    fields = stage.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
-    if isinstance(stage, AutoencoderStage):
-        for later in ("tiling", "normalisation", "posterior"):
-            fields["vae"].pop(later, None)
-    if isinstance(stage, DiffusionStage) and isinstance(stage.vae, AutoencoderStage):
-        fields["vae"] = {"stage": stage.vae.name}
-    parent = parent_of(stage.init)
-    if parent is not None:
-        fields["init"]["stage"] = parent.name
-    fields["init"] = {"policy": type(stage.init).__name__} | {
-        name: value for name, value in fields["init"].items() if not name.startswith("guard_")
-    }
-    if stage.order is None:  # as in runs of before there were others
-        del fields["order"]
-    if not stage.exact:  # the order in which a batch is added up
-        for phase in fields["schedule"]:
-            for bucket in phase["buckets"]:
-                del bucket["micro"]
-    return {"kind": type(stage).__name__, **fields}

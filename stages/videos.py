@@ -18,8 +18,10 @@ class Videos(Record):
     Table, folder and paths may be URLs that fsspec knows, such as s3://bucket/clips.parquet; keys
     come from the environment. Relative paths in the table are taken from `folder`, or from the
     table's own folder.
+    Optional columns `start` and `end`, in seconds after the file's first frame, make a clip of a
+    part of it; rows of one file with different ones are different clips.
     An optional column `split` marks held-out clips with the word `held-out`; without it every
-    `held_out_every`-th clip, by the hash of its path, is held out.
+    `held_out_every`-th file, by the hash of its path, is held out.
     """
 
     table: str

@@ -24,7 +24,7 @@ from elastic.ema import EmaWeights
 from elastic.objective import FlowMatching
 from elastic.shard import generators
 from elastic.world import World
-from models.flow import flow_loss_B, time_shift, timesteps
+from models.flow import Times, flow_loss_B, time_shift, timesteps
 from models.fresh import fresh_parameters
 from models.text import TextBatch, trimmed, without_text
 from stages.init import seed_of
@@ -80,7 +80,7 @@ class Task:
         assert text is not None, "latents have text"
         count = len(z_BCTHW)
         t, h, w = stage.model.token_grid((z_BCTHW.shape[2], z_BCTHW.shape[3], z_BCTHW.shape[4]))
-        t_B = timesteps(torch.randn(count), time_shift(h * w, t))
+        t_B = timesteps(torch.randn(count), Times(time_shift(h * w, t)))
         dropped_B = torch.rand(count) < stage.text_dropout
         kept: TextBatch = trimmed(without_text(text, stage.text.null(), dropped_B, dropped_B))
         return flow_loss_B(model, z_BCTHW, torch.randn_like(z_BCTHW), t_B, kept)

@@ -1,15 +1,18 @@
-"""The README's tables and picture of the benchmarks, from their kept results.
+"""The tables and the picture of the benchmarks in README.md and docs/, from their kept results.
 
-`.venv/bin/python tests/show_bench.py` prints the tables and writes docs/init-policies.svg.
+`.venv/bin/python tests/show_bench.py` writes them where they stand.
 """
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "bench" / "results"
-PICTURE = Path(__file__).parents[1] / "docs" / "init-policies.svg"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tests" / "bench" / "results"
+PICTURE = ROOT / "docs" / "init-policies.svg"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 56, 130, 20, 44
 # Of the palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = {"fresh": "#000000", "keep": "#0072B2", "keep-frozen": "#56B4E9", "align": "#D55E00",
@@ -155,20 +158,170 @@ def batch_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def headline_table(of: dict[str, dict[str, Any]]) -> str:
+    """One row a claim: what was measured, what stands beside it, whether its goal is met."""
+    lines = [
+        "| what | Restage | beside it | goal of the script | script |",
+        "|---|---|---|---|---|",
+    ]
+    for name, what, ours, beside in _headlines({n: row["figures"] for n, row in of.items()}):
+        met = "met" if of[name]["holds"] else "missed"
+        lines.append(f"| {what} | **{ours}** | {beside} | {met} | `{name}.py` |")
+    return "\n".join(lines)
+
+
+def _headlines(of: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Script, claim, figure, peers."""
+    cells = {
+        (c["whose"], c["tokens"], c["compiled"], c["masked"], c["attention"]): c["mfu"]
+        for c in of["mfu"]["cells"]
+    }
+    ours = cells["ours", 4096, True, False, "cudnn"]
+    peers = ", ".join(
+        f"{name} {mfu:.1%}"
+        for (name, tokens, compiled, *_), mfu in cells.items()
+        if name != "ours" and tokens == 4096 and compiled
+    )
+    yield "mfu", "a train step of 4k tokens on one H200: share of its peak", f"{ours:.1%}", peers
+    loops = of["overhead"]["loops"]
+    yield (
+        "overhead",
+        "an update on two CPU ranks, of a bare FSDP2 loop's",
+        f"{loops['ours']['of_bare']['median']:.2f}",
+        f"Lightning Fabric {loops['fabric']['of_bare']['median']:.2f}",
+    )
+    yield (
+        "loader",
+        "share of a 50 ms step that waits for data",
+        f"{of['loader']['sleeping']['median']:.1%}",
+        "",
+    )
+    yield from _reading(of["reader"], of["order"])
+    yield from _failing(of)
+    share = max(of["init_policies"]["policies"]["align"]["share_of_samples_to_fresh"])
+    yield (
+        "init_policies",
+        "samples that `Align` needs after a switch to come where `Fresh` ends",
+        f"{share:.0%}",
+        "of `Fresh`'s",
+    )
+    low, high = of["memory"]["said_of_peak"]
+    yield "memory", "memory that `plan` predicts, of what is taken", f"{low:.2f} to {high:.2f}", ""
+    yield (
+        "parallel",
+        "losses of FSDP, HSDP and context parallel ranks on gloo, apart from one rank's",
+        f"{of['parallel']['largest_loss_difference']:.0e}",
+        "",
+    )
+    yield (
+        "encode",
+        "encoding, of the slower of decoding and codec",
+        f"{of['encode']['of_slower_part']['median']:.2f}",
+        "",
+    )
+
+
+def _reading(reader: dict[str, Any], order: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    batches = reader["9.7 MB"]["batches"]
+    peer = max((r["samples_per_s"], n) for n, r in batches.items() if n.startswith("streaming"))
+    yield (
+        "reader",
+        "batches of 9.7 MB latents, samples/s",
+        f"{batches['ours']['samples_per_s']:,.0f}",
+        f"MosaicML Streaming {peer[0]:,.0f}",
+    )
+    most = order["1e+09"]
+    yield (
+        "order",
+        "to open a run at 10^9 samples",
+        f"{most['ours']['open_s'] * 1e3:.0f} ms",
+        f"a shuffled index {most['shuffled']['open_s']:.0f} s",
+    )
+
+
+def _failing(of: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for fault in ("killed", "node"):
+        took = of["resize"]["faults"][fault]
+        yield (
+            "resize",
+            f"seconds without an update when {NAMED[fault]}",
+            f"{took['ours']['stopped_s']['median']:.1f}",
+            f"plain Ray Train {took['vanilla']['stopped_s']['median']:.1f}",
+        )
+    trace = of["trace"]
+    yield (
+        "trace",
+        "node time of a recorded spot market that goes into updates which count",
+        f"{trace['ours']['of_ideal']:.0%}",
+        f"plain Ray Train {trace['vanilla']['of_ideal']:.0%}",
+    )
+    met = of["recovery"]
+    outcomes = met["outcomes"]
+    yield (
+        "recovery",
+        f"of {met['faults']} real faults, recovered from",
+        f"{outcomes['recovered'] + outcomes['restarted']}",
+        f"the other {outcomes['refused']} refused with a message",
+    )
+    save = of["checkpoint"]
+    yield (
+        "checkpoint",
+        "seconds that a save costs the training",
+        f"{save['lost_s']['median']:.2f}",
+        f"`dcp.save` {save['dcp_save']['lost_s']['median']:.2f}, "
+        f"`torch.save` {save['torch_save']['lost_s']['median']:.2f}",
+    )
+    differing = sum(
+        world["differing_lines"]
+        for kind in ("diffusion", "autoencoder")
+        for name, world in of["exact"][kind].items()
+        if name.startswith("world")
+    )
+    yield (
+        "exact",
+        "logged values that differ with `exact=True` on 1 to 4 ranks, through resizes and a kill",
+        str(differing),
+        f"at {of['exact']['cost']['world 1']['ratio']['median']:.1f} x the time",
+    )
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """What is kept of each script."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def tables(of: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Each table by its name."""
+    reader = of["reader"]["figures"]
+    return {
+        "headlines": headline_table(of),
+        "policies": policy_table(of["init_policies"]["figures"]["policies"]),
+        "resize": resize_table(of["resize"]["figures"]["faults"]),
+        "mfu": mfu_table(of["mfu"]["figures"]["cells"]),
+        "reader": reader_table(reader),
+        "batches": batch_table(reader),
+    }
+
+
+def filled(page: str, of: dict[str, str]) -> str:
+    """The page with each table between its marks as it is now."""
+    for name, table in of.items():
+        begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            page = f"{before}{begin}{table}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def main() -> None:
-    """Print the tables, write the picture."""
-    policies = json.loads((RESULTS / "init_policies.json").read_text())["figures"]["policies"]
-    print(policy_table(policies))
-    resize = json.loads((RESULTS / "resize.json").read_text())["figures"]
-    print(f"\n{resize_table(resize['faults'])}\n")
-    mfu = json.loads((RESULTS / "mfu.json").read_text())
-    print(f"{mfu['device']}\n\n{mfu_table(mfu['figures']['cells'])}\n")
-    reader = json.loads((RESULTS / "reader.json").read_text())["figures"]
-    print(f"{reader_table(reader)}\n\n{batch_table(reader)}\n")
-    PICTURE.write_text(policy_picture(policies))
-    print(f"\n{PICTURE.relative_to(PICTURE.parents[1])}")
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+    """Write the tables and the picture where they stand; say which goals are met."""
+    of = results()
+    PICTURE.write_text(policy_picture(of["init_policies"]["figures"]["policies"]))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), tables(of)))
+    for written in (PICTURE, *PAGES):
+        print(written.relative_to(ROOT))
+    for result in of.values():
         print(f"{result['name']}: {result['goal']}: {'holds' if result['holds'] else 'fails'}")
 
 

@@ -101,7 +101,7 @@ def test_all_imports_point_the_right_way() -> None:
 
 
 # A supervisor starts within seconds because it leaves torch to the fork host.
-WITHOUT_TORCH = ("ray_worker", "ray_placing", "ray_policy", "ray_host", "ray_tracker")
+WITHOUT_TORCH = ("ray_worker", "ray_placing", "ray_policy", "ray_host", "ray_tracker", "ray_gain")
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

@@ -1,7 +1,12 @@
 """Bad input gets one message and exit code 2, and nothing is written; help has examples."""
 
+import errno
 import os
+import platform
 import socket
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from elastic.data.moving_shapes import write_demo_videos
 from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.forecast import forecast
+from elastic.output import READER_GONE
 from elastic.record import check_unchanged, start_stage, write_record
 from stages import AutoencoderStage, Plan, Videos
 from stages.plan import load_plan
@@ -276,6 +282,61 @@ def test_every_verb_shows_an_example(verb: str, capsys: pytest.CaptureFixture[st
     assert f"python -m elastic {verb}" in capsys.readouterr().out
 
 
+def test_an_unknown_verb_is_told_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, near in (("trian", "did you mean 'train'?"), ("x", "it has completion, dashboard, ")):
+        with pytest.raises(SystemExit) as leaving:
+            main([word, str(PLAN)])
+        assert leaving.value.code == 2
+        assert f"there is no verb '{word}'; {near}" in capsys.readouterr().err
+
+
+def test_the_version_is_said_with_those_of_torch_and_ray_and_torch_is_not_imported() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "elastic", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    told = [f"{name} {version(name)}" for name in ("restage", "torch", "ray")]
+    assert done.stdout.splitlines() == [", ".join([*told, f"Python {platform.python_version()}"])]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "elastic.versions" in imported
+    assert "torch" not in imported
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_verb_whose_reader_goes_ends_without_a_word_as_other_tools_do(
+    unbuffered: str, storage: Path
+) -> None:
+    """Unbuffered the verb itself fails to print, else what it printed cannot be given out."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic", "plan", str(PLAN), "--storage", str(storage)],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (READER_GONE, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_failure_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(plan: Plan, flags: object, settings: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: writer, raising=False)
+    monkeypatch.setattr("elastic.plan_text.print_plan", breaks)
+    assert main(["plan", str(PLAN)]) == 1
+    assert "restage: failed: [Errno 32] Broken pipe" in capsys.readouterr().err
+    os.close(reader)
+    assert main(["plan", str(PLAN)]) == READER_GONE
+    assert capsys.readouterr().err == ""
+    os.close(writer)
+
+
 def test_plan_writes_nothing_and_says_what_would_happen(
     storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,7 +398,7 @@ def test_deep_compression_leaves_a_quarter_of_the_tokens() -> None:
     assert "latent 128x4x1x1, 4 tokens" in text  # one a latent frame
 
 
-def test_the_guide_to_stage_files_is_a_stage_file(
+def test_the_guide_to_stage_files_is_a_stage_file_that_fits_64_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guide = (PLAN.parent.parent / "stages" / "README.md").read_text()
@@ -346,15 +407,21 @@ def test_the_guide_to_stage_files_is_a_stage_file(
     plan = load_plan(path)
     starts = {type(stage.init).__name__ for stage in plan.stages}
     assert starts == {"Fresh", "Continue", "KeepTrunk", "Align", "FromFile"}
-    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
-    assert "7. from-flux (DiffusionStage, to do)" in capsys.readouterr().out
+    for_gpus = ["--gpus", "64", "--gpu-memory", "80"]
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs"), *for_gpus]) == 0
+    out = capsys.readouterr().out
+    assert "7. from-flux (DiffusionStage, to do)" in out
+    assert "worth a look" not in out
 
 
-def test_the_stage_file_of_the_readme_is_one(
+def test_the_stage_file_of_the_readme_is_one_that_fits_160_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = (PLAN.parent.parent / "README.md").read_text()
     path = tmp_path / "readme_plan.py"
     path.write_text(readme.split("```python\n")[1].split("```")[0])
-    assert main(["plan", str(path), "--storage", str(tmp_path / "runs")]) == 0
-    assert "11,877,022,848" in capsys.readouterr().out
+    for_gpus = ["--gpus", "160", "--gpu-memory", "80"]
+    assert main(["plan", str(path), "--storage", str(tmp_path / "runs"), *for_gpus]) == 0
+    out = capsys.readouterr().out
+    assert "11,891,571,840" in out
+    assert "worth a look" not in out

@@ -118,7 +118,7 @@ def _lost(seen: Seen) -> tuple[bool, bool]:
 
 
 def _still(stage: DiffusionStage, micro: int = 500) -> Bucket:
-    return next(b for b in stage.buckets if b.frames == 1).replace(micro=micro)
+    return next(b for b in stage.buckets if b.frames == 1).replace(batch=500, micro=micro)
 
 
 def test_one_share_drops_tokens_and_pooled_vector_together() -> None:
@@ -158,8 +158,8 @@ def test_a_pair_moves_neither_time_nor_noise_nor_whose_tokens_are_dropped() -> N
 def test_what_is_drawn_does_not_depend_on_world_or_micro_batch(micro: int, ranks: int) -> None:
     stage = STAGE.replace(text_dropout=PUBLISHED)
     for bucket in stage.buckets:
-        whole = _seen(stage, bucket.replace(micro=50), 50)
-        parts = _seen(stage, bucket.replace(micro=micro), 50, ranks)
+        whole = _seen(stage, bucket.replace(batch=500, micro=50), 50)
+        parts = _seen(stage, bucket.replace(batch=500, micro=micro), 50, ranks)
         assert whole.keys() == parts.keys()
         for number in whole:
             for one, other in zip(whole[number][:5], parts[number][:5], strict=True):
@@ -179,7 +179,7 @@ SAMPLED = STAGE.replace(vae=STAGE.codec.replace(posterior="sample"))
 
 def test_a_sampled_posterior_gives_mean_plus_deviation_times_its_own_noise() -> None:
     """Against the definition, sample by sample."""
-    bucket = SAMPLED.buckets[0].replace(micro=6)
+    bucket = SAMPLED.buckets[0].replace(batch=500, micro=6)
     stored = DrawnLatents(SAMPLED, COUNTS, 100).fetch(bucket, np.arange(6))
     mean_BCTHW, deviation_BCTHW = stored.x_BCTHW.chunk(2, dim=1)
     seen = _seen(SAMPLED, bucket, 6, epoch=3)
@@ -219,9 +219,9 @@ def test_a_posterior_without_deviation_is_its_mean_bit_for_bit() -> None:
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 2), (7, 3)])
 def test_a_sample_of_the_posterior_is_the_same_on_any_world(micro: int, ranks: int) -> None:
-    whole = _seen(SAMPLED, SAMPLED.buckets[0].replace(micro=20), 20)
-    parts = _seen(SAMPLED, SAMPLED.buckets[0].replace(micro=micro), 20, ranks)
-    again = _seen(SAMPLED, SAMPLED.buckets[0].replace(micro=20), 20, epoch=1)
+    whole = _seen(SAMPLED, SAMPLED.buckets[0].replace(batch=500, micro=20), 20)
+    parts = _seen(SAMPLED, SAMPLED.buckets[0].replace(batch=500, micro=micro), 20, ranks)
+    again = _seen(SAMPLED, SAMPLED.buckets[0].replace(batch=500, micro=20), 20, epoch=1)
     for number in whole:
         torch.testing.assert_close(whole[number].z_CTHW, parts[number].z_CTHW)
         assert not torch.allclose(whole[number].z_CTHW, again[number].z_CTHW)
@@ -274,7 +274,7 @@ def test_shares_go_through_json(share: Any) -> None:
 
 
 GIVING = STAGE.replace(model=STAGE.model.replace(image_condition=True), given=Given())
-VIDEO = GIVING.buckets[0].replace(micro=500)
+VIDEO = GIVING.buckets[0].replace(batch=500, micro=500)
 
 
 def _choice(seen: Seen) -> str:
@@ -320,7 +320,7 @@ def test_frames_between_the_ends_are_never_given() -> None:
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 2), (7, 3)])
 def test_what_is_given_does_not_depend_on_world_or_micro_batch(micro: int, ranks: int) -> None:
     whole = _seen(GIVING, VIDEO, 50)
-    parts = _seen(GIVING, VIDEO.replace(micro=micro), 50, ranks)
+    parts = _seen(GIVING, VIDEO.replace(batch=500, micro=micro), 50, ranks)
     again = _seen(GIVING, VIDEO, 50, epoch=1)
     seeded = _seen(GIVING.replace(seed=1), VIDEO, 50)
     choices = [
@@ -368,14 +368,15 @@ def test_held_out_clips_are_measured_without_frames_and_with_the_first() -> None
     with world_of_one() as world:
         found = objective(GIVING).evaluate(Collecting(), world)
         plain = objective(STAGE).evaluate(Watching(), world)
-    assert set(found) == {"loss", "loss_head"}
-    assert set(plain) == {"loss"}
+    levels = {f"loss_t{level}" for level in range(8)}
+    assert set(found) == {"loss", "loss_head", *levels}
+    assert set(plain) == {"loss", *levels}
     assert found["loss"] == plain["loss"]
     assert found["loss_head"] > 50
+    assert all(found[name] == plain[name] for name in levels), "as text to video"
     shown = [None if mask is None else mask.tolist() for mask in masks]
-    # Five clips and five stills in text to video, then the clips again.
-    assert [each for each in shown if each] == [[0, 0]] * 2 + [[1, 0]] * 2
-    assert shown[-1] == [1, 0]
+    # Five clips and five stills in text to video, then the clips again, and eight by level.
+    assert [each for each in shown if each] == [[0, 0]] * 2 + [[1, 0]] * 2 + [[0, 0]] * 3
 
 
 def test_a_model_that_takes_guidance_is_trained_at_strength_one() -> None:

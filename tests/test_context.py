@@ -35,7 +35,7 @@ from elastic.world import World
 from models.blocks import Block
 from models.context import Context
 from stages import Bucket, DiffusionStage, Given, Phase, Plan
-from stages.stage import description
+from stages.identity import description
 
 # 1 to 3 tokens of text and 4 or 8 of video: few of these sums are multiples of 2 or 3, some ranks
 # have no text, and in stills some have nothing but text.

@@ -54,6 +54,7 @@ def test_runs_are_listed_by_plan_and_stage(opened: tuple[Any, Told]) -> None:
     [
         ("Training", ("loss", "grad_norm", "lr", MARKS), ("hunyuan-vae", "dit-dc-ae")),
         ("Held-out clips", ("loss", "psnr", "ssim"), ("hunyuan-vae", "dc-ae")),
+        ("Loss by noise", ("loss_by_t",), ("0.0625", "0.9375")),
         ("Speed", ("samples_per_s", "tokens_per_s", "data_wait"), ("dit-hunyuan",)),
         ("Machines", (MARKS, "world_size", "attempt", "loss_by_attempt"), ("dit-dc-ae",)),
         ("Where the time went", ("seconds",), ("training", "lost work", "starting")),

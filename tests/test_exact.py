@@ -43,7 +43,7 @@ from elastic.objective import Objective, Reconstructing
 from elastic.weights import WEIGHTS
 from elastic.world import World
 from stages import AdamW, AutoencoderStage, Bucket, Muon, Phase, Stage
-from stages.stage import description
+from stages.identity import description
 
 WORLDS = (1, 2, 3)
 STOP_AFTER = 2  # updates

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import world_of_one
 from torch import Tensor
 
-from elastic.data.load import deal
+from elastic.data.deal import deal
 from elastic.ema import EmaWeights
 from elastic.exact import ChangedLayout, InOrder, fold, reproducible, square_sum, totals
 from elastic.loop import build_optimizer

@@ -6,7 +6,14 @@ import pytest
 from PIL import Image
 
 from elastic.data.moving_shapes import render
-from elastic.film import Frames, animated_webp, contact_sheet, read_mp4, write_mp4
+from elastic.film import (
+    Frames,
+    animated_webp,
+    contact_sheet,
+    films_into,
+    read_mp4,
+    write_mp4,
+)
 
 
 def clip(frames: int = 17, size_hw: tuple[int, int] = (64, 96)) -> Frames:
@@ -100,3 +107,61 @@ def test_a_sheet_of_a_still_shows_it_once(tmp_path: Path) -> None:
 def test_a_sheet_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no rows"):
         contact_sheet(tmp_path / "sheet.png", [])
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def _breaks_off(folder: Path, error: BaseException) -> None:
+    with films_into(folder, 2, 8) as films:
+        films.add("another", clip(3))
+        raise error
+
+
+def test_films_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "asked"
+    with pytest.raises(ValueError, match="the second"):
+        _breaks_off(folder, ValueError("the second"))
+    assert not folder.exists()
+    with films_into(folder, 2, 8) as films:
+        films.add("a circle", clip())
+        assert not _files(folder).keys() - {".draft/00.mp4"}
+        films.add("a square", clip(5))
+    assert films.paths == [folder / "00.mp4", folder / "01.mp4"]
+    before = _files(folder)
+    assert before.keys() == {"00.mp4", "01.mp4", "contact-sheet.png"}
+    with pytest.raises(KeyboardInterrupt):
+        _breaks_off(folder, KeyboardInterrupt())
+    assert _files(folder) == before
+
+
+def test_a_draft_of_a_killed_process_is_no_film(tmp_path: Path) -> None:
+    (tmp_path / ".draft").mkdir()
+    (tmp_path / ".draft" / "07.mp4").write_bytes(b"half a film")
+    with films_into(tmp_path, 1, 8) as films:
+        films.add("a circle", clip())
+    assert _files(tmp_path).keys() == {"00.mp4", "contact-sheet.png"}
+
+
+def test_of_many_films_the_names_are_in_order_and_the_sheet_has_the_first(tmp_path: Path) -> None:
+    shown = []
+    for count in (16, 101):
+        folder = tmp_path / str(count)
+        with films_into(folder, count, 8) as films:
+            for _ in range(count):
+                films.add("a circle", clip(1, (16, 16)))
+        assert sorted(films.paths) == films.paths
+        shown.append((folder / "contact-sheet.png").read_bytes())
+    assert shown[0] == shown[1]
+
+
+def test_a_sheet_keeps_of_a_film_what_it_shows(tmp_path: Path) -> None:
+    film_THWC = clip(17)
+    contact_sheet(tmp_path / "whole.png", [("a circle", film_THWC)])
+    with films_into(tmp_path / "films", 1, 8) as films:
+        films.add("a circle", film_THWC)
+        film_THWC[:] = 0  # nothing hangs on the film itself any more
+    sheets = (tmp_path / "whole.png", tmp_path / "films" / "contact-sheet.png")
+    assert len({path.read_bytes() for path in sheets}) == 1

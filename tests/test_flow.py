@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.dit import DiT
-from models.flow import euler_sample, flow_loss_B, mix, time_shift, timesteps, velocity
+from models.flow import Times, euler_sample, flow_loss_B, mix, time_shift, timesteps, velocity
 from models.text import TextBatch, WordHash, pad
 
 ENCODER = WordHash(width=8)
@@ -72,14 +72,52 @@ def test_shift_of_nothing_is_refused(tokens: int, frames: int) -> None:
 def test_timesteps_lie_inside_the_path_and_follow_the_published_shift(
     normal: float, alpha: float
 ) -> None:
-    t = timesteps(torch.tensor([normal]), alpha).item()
+    t = timesteps(torch.tensor([normal]), Times(alpha)).item()
     plain = 1 / (1 + math.exp(-normal))
     assert 0 < t < 1
     assert t == pytest.approx(alpha * plain / (1 + (alpha - 1) * plain), rel=1e-5)
 
 
 def test_timesteps_of_bf16_draws_are_fp32() -> None:
-    assert timesteps(torch.zeros(3, dtype=torch.bfloat16), 2.0).dtype == torch.float32
+    assert timesteps(torch.zeros(3, dtype=torch.bfloat16), Times(2.0)).dtype == torch.float32
+
+
+@given(normal=st.floats(-4, 4, width=32), mean=st.floats(-2, 2), std=st.floats(0.1, 2))
+def test_mean_and_deviation_are_those_of_the_logit_before_the_shift(
+    normal: float, mean: float, std: float
+) -> None:
+    t = timesteps(torch.tensor([normal]), Times(3.0, mean, std)).item()
+    plain = 1 / (1 + math.exp(-(mean + std * normal)))
+    assert t == pytest.approx(3 * plain / (1 + 2 * plain), rel=1e-4)
+
+
+def test_without_mean_deviation_or_share_times_have_the_bits_of_the_published_formula() -> None:
+    normal_B = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    published_B = torch.sigmoid(normal_B + math.log(5.745))
+    assert torch.equal(timesteps(normal_B, Times(5.745)), published_B)
+
+
+def test_a_share_of_uniform_times_is_shifted_and_leaves_the_others_alone() -> None:
+    normal_B = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    uniform_B = torch.rand(40_000, generator=torch.Generator().manual_seed(1))
+    times = Times(4.0, uniform=0.25)
+    t_B = timesteps(normal_B, times, uniform_B)
+    is_uniform_B = uniform_B < 0.25
+    others_B = timesteps(normal_B, Times(4.0))
+    assert torch.equal(t_B[~is_uniform_B], others_B[~is_uniform_B])
+    # The shift is undone: what is left is spread evenly, both ends included.
+    back_B = t_B / (4 - 3 * t_B)
+    counts = torch.histc(back_B[is_uniform_B], bins=10, min=0, max=1)
+    assert counts.sum() == is_uniform_B.sum() == pytest.approx(10_000, rel=0.05)
+    assert counts.tolist() == pytest.approx([1000] * 10, rel=0.15)  # five deviations
+    assert (t_B[is_uniform_B] >= 0).all()
+    assert (t_B[is_uniform_B] <= 1).all()
+
+
+def test_with_a_share_of_one_every_time_is_uniform_to_the_very_ends() -> None:
+    ends_B = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    t_B = timesteps(torch.zeros(3), Times(1.0, uniform=1.0), ends_B)
+    assert torch.equal(t_B, ends_B)
 
 
 @settings(deadline=None)

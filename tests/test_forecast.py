@@ -1,16 +1,19 @@
 """What `plan` says of the disk, against what a store takes."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from elastic.checkpoint_store import Keep
 from elastic.data.assign import Members, held_out_name
 from elastic.data.clips import Clip
 from elastic.data.encode import open_store, plan_job
 from elastic.data.latents import Scale
 from elastic.forecast import forecast, text_bytes
-from models import DiT, HunyuanVAE, WordHash
+from elastic.forecast_json import forecast_json
+from models import DiT, HunyuanVAE, T5Clip, WordHash
 from stages import AdamW, Bucket, DiffusionStage, Ema, Given, Phase, Plan, Videos
 
 CAPTIONS = ["a red circle", "one two three four five six seven eight nine", "blue"]
@@ -57,3 +60,21 @@ def test_latents_are_forecast_to_the_byte(stage: DiffusionStage, tmp_path: Path)
     stage = stage.replace(data=Videos(str(tmp_path / "table.csv")))
     printed = forecast(Plan("p", [stage]), tmp_path)
     assert f"latents at most {expected / 1024:.3g} KiB" in printed
+    assert "of text" not in printed, "how long a caption is decides it"
+
+
+def test_text_that_is_stored_beside_the_latents_of_a_clip_is_said_in_each_bucket(
+    tmp_path: Path,
+) -> None:
+    stage = PLAIN.replace(text=T5Clip(t5="t5", clip="clip"))
+    most = 512 * 4096 * 2 + 768 * 2
+    lines = [
+        line for line in forecast(Plan("p", [stage]), tmp_path).splitlines() if "batch" in line
+    ]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.search(r", [\d.]+ (KiB|B) stored a clip \+ up to 4 MiB of text$", line)
+    for one, told in ((stage, most), (PLAIN, None)):
+        shown = forecast_json(Plan("p", [one]), tmp_path, None, None, Keep())
+        (phase,) = shown["stages"][0]["phases"]
+        assert [bucket["text_bytes_a_clip_at_most"] for bucket in phase["buckets"]] == [told] * 2

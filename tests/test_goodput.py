@@ -20,7 +20,7 @@ KINDS = (
     "run_start", "run_end", "stage_start", "stage_end", "init", "start", "publish", "crash",
     "resize_requested", "damaged_checkpoint", "encode_start", "encode_end", "sample", "quarantine",
     "blocked", "waiting", "launch", "spawn", "save_failed", "hang", "drain", "preview",
-    "preview_failed", "of another version",
+    "preview_failed", "sample_failed", "of another version",
 )  # fmt: skip
 
 seconds = st.one_of(

@@ -149,6 +149,17 @@ def test_a_group_is_cut_to_whole_multiples_and_what_stands_idle_is_not_missed() 
     assert run(eight, paid, [one, long], 1_000).work == 100 + 690 / 2 + 190
 
 
+def test_a_machine_by_which_no_update_is_shorter_is_not_grown_onto() -> None:
+    """Three machines are as fast as two."""
+    paid = costs(interval_s=1e9, planned_s=10)
+    four = fleet(machines=4, speed={1: 1.0, 2: 2.0, 3: 2.0, 4: 4.0}.__getitem__)
+    assert [four.rate(machines) for machines in (1, 2, 3, 4)] == [0.25, 0.5, 0.5, 1]
+    one = Fault(100, Kind.ANNOUNCED, 0.0, 400)
+    assert run(four, paid, [one], 1_000).work == 100 + 390 / 2 + 490
+    other = Fault(200, Kind.ANNOUNCED, 0.6, 100)  # at 300 there are three again
+    assert run(four, paid, [one, other], 1_000).work == 100 + 90 / 2 + 290 / 2 + 490
+
+
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 12)),
     multiple=st.integers(1, 12),

@@ -35,7 +35,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn import functional
 from worlds import run_world
 
 from elastic import shard
@@ -56,6 +55,8 @@ from elastic.state import Progress, TrainState
 from elastic.weights import WEIGHTS
 from elastic.world import World
 from models import DCAE, DiT, HunyuanVAE
+from models.attention import Padding
+from models.attention import attention as attend
 from models.perceptual import LpipsModule
 from stages import AdamW, Adversarial, AutoencoderStage, Bucket, DiffusionStage, Muon, Phase, Stage
 
@@ -375,18 +376,17 @@ def test_an_exact_run_that_was_stopped_and_resumed_has_the_bits_of_the_whole(
     assert _state(tmp_path / name, stage) == _state(folder, stage)
 
 
-def _attention_gradients(dtype: torch.dtype, has_mask: bool, device: str) -> list[Tensor]:
+def _attention_gradients(dtype: torch.dtype, is_padded: bool, device: str) -> list[Tensor]:
     """Of long sequences: kernels that split them must put them together in one order."""
     made = torch.Generator(device).manual_seed(0)
     q_BASE, k_BASE, v_BASE = (
         torch.randn(2, 4, 2000, 128, generator=made, device=device, dtype=dtype).requires_grad_()
         for _ in range(3)
     )
-    mask_B11S = torch.ones(2, 1, 1, 2000, dtype=torch.bool, device=device)
-    mask_B11S[0, ..., :100] = False
-    out_BASE = functional.scaled_dot_product_attention(
-        q_BASE, k_BASE, v_BASE, attn_mask=mask_B11S if has_mask else None
-    )
+    real_BS = torch.ones(2, 2000, dtype=torch.bool, device=device)
+    real_BS[0, :100] = False
+    padding = Padding.of(real_BS, q_BASE, 128) if is_padded else None
+    out_BASE = attend(q_BASE, k_BASE, v_BASE, padding)
     out_BASE.square().sum().backward()
     return [t for leaf in (q_BASE, k_BASE, v_BASE) if (t := leaf.grad) is not None]
 
@@ -402,11 +402,11 @@ def _perceptual_gradients(device: str) -> list[Tensor]:
 
 
 KERNELS: dict[str, Callable[[str], list[Tensor]]] = {
-    f"attention-{str(dtype).removeprefix('torch.')}{'-masked' * has_mask}": (
-        lambda device, dtype=dtype, has_mask=has_mask: _attention_gradients(dtype, has_mask, device)
+    f"attention-{str(dtype).removeprefix('torch.')}{'-padded' * is_padded}": (
+        lambda device, dtype=dtype, padded=is_padded: _attention_gradients(dtype, padded, device)
     )
     for dtype in (torch.float32, torch.bfloat16)
-    for has_mask in (False, True)
+    for is_padded in (False, True)
 } | {"lpips": _perceptual_gradients}
 
 

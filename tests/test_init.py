@@ -39,7 +39,8 @@ from elastic.weights import WEIGHTS
 from elastic.world import World
 from models import DCAE, DiT, Tiling
 from models.align import PairSums, complete, overlap, paired_cells, signal_moments, solve_embedding
-from models.dit import codec_shaped
+from models.dit import GUIDANCE_LAYERS, codec_shaped
+from models.flow import Times, timesteps
 from stages import (
     AdamW,
     Align,
@@ -57,8 +58,8 @@ from stages import (
     Plan,
     Videos,
 )
+from stages.identity import description
 from stages.init import Init
-from stages.stage import description
 
 PARENT = STAGE
 NEW_CLIP = "32px-4f"
@@ -133,6 +134,37 @@ def test_an_autoencoder_has_no_trunk_to_keep() -> None:
         KeepTrunk(AUTOENCODER)
     with pytest.raises(ValidationError, match=r"an autoencoder has no trunk to keep"):
         Plan("p", [PARENT, AUTOENCODER.replace(init=KeepTrunk(PARENT))])
+
+
+GUIDED = PARENT.replace(model=PARENT.model.replace(guidance=True))
+LEARNT = GUIDED.replace(init=FromFile("flux.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [GUIDED],
+        [GUIDED.replace(init=FromFile("flux.safetensors", fresh=("guidance_in.*",)))],
+        [LEARNT, LEARNT.replace(name="kept", init=KeepTrunk(LEARNT, fresh=("*.out_layer.bias",)))],
+    ],
+)
+def test_a_strength_of_guidance_that_nothing_has_learnt_is_refused(
+    stages: list[DiffusionStage],
+) -> None:
+    words = r"model.guidance is True, and 'guidance_in\..*' would be new: .*leave guidance out.*"
+    with pytest.raises(ValidationError, match=words + r"FromFile"):
+        Plan("p", stages)
+
+
+def test_a_strength_of_guidance_that_a_file_has_learnt_goes_down_the_line() -> None:
+    kept = LEARNT.replace(name="kept", init=KeepTrunk(LEARNT, fresh=("txt_in.*",)))
+    again = kept.replace(name="again", init=Continue(kept))
+    assert len(Plan("p", [LEARNT, kept, again]).stages) == 3
+
+
+def test_the_layers_that_take_the_strength_of_guidance_are_those_of_the_model() -> None:
+    has, plain = ({n for n, _ in s.build().named_parameters()} for s in (GUIDED, PARENT))
+    assert has - plain == set(GUIDANCE_LAYERS)
 
 
 @pytest.mark.parametrize(("init", "said"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
@@ -437,7 +469,9 @@ def _linear_pairs() -> tuple[Tensor, Tensor, Tensor]:
 def test_an_embedding_that_can_be_imitated_is_imitated_exactly() -> None:
     map_EC, new_NC, old_NE = _linear_pairs()
     weight_DE, bias_D = torch.randn(11, 5), torch.randn(11)
-    weight, bias = solve_embedding(PairSums.of(new_NC, old_NE), weight_DE, bias_D, 2.0, 1e-12)
+    weight, bias = solve_embedding(
+        PairSums.of(new_NC, old_NE), weight_DE, bias_D, Times(2.0), 1e-12
+    )
     torch.testing.assert_close(weight, (weight_DE.double() @ map_EC).float(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(bias, bias_D, atol=1e-4, rtol=1e-4)
 
@@ -448,7 +482,7 @@ def test_the_solution_is_that_of_least_squares_over_latents_at_every_noise_level
     weight_DE, bias_D = torch.randn(4, 5), torch.randn(4)
     alpha, ridge = 3.0, 1e-2
     sums = PairSums.of(new_NC[:150], old_NE[:150]) + PairSums.of(new_NC[150:], old_NE[150:])
-    weight, bias = solve_embedding(sums, weight_DE, bias_D, alpha, ridge)
+    weight, bias = solve_embedding(sums, weight_DE, bias_D, Times(alpha), ridge)
 
     quantile = (np.arange(200) + 0.5) / 200
     logit = np.array([torch.special.ndtri(torch.tensor(q)).item() for q in quantile])
@@ -459,7 +493,7 @@ def test_the_solution_is_that_of_least_squares_over_latents_at_every_noise_level
         rows_x.append(np.concatenate([scaled, np.ones((len(scaled), 1))], axis=1))
         rows_y.append(s * old_NE.numpy() @ weight_DE.double().numpy().T + bias_D.double().numpy())
     x, y = np.concatenate(rows_x) / np.sqrt(200), np.concatenate(rows_y) / np.sqrt(200)
-    second = signal_moments(alpha)[1]
+    second = signal_moments(Times(alpha))[1]
     penalty = ridge * second * (new_NC.numpy() ** 2).sum(0).mean()
     root = np.sqrt(penalty) * np.eye(8)[:7]
     reference = np.linalg.lstsq(np.concatenate([x, root]), np.concatenate([y, np.zeros((7, 4))]))[0]
@@ -467,10 +501,22 @@ def test_the_solution_is_that_of_least_squares_over_latents_at_every_noise_level
     np.testing.assert_allclose(bias.numpy(), reference[7], atol=2e-3, rtol=2e-3)
 
 
+def test_the_moments_are_those_of_the_times_that_are_drawn() -> None:
+    times = Times(3.0, mean=-0.5, std=1.5, uniform=0.3)
+    generator = torch.Generator().manual_seed(0)
+    normal_B = torch.randn(400_000, generator=generator)
+    signal_B = 1 - timesteps(normal_B, times, torch.rand(400_000, generator=generator))
+    first, second = signal_moments(times)
+    assert first == pytest.approx(signal_B.mean().item(), abs=2e-3)  # four deviations
+    assert second == pytest.approx(signal_B.square().mean().item(), abs=2e-3)
+
+
 def test_what_the_solution_does_not_see_is_embedded_afresh() -> None:
     map_EC, new_NC, old_NE = _linear_pairs()
     weight_DE, fresh_DC = torch.randn(11, 5), torch.rand(11, 7)
-    weight, _ = solve_embedding(PairSums.of(new_NC, old_NE), weight_DE, torch.zeros(11), 2.0, 1e-9)
+    weight, _ = solve_embedding(
+        PairSums.of(new_NC, old_NE), weight_DE, torch.zeros(11), Times(2.0), 1e-9
+    )
     whole = complete(weight, fresh_DC)
     assert torch.linalg.matrix_rank(weight, rtol=1e-4) == 5
     assert torch.linalg.matrix_rank(whole, rtol=1e-4) == 7

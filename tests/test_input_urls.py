@@ -20,6 +20,7 @@ from elastic.data.decode import BadVideo, Unreachable, decode_clip
 from elastic.data.decoders import Decoders, Wanted, answer
 from elastic.data.places import is_there, stamp
 from elastic.data.probes import probe_all
+from elastic.data.segment import SECOND, Segment
 from elastic.data.table import read_table
 from elastic.errors import InputError
 from stages.videos import Videos
@@ -130,6 +131,10 @@ def test_pictures_are_the_same_behind_a_url(folder: Path) -> None:
             assert isinstance(x_CTHW, torch.Tensor)
             local = decode_clip(str(folder / name), FRAMES, Fraction(RATE), HEIGHT, WIDTH)
             assert torch.equal(x_CTHW, local)
+            one = Wanted(url, 2, RATE, HEIGHT, WIDTH, Segment(SECOND // 2, SECOND))
+            (x_CTHW,) = decoders.decode([one], ahead=1)
+            assert isinstance(x_CTHW, torch.Tensor)
+            assert torch.equal(x_CTHW, local[:, RATE // 2 : RATE // 2 + 2]), "from the middle on"
     finally:
         decoders.close()
 

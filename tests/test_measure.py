@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elastic import measure, shard
-from elastic.data.load import deal, num_rounds
+from elastic.data.deal import deal, num_rounds, round_sizes
 from elastic.fit import needed
 from elastic.measure import (
     Found,
@@ -42,18 +42,32 @@ SMALL = STAGE.replace(
 ROOMY = 1e12
 
 
-@given(batch=st.integers(1, 60), micro=st.integers(1, 60), workers=st.integers(1, 9))
-def test_rounds_are_those_that_the_loop_deals(batch: int, micro: int, workers: int) -> None:
-    assert num_rounds(batch, micro, workers) == len(deal(batch, micro, 0, workers))
+@given(
+    batch=st.integers(1, 60),
+    micro=st.integers(1, 60),
+    workers=st.integers(1, 9),
+    exact=st.booleans(),
+)
+def test_rounds_are_those_that_the_loop_deals(
+    batch: int, micro: int, workers: int, exact: bool
+) -> None:
+    dealt = [len(offsets) for offsets, _ in deal(batch, micro, 0, workers, exact)]
+    assert num_rounds(batch, micro, workers) == len(dealt)
+    assert round_sizes(batch, micro, workers, exact) == dealt
 
 
-@given(batch=st.integers(1, 500), micro=st.integers(1, 500), workers=st.integers(1, 9))
-def test_no_size_is_tried_that_leaves_workers_idle(batch: int, micro: int, workers: int) -> None:
-    tried = sizes(Bucket("32px", frames=5, batch=batch, micro=micro), workers)
+@given(st.data(), st.integers(1, 500), st.integers(1, 9), st.booleans())
+def test_no_size_is_tried_that_leaves_workers_idle_or_that_no_round_has(
+    data: st.DataObject, batch: int, workers: int, exact: bool
+) -> None:
+    micro = data.draw(st.integers(1, batch))
+    tried = sizes(Bucket("32px", frames=5, batch=batch, micro=micro), workers, exact)
     assert tried == sorted(set(tried))
     assert tried[0] == 1
     assert tried[-1] == math.ceil(batch / workers)
-    assert min(micro, tried[-1]) in tried
+    assert max(round_sizes(batch, min(micro, tried[-1]), workers, exact)) in tried
+    for one in tried:
+        assert max(round_sizes(batch, one, workers, exact)) == one
 
 
 @given(
@@ -172,7 +186,7 @@ def test_a_finding_is_kept_for_this_machine_and_this_stage(
 ) -> None:
     first, path, was_there = measured(SMALL, 2, tmp_path)
     assert not was_there
-    assert [one.micro for one in first[0].tried] == [1, 2, 3, 4, 6][: len(first[0].tried)]
+    assert [one.micro for one in first[0].tried] == [1, 2, 3, 6][: len(first[0].tried)]
     assert all(one.round_s for one in first[0].tried)
     monkeypatch.setattr(measure, "measure_stage", lambda *a: pytest.fail("measured twice"))
     assert measured(SMALL, 2, tmp_path) == (first, path, True)

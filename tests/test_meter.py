@@ -11,8 +11,12 @@ from tiny import STAGE, world_of_one
 from torch import Tensor
 
 from elastic import meter as metering
+from elastic.errors import InputError
+from elastic.folders import RunFolder
 from elastic.meter import Meter, NonFiniteLoss
+from elastic.record import check_unchanged, start_stage
 from elastic.state import Progress
+from stages import Plan, load_plan
 
 
 class Arrival:
@@ -57,6 +61,27 @@ def test_a_norm_that_comes_late_is_refused_before_anything_is_written_measured_o
             meter.require_finite({"grad_norm": torch.tensor(float("inf"))}, progress)
             with pytest.raises(NonFiniteLoss, match="gradient norm inf at 16 samples"):
                 door(meter)
+
+
+def test_what_is_advised_is_what_a_stage_under_way_may_do(tmp_path: Path) -> None:
+    autoencoder = load_plan(Path(__file__).with_name("tiny_plan.py")).stage("dc-ae")
+    folder, said = RunFolder(tmp_path), {}
+    for stage, name in ((STAGE, "grad_norm"), (autoencoder, "critic_grad_norm")):
+        norms, progress = {name: torch.tensor(torch.inf)}, Progress(stage.name, 8)
+        with world_of_one() as world:
+            meter = Meter(stage, world, 1, lambda line: None)
+            with pytest.raises(NonFiniteLoss) as caught:
+                meter.require_finite(norms, progress)
+        said[stage.name] = str(caught.value)
+        start_stage(folder, stage)
+        lower = stage.replace(optimizer=stage.optimizer.replace(lr=1e-5))
+        with pytest.raises(InputError, match=r"may not change: optimizer\.lr"):
+            check_unchanged(folder, Plan("p", [lower]))
+        check_unchanged(folder, Plan("p", [lower.replace(name="again")]))
+    for message, rate in ((said["tiny"], "optimizer.lr"), (said["dc-ae"], "adversarial.lr")):
+        assert f"lower {rate} or optimizer.max_norm and give the stage another name" in message
+    assert "`repair FILE` mends them" in said["tiny"]
+    assert "repair" not in said["dc-ae"], "it has no latents"
 
 
 @pytest.mark.usefixtures("late")

@@ -19,8 +19,8 @@ from tiny import CLIP, STAGE, STILL
 from elastic.cli import main
 from elastic.data.assign import Members, assign, held_out_name, load_members
 from elastic.data.clips import Clip, Clips, sample_id
+from elastic.data.deal import deal
 from elastic.data.decoders import shared_decoders
-from elastic.data.load import deal
 from elastic.data.mix import BLOCK, deal_sources, quotas, used_before
 from elastic.data.order import Layout, batch_at, first_of, layout_of
 from elastic.data.permutation import Permutation, WindowedPermutation
@@ -33,7 +33,7 @@ from elastic.folders import RunFolder
 from elastic.record import check_unchanged, read_plan, start_stage, write_record
 from models.fresh import named_seed
 from stages import AdamW, Bucket, DiffusionStage, Mix, Phase, Plan, Videos, Windows
-from stages.plan import explain
+from stages.explain import explain
 
 MIX = Mix((Videos("films.parquet"), 0.7), (Videos("stock/"), 0.2), (Videos("own.csv"), 0.1))
 MIXED = STAGE.replace(data=MIX)

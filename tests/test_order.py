@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiny import CLIP, STAGE, STILL
 
 from elastic.data import permutation
-from elastic.data.load import deal
+from elastic.data.deal import deal
 from elastic.data.order import (
     EMPTY_DIGEST,
     BatchPlan,

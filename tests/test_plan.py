@@ -29,9 +29,9 @@ from stages import (
     Videos,
     load_plan,
 )
+from stages.explain import explain
+from stages.identity import description
 from stages.names import check_safe_name
-from stages.plan import explain
-from stages.stage import description
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "stages/recipes").glob("*.py") if p.name != "__init__.py")
@@ -39,7 +39,7 @@ RECIPES = sorted(p for p in (ROOT / "stages/recipes").glob("*.py") if p.name != 
 # A whole stage file; tests break one piece of it.
 FILE = """\
 from models import DiT, HunyuanVAE
-from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Ema, Phase, Plan, Videos
+from stages import AdamW, AutoencoderStage, Bucket, DiffusionStage, Ema, Fresh, Phase, Plan, Videos
 
 videos = Videos("captions.csv")
 parent = AutoencoderStage(
@@ -98,7 +98,74 @@ MISTAKES = {
     "a field with a typo": ("warmup=64", "warmpu=64", "AdamW has no such field.* 'warmup'"),
     "a stage field with a typo": ("log_every=16", "log_evry=16", "did you mean 'log_every'"),
     "a field left out": ("save_every=64, ", "", "Stage save_every: .* needs this field"),
-    "a wrong type": ("AdamW(lr=1e-3)", "AdamW(lr='1e-3')", r"AdamW lr: .*valid number, got '1e-3'"),
+    "a wrong type": (
+        "AdamW(lr=1e-3)",
+        "AdamW(lr='1e-3')",
+        r"AdamW lr: '1e-3' is text; drop .* lr=1e-3$",
+    ),
+    "text that is no number": ("AdamW(lr=1e-3)", "AdamW(lr='x')", r"AdamW lr: .*number, got 'x'$"),
+    "a number of samples in quotes": ("warmup=64", "warmup='64'", "drop the quotes: warmup=64$"),
+    "a share in place of samples": (
+        "warmup=64",
+        "warmup=0.1",
+        r"AdamW warmup: 0\.1 is not a whole number of samples; it is no share: .*=1_000$",
+    ),
+    "samples that are no whole number": ("warmup=64", "warmup=64.0", "samples; nearest is 64$"),
+    "the class of a policy": (
+        "vae=parent,",
+        "vae=parent, init=Fresh,",
+        r"DiffusionStage init: Fresh is the class itself; write Fresh\(\)$",
+    ),
+    "a policy as a word": (
+        "vae=parent,",
+        "vae=parent, init='fresh',",
+        r"Stage init: 'fresh' does not .* give Fresh\(\), Contin.* or FromFile\(path=\.\.\.\)$",
+    ),
+    "a rate in place of an optimizer": (
+        "optimizer=AdamW(lr=1e-3),",
+        "optimizer=1e-3,",
+        r"optimizer: 0\.001 does .* give AdamW\(lr=\.{3}\) or Muon\(lr=\.{3}, matrix_lr=\.{3}\)$",
+    ),
+    "no average": (
+        "ema=Ema(halflife=100),\n    save_every=64",
+        "ema=None,\n    save_every=64",
+        r"AutoencoderStage ema: None does not belong here; give Ema\(halflife=\.\.\.\)$",
+    ),
+    "the class of a codec": (
+        "vae=HunyuanVAE()",
+        "vae=HunyuanVAE",
+        r"AutoencoderStage vae: HunyuanVAE is the class itself; write HunyuanVAE\(\)$",
+    ),
+    "what may be left out": (
+        "vae=parent,",
+        "vae=parent, order=64,",
+        r"DiffusionStage order: 64 does not belong here; give Windows\(\) or None$",
+    ),
+    "a stage by itself": (
+        "[parent, child]",
+        "child",
+        r"Plan stages: one DiffusionStage by itself; write a list: stages=\[\.\.\.\]$",
+    ),
+    "a thing that is no stage": (
+        "[parent, child]",
+        "[parent, child, 3]",
+        r"Plan stages\.2: 3 does .* AutoencoderStage\(\.\.\.\) or DiffusionStage\(\.\.\.\)$",
+    ),
+    "three of two values": (
+        "AdamW(lr=1e-3)",
+        "AdamW(lr=1e-3, betas=(0.9, 0.98, 0.999))",
+        r"AdamW betas: 3 values; write 2 in brackets, such as betas=\(0\.9, 0\.999\)$",
+    ),
+    "one of two values": (
+        "AdamW(lr=1e-3)",
+        "AdamW(lr=1e-3, betas=(0.9,))",
+        r"AdamW betas: 1 values; write 2 in brackets, such as betas=\(0\.9, 0\.999\)$",
+    ),
+    "one number of workers": (
+        "vae=parent,",
+        "vae=parent, workers=8,",
+        r"DiffusionStage workers: 8; write 2 in brackets, such as workers=\(8, 8\)$",
+    ),
     "a batch that is no whole number": (
         "batch=16",
         "batch=16.5",
@@ -208,6 +275,23 @@ def test_a_mistake_is_one_line_with_its_place_value_and_rule(tmp_path: Path, mis
     assert "function-" not in words, "names of pydantic's insides help nobody"
 
 
+def test_all_mistakes_of_one_record_are_said_a_line_each(tmp_path: Path) -> None:
+    text = FILE.replace("AdamW(lr=1e-3)", "AdamW(lr='x', eps=-1, betaz=3)")
+    with pytest.raises(PlanError) as caught:
+        _load(tmp_path, text)
+    number = text[: text.index("betaz")].count("\n") + 1
+    lines = str(caught.value).splitlines()
+    assert [line.partition(" AdamW ")[2].split()[0] for line in lines] == ["lr:", "eps:", "betaz:"]
+    assert {line.partition(": ")[0] for line in lines} == {f"{tmp_path}/course.py:{number}"}
+
+
+def test_a_fault_that_follows_from_another_is_not_said(tmp_path: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        _load(tmp_path, FILE.replace("batch=16", "batch=0"))
+    assert re.search(r"Bucket batch: .*greater than or equal to 1, got 0$", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -313,7 +397,8 @@ def plans(draw: st.DrawFn) -> Plan:
     """An autoencoder and a DiT on it, with some of their fields drawn."""
     hunyuan = draw(st.booleans())
     frames = draw(st.integers(1, 9)) * 4 + (1 if hunyuan else 0)
-    bucket = Bucket("64x128", frames=frames, batch=draw(batches), micro=draw(batches))
+    batch = draw(batches)
+    bucket = Bucket("64x128", frames=frames, batch=batch, micro=draw(st.integers(1, batch)))
     phase = Phase(until=bucket.batch * draw(st.integers(1, 1000)), buckets=(bucket,))
     optimizer = AdamW(
         lr=draw(st.floats(1e-12, 1e3)),
@@ -419,6 +504,7 @@ def test_what_identifies_a_stage_is_all_that_can_change_its_result(tmp_path: Pat
     for change in (
         {"seed": 1},
         {"rate": 8.0},
+        {"match": "any"},
         {"optimizer": AdamW(lr=2e-3)},
         {"text_dropout": 0.2},
         {"held_out": 3},

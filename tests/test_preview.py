@@ -40,7 +40,8 @@ from elastic.loop import Outcome
 from elastic.meter import OF_THE_MACHINES
 from elastic.objective import FlowMatching
 from elastic.preview import NUM_PREVIEWS, PreviewJob, Previews, Teller, positions_in, shown
-from elastic.sample import Guided, SampleRequest, make_samples
+from elastic.sample import SampleRequest, longest_bucket, make_samples
+from elastic.sampler import Guided
 from elastic.weights import WEIGHTS, file_digest
 from elastic.world import World
 from models import HunyuanVAE
@@ -338,7 +339,15 @@ def test_a_film_is_what_the_stages_end_would_show(
     )
     captions = tuple(dict.fromkeys(clip.text for clip in CLIPS))
     request = SampleRequest(
-        PLAIN, own / WEIGHTS, job.codec_weights, SCALE, goal.null, captions, tmp_path / "end", STEPS
+        PLAIN,
+        longest_bucket(PLAIN),
+        own / WEIGHTS,
+        job.codec_weights,
+        SCALE,
+        goal.null,
+        captions,
+        tmp_path / "end",
+        STEPS,
     )
     ends = make_samples(request)
     ((kind, position, _, more),) = told

@@ -36,6 +36,7 @@ from stages.stage import AutoencoderStage, DiffusionStage, Stage
 pytestmark = pytest.mark.ray
 
 PLAN = Path(__file__).with_name("tiny_plan.py")
+NO_AIM = {"RESTAGE_AIM": "0"}  # costs each driver seconds; two of the tests fill it
 # Kills a worker in one stage and adds a node in another, as `make demo` does.
 DRIVER = """
 import sys
@@ -130,7 +131,7 @@ def test_a_killed_worker_and_a_new_node_change_nothing_but_time(
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(PLAN), str(tmp_path)],
-        env=environment(videos, times=8),
+        env=environment(videos, times=4),
         capture_output=True,
         text=True,
         timeout=380,
@@ -163,13 +164,14 @@ def test_a_killed_worker_and_a_new_node_change_nothing_but_time(
 def test_a_stage_that_can_only_fail_again_is_not_tried_again(videos: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "elastic", "train", str(PLAN), "--storage", str(tmp_path)],
-        env={**environment(videos, times=1), "TINY_LR": "1e30"},
+        env={**environment(videos, times=1), **NO_AIM, "TINY_LR": "1e30"},
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
     assert done.returncode == 1
+    assert "worth a look: stage 'hunyuan-vae': optimizer.lr 1e+30: greater than 0.1" in done.stderr
     message = done.stderr.splitlines()[-1]
     assert message.startswith("restage: stage 'hunyuan-vae': gradient norm")
     assert "lower optimizer.lr" in message
@@ -197,7 +199,8 @@ def test_a_mix_whose_table_grows_while_its_driver_is_dead_goes_on_in_the_order_t
     plan = tmp_path / "mixed.py"
     plan.write_text(text)
     command = [sys.executable, "-m", "elastic", "train", str(plan), "--storage", str(tmp_path)]
-    folder, around = RunFolder(tmp_path / "tiny"), environment(videos, times=12, stages=2)
+    folder, around = RunFolder(tmp_path / "tiny"), environment(videos, times=4, stages=2)
+    around |= NO_AIM
 
     def published() -> bool:
         events = read_events(folder.root)
@@ -241,7 +244,6 @@ def require_repair(folder: RunFolder, environment: dict[str, str]) -> None:
             command, env=environment, capture_output=True, text=True, timeout=180, check=False
         )
 
-    assert verb("verify", str(folder.root)).returncode == 0
     latents = Place(folder.latents)
     shard = next(name for name in latents.names() if "/32px-5f/latent/c.0." in name)
     before = latents.read(shard)
@@ -261,7 +263,7 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_goes_on_with_latents
 ) -> None:
     command = [sys.executable, "-m", "elastic", "train", str(PLAN), "--storage", str(tmp_path)]
     # The whole course is another test's: a stage that was finished, and one that was cut off.
-    folder, around = RunFolder(tmp_path / "tiny"), environment(videos, times=8, stages=2)
+    folder, around = RunFolder(tmp_path / "tiny"), environment(videos, times=4, stages=2)
 
     def published() -> bool:
         events = read_events(folder.root)

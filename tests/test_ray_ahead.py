@@ -6,26 +6,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from ahead_plan import plan
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import STAGE
 
-from cluster.local import LocalCluster
 from elastic import ray_ahead
 from elastic.data.moving_shapes import write_demo_videos
 from elastic.errors import InputError
 from elastic.folders import RunFolder
 from elastic.journal import latest_values, read_events, read_metrics
-from elastic.ray_ahead import EncodeAhead, Stopped, Tasks
+from elastic.ray_ahead import EncodeAhead
 from elastic.ray_nodes import Spare, slots
 from models.fresh import fresh_parameters, named_generator
 
@@ -100,94 +98,11 @@ def test_what_one_look_sees_alone_moves_nothing() -> None:
     assert spare.look(free=3, held=2) == 0, "the view may be older than what was taken"
 
 
-@pytest.fixture
-def two_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PYTHONPATH", PATHS)  # workers import this file
-    cluster = LocalCluster(cpus=2)
-    cluster.connect()
-    yield
-    ray.shutdown()
-    cluster.stop()
-
-
 def wait_until(true: Callable[[], bool], what: str) -> None:
     end, pause = time.monotonic() + 60, threading.Event()
     while not true():
         assert time.monotonic() < end, f"waited for {what}"
         pause.wait(0.05)
-
-
-def _alone(marks: str, number: int) -> int:
-    """A task that leaves its process's id and, the first time, goes on until it is ended."""
-    path = Path(marks) / f"{number}-{os.getpid()}"
-    path.touch()
-    while len(list(Path(marks).glob(f"{number}-*"))) < 2:
-        time.sleep(0.05)
-    return number
-
-
-@ray.remote(num_cpus=1)
-class Somebody:
-    """Somebody else's work."""
-
-    def ready(self) -> bool:
-        return True
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("two_cpus")
-def test_a_task_gives_way_at_once_and_is_done_when_there_is_a_place_again(tmp_path: Path) -> None:
-    tasks, found = Tasks(most=1, gpus=0.0, stop=threading.Event()), []
-
-    def run() -> None:
-        found.extend(tasks.all(_alone, [(str(tmp_path), 0)]))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    wait_until(lambda: len(list(tmp_path.iterdir())) == 1, "the task")
-    (first,) = (int(path.name.split("-")[1]) for path in tmp_path.iterdir())
-    other = Somebody.remote()
-    assert ray.get(other.ready.remote(), timeout=60)
-    wait_until(lambda: not Path(f"/proc/{first}").exists(), "the end of the task")
-    assert not found
-    ray.kill(other)
-    thread.join(60)
-    assert found == [0]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("two_cpus")
-def test_nothing_runs_where_training_may_take_all_and_a_stop_is_obeyed(tmp_path: Path) -> None:
-    stop = threading.Event()
-    tasks = Tasks(most=2, gpus=0.0, stop=stop)
-    timer = threading.Timer(5.0, stop.set)  # several looks
-    timer.start()
-    with pytest.raises(Stopped):
-        tasks.one(_alone, str(tmp_path), 0)
-    assert list(tmp_path.iterdir()) == []
-
-
-def _alive(marks: str, number: int) -> int:
-    """A task whose process ends when it is tried first."""
-    if not list(Path(marks).iterdir()):
-        (Path(marks) / "tried").touch()
-        os._exit(1)
-    return number
-
-
-def _fails(marks: str, number: int) -> int:
-    raise OSError(f"{marks}/{number} cannot be read")
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("two_cpus")
-def test_a_lost_task_is_done_again_and_one_that_fails_is_raised(tmp_path: Path) -> None:
-    tasks = Tasks(most=1, gpus=0.0, stop=threading.Event())
-    found = tasks.all(_alive, [(str(tmp_path), number) for number in range(3)])
-    assert sorted(found) == [0, 1, 2]
-    with pytest.raises(OSError, match="1 cannot be read"):
-        tasks.one(_fails, str(tmp_path), 1)
 
 
 def test_what_fails_ahead_is_told_and_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import socket
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,12 +48,16 @@ class Cluster(CapacityPolicy):  # type: ignore[misc]  # Ray has no types
     """The policy on made-up nodes of one CPU each, with Ray's own coordinator in this process."""
 
     def __init__(
-        self, min_stay: float = 30.0, workers: tuple[int, int] = (2, 4), multiple: int = 1
+        self,
+        min_stay: float = 30.0,
+        workers: tuple[int, int] = (2, 4),
+        multiple: int = 1,
+        gains: Callable[[int, int], bool] = lambda now, more: True,
     ) -> None:
         self.told = Told()
         scaling = ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=1)
         stops = lambda: self.stops  # noqa: E731
-        super().__init__(scaling, min_stay, 60.0, self.told, stops, multiple)  # type: ignore[arg-type]
+        super().__init__(scaling, min_stay, 60.0, self.told, stops, multiple, gains)  # type: ignore[arg-type]
         self.stops = False
         self.nodes = ["a", "b"]
         self.draining: dict[str, int] = {}
@@ -257,6 +262,29 @@ def test_a_node_that_somebody_else_uses_is_no_reason_to_grow(now: SimpleNamespac
     cluster.size_of("ab", 0.0)
     now.s += 10
     assert cluster.size_of("ab", 0.0) == 3
+
+
+def test_a_group_does_not_grow_to_where_no_update_is_shorter(now: SimpleNamespace) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def gains(size: int, more: int) -> bool:
+        asked.append((size, more))
+        return more > 3
+
+    cluster = Cluster(min_stay=30, gains=gains)
+    cluster.nodes = ["a", "b", "c"]
+    for _ in range(5):
+        now.s += 12
+        assert cluster.size_of("ab", 0.0) is None
+    assert set(asked) == {(2, 3)}
+    cluster.nodes = ["a", "b", "c", "d"]
+    now.s += 12
+    assert cluster.size_of("ab", 0.0) is None, "it has not stood yet"
+    now.s += 12
+    assert cluster.size_of("ab", 0.0) == 4
+    assert cluster.size_now() == 4, "a start takes what is there"
+    cluster.nodes = ["a", "b", "c"]
+    assert cluster.size_now() == 3
 
 
 def test_a_group_that_could_not_be_placed_is_tried_on_what_is_free() -> None:

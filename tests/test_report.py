@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,7 +160,7 @@ def test_the_report_holds_everything_and_asks_no_network(run_dir: Path) -> None:
     figures = figures_of(path)
     assert set(figures) == {
         "loss-0", "psnr-0", "ssim-0", "loss-1", "loss-2", "psnr-2", "ssim-2", "loss-3",
-        "timeline", "time",
+        "levels-1", "trained-1", "levels-3", "trained-3", "timeline", "time",
     }  # fmt: skip
     raw = path.read_text("utf-8")
     assert all(f'id="{name}"' in raw for name in figures)
@@ -182,6 +183,19 @@ def test_the_plots_show_the_last_truth_of_every_position(run_dir: Path) -> None:
     assert world["dit-dc-ae"] == [0, 2, 0, 0, 3, 0]
     marks = {t["name"] for t in figures["timeline"]["data"] if t.get("mode") == "markers"}
     assert marks == {"crash", "fault injected", "resize", "capacity"}
+
+
+def test_a_diffusion_stage_has_a_line_for_each_level_of_noise(run_dir: Path) -> None:
+    figures = figures_of(write_report(run_dir))
+    held_out, trained = figures["levels-1"]["data"], figures["trained-1"]["data"]
+    assert [trace["name"] for trace in held_out] == [f"t {t:.4f}" for t in np.arange(1, 16, 2) / 16]
+    assert [trace["name"] for trace in trained] == [trace["name"] for trace in held_out]
+    assert held_out[0]["x"] == [100, 200, 300, 400]
+    assert trained[0]["x"] == list(range(20, 401, 20))
+    loss = 0.2 + math.exp(-400 / 150)
+    for level, trace in enumerate(held_out):
+        assert trace["y"][-1] == pytest.approx(loss * (8 - level) / 4)
+    assert len({trace["line"]["color"] for trace in held_out}) == 8
 
 
 def test_the_strip_below_the_worlds_leaves_no_minute_out(run_dir: Path) -> None:

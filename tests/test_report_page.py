@@ -36,7 +36,7 @@ def test_the_page_shows_plots_words_and_films_and_never_scrolls_sideways(
 ) -> None:
     page, told = opened
     plots = page.locator(".plot").all()
-    assert len(plots) == 10
+    assert len(plots) == 14
     for plot in plots:
         name = plot.get_attribute("id")
         assert plot.evaluate(_MARKS) > 0, f"{name} is empty"
@@ -93,7 +93,7 @@ def test_names_that_are_programs_are_shown_and_not_run(tmp_path: Path) -> None:
         page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
         assert page.title() == "demo - Restage"
         assert page.locator("figcaption").first.inner_text() == attack
-        assert page.locator("h3", has_text=HOSTILE).count() == 2, "of its samples and of its loss"
+        assert page.locator("h3", has_text=HOSTILE).count() == 4, "of its samples and of its losses"
         pictures = page.locator("img").all()
         assert len(pictures) == 4, "first frames, and none of a name"
         assert all(one.get_attribute("src").startswith("data:image/webp") for one in pictures)

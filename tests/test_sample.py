@@ -3,6 +3,7 @@
 # B sample, C channel, T frame, H, W latent grid
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import save_file
 from tiny_text import change_weights, tiny_t5_clip
 from torch import Tensor
 
-from elastic import sample
+from elastic import sample, sampler
 from elastic.cli import main
 from elastic.course import sample_request
 from elastic.data.decode import to_unit
@@ -26,9 +29,10 @@ from elastic.data.latents import Scale
 from elastic.data.store import BucketPlan, LatentStore, StoreSchema
 from elastic.errors import InputError, StageBlocked
 from elastic.files import write_atomic
+from elastic.film import read_mp4
 from elastic.folders import LATENT_PINS, RunFolder
 from elastic.record import write_record
-from elastic.sample import SampleRequest, make_samples, read_image
+from elastic.sample import SampleRequest, longest_bucket, make_samples, read_image
 from elastic.weights import FINISHED, WEIGHTS, load_weights
 from models import DiT, HunyuanVAE, T5Clip, WordHash
 from models import t5_clip as text_module
@@ -52,6 +56,7 @@ STAGE = DiffusionStage(
     log_every=8,
     evaluate_every=8,
 )
+CLIPS = longest_bucket(STAGE)
 SCALE = Scale((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 1.0, 0.5))
 CAPTIONS = ("a red circle", "blue")
 
@@ -71,6 +76,7 @@ def request_for(tmp_path: Path) -> Callable[..., SampleRequest]:
     def make(stage: DiffusionStage = STAGE, **more: Any) -> SampleRequest:
         return SampleRequest(
             stage=stage,
+            bucket=longest_bucket(stage),
             weights=_write(stage.build(), tmp_path / "dit.safetensors"),
             codec_weights=_write(CODEC.build(), tmp_path / "vae.safetensors"),
             scale=SCALE,
@@ -88,13 +94,13 @@ def request_for(tmp_path: Path) -> Callable[..., SampleRequest]:
 def conditions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, Tensor | None]]:
     """What the model was conditioned on, call by call."""
     seen = []
-    original = sample.conditioned
+    original = sampler.conditioned
 
     def recorded(model: Any, guidance: float | None, given: Tensor | None) -> Any:
         seen.append((guidance, given))
         return original(model, guidance, given)
 
-    monkeypatch.setattr(sample, "conditioned", recorded)
+    monkeypatch.setattr(sampler, "conditioned", recorded)
     return seen
 
 
@@ -128,10 +134,9 @@ def test_a_picture_is_given_as_the_first_frame(
 
 
 def test_the_picture_decides_what_is_made(
-    request_for: Callable[..., SampleRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    request_for: Callable[..., SampleRequest], tmp_path: Path
 ) -> None:
-    made: list[list[np.ndarray[Any, Any]]] = []
-    monkeypatch.setattr(sample, "_write", lambda folder, captions, films, rate: made.append(films))
+    made: list[np.ndarray[Any, Any]] = []
     red, blue = ((tmp_path / f"{name}.png") for name in ("red", "blue"))
     for image in (
         None,
@@ -139,10 +144,10 @@ def test_the_picture_decides_what_is_made(
         _picture(blue, (0, 0, 250)),
         _picture(red, (250, 0, 0)),
     ):
-        make_samples(request_for(image=image, guidance=2.0))
-    assert np.array_equal(made[1][0], made[3][0])
-    assert not np.array_equal(made[0][0], made[1][0])
-    assert not np.array_equal(made[1][0], made[2][0])
+        made.append(read_mp4(make_samples(request_for(image=image, guidance=2.0))[0]).frames_THWC)
+    assert np.array_equal(made[1], made[3])
+    assert not np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[1], made[2])
 
 
 def test_a_model_that_takes_guidance_runs_once_with_it(
@@ -151,13 +156,13 @@ def test_a_model_that_takes_guidance_runs_once_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    original = sample.euler_sample
+    original = sampler.euler_sample
 
     def recorded(*arguments: Any, **more: Any) -> Tensor:
         asked.append(more["guidance"])
         return original(*arguments, **more)
 
-    monkeypatch.setattr(sample, "euler_sample", recorded)
+    monkeypatch.setattr(sampler, "euler_sample", recorded)
     stage = STAGE.replace(model=STAGE.model.replace(guidance=True))
     make_samples(request_for(stage, guidance=3.5))
     make_samples(request_for(guidance=3.5))
@@ -169,21 +174,21 @@ def test_an_image_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     image = _picture(tmp_path / "a.png", (1, 2, 3))
     plain = STAGE.replace(model=STAGE.model.replace(image_condition=False), given=None)
     with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*image_condition=True"):
-        read_image(image, plain)
+        read_image(image, plain, CLIPS)
     with pytest.raises(InputError, match=r"'tiny' takes no first frame: .*Given\(head=0\)"):
-        read_image(image, STAGE.replace(given=Given(head=0)))
+        read_image(image, STAGE.replace(given=Given(head=0)), CLIPS)
     with pytest.raises(InputError, match="no such file"):
-        read_image(tmp_path / "b.png", STAGE)
+        read_image(tmp_path / "b.png", STAGE, CLIPS)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(InputError, match=r"text\.png.*give a PNG or JPEG file"):
-        read_image(tmp_path / "text.png", STAGE)
+        read_image(tmp_path / "text.png", STAGE, CLIPS)
 
 
 def test_a_picture_is_resized_to_cover_and_cropped_as_clips_are(tmp_path: Path) -> None:
     pixels = np.zeros((64, 256, 3), np.uint8)
     pixels[:, 96:160] = (10, 200, 30)  # the middle 64 of 256
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    x_CTHW = read_image(tmp_path / "wide.png", STAGE)
+    x_CTHW = read_image(tmp_path / "wide.png", STAGE, CLIPS)
     assert x_CTHW.shape == (3, 1, 32, 32)
     assert x_CTHW[:, 0, 16, 16].tolist() == [10, 200, 30]
     assert x_CTHW[:, 0, :, 4:28].flatten(1).unique(dim=1).shape == (3, 1)
@@ -279,3 +284,148 @@ def test_latents_that_are_not_finite_are_named_and_nothing_is_written(
         ):
             make_samples(asked)
         assert not asked.folder.exists()
+
+
+@pytest.fixture
+def run(request_for: Callable[..., SampleRequest], tmp_path: Path) -> RunFolder:
+    """A finished run, of a stage with clips of two lengths."""
+    (phase,) = STAGE.schedule
+    both = (Bucket("32px", frames=1, batch=2), *phase.buckets)
+    made = request_for(STAGE.replace(schedule=(phase.replace(buckets=both),)))
+    stage = made.stage.replace(vae=CODEC.replace(weights=str(made.codec_weights)))
+    folder = _finished_run(stage, tmp_path / "run")
+    made.weights.rename(folder.stage("tiny") / WEIGHTS)
+    write_record(folder, Plan("plan", [stage]))
+    return folder
+
+
+def _sampled(run: RunFolder, capsys: pytest.CaptureFixture[str], *flags: object) -> list[Path]:
+    asked = ["sample", run.root, "--steps", 1, *flags]
+    assert main([str(one) for one in asked]) == 0
+    return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def _refused(run: RunFolder, capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    asked = ["sample", run.root, "--steps", 1, *flags]
+    assert main([str(one) for one in asked]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("restage: ")
+    assert err.count("\n") == 1
+    assert not run.samples("tiny").exists()
+    return err
+
+
+def test_any_bucket_of_the_stage_can_be_sampled_in_and_an_unknown_one_is_told_which_there_are(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _refused(run, capsys, "--caption", "blue", "--bucket", "64px-5f")
+    assert "stage 'tiny' has no bucket '64px-5f'; it has 32px-1f, 32px-5f" in said
+    for flags, frames in ((("--bucket", "32px-1f"), 1), (("--bucket", "32px-5f"), 5), ((), 5)):
+        (path,) = _sampled(run, capsys, "--caption", "blue", *flags)
+        assert path == run.samples("tiny") / "asked" / "00.mp4"
+        assert read_mp4(path).frames_THWC.shape == (frames, 32, 32, 3)
+
+
+def test_a_picture_is_no_first_frame_of_a_bucket_of_stills(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    image = _picture(tmp_path / "a.png", (9, 9, 9))
+    flags = ("--caption", "blue", "--image", image, "--bucket", "32px-1f")
+    assert "its clips of 1 frames have a single latent frame" in _refused(run, capsys, *flags)
+
+
+def test_captions_come_from_flags_and_then_from_a_file_line_by_line(
+    run: RunFolder,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        sample, "make_samples", lambda request: asked.append(request.captions) or []
+    )
+    lines, table = tmp_path / "captions.txt", tmp_path / "captions.csv"
+    lines.write_bytes("\ufeffa red circle\r\n\r\n  ein gr\u00fcner Kreis \nblue\nblue".encode())
+    table.write_text('split,text\ntrain,"a circle, red"\nheld-out,12\n')
+    parquet.write_table(pa.table({"path": ["a.mp4"], "text": ["blue"]}), tmp_path / "c.parquet")
+    _sampled(run, capsys, "--captions", lines, "--caption", "first")
+    _sampled(run, capsys, "--captions", table)
+    _sampled(run, capsys, "--captions", tmp_path / "c.parquet")
+    assert asked == [
+        ("first", "a red circle", "ein gr\u00fcner Kreis", "blue", "blue"),
+        ("a circle, red", "12"),
+        ("blue",),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.txt", None, "gone.txt' cannot be read: .*correct the path"),
+        ("empty.txt", b" \n\n", "the file holds none; write one a line"),
+        ("film.mp4", b"\0\0\0 ftyp\xff\xfe", "not UTF-8 text; write one caption a line, or .*csv"),
+        ("latin.txt", "gr\u00fcn".encode("latin-1"), "not UTF-8 text"),
+        ("none.csv", b"path,txt\na.mp4,blue\n", "has no column 'text'.*; text must be there"),
+        ("rows.csv", b"text\n", "the file holds none"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_named(
+    name: str,
+    content: bytes | None,
+    words: str,
+    run: RunFolder,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert re.search(words, _refused(run, capsys, "--captions", tmp_path / name))
+
+
+def test_a_caption_is_needed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no caption: give --caption" in _refused(run, capsys)
+
+
+def test_a_negative_text_takes_the_place_of_the_null_text(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nulls: list[TextEmbedding] = []
+    original = sampler.euler_sample
+
+    def recorded(model: Any, noise: Tensor, text: Any, null: TextEmbedding, **more: Any) -> Tensor:
+        nulls.append(null)
+        return original(model, noise, text, null, **more)
+
+    monkeypatch.setattr(sampler, "euler_sample", recorded)
+    films = []
+    for flags in ((), ("--negative", "a grey blur"), ("--negative", "")):
+        (path,) = _sampled(run, capsys, "--caption", "a red circle", *flags)
+        films.append(read_mp4(path).frames_THWC)
+    (blur,) = STAGE.text.encode(["a grey blur"])
+    assert torch.equal(nulls[1].embedding_LD, blur.embedding_LD)
+    assert torch.equal(nulls[1].pooled_D, blur.pooled_D)
+    assert not np.array_equal(films[0], films[1])
+    assert np.array_equal(films[0], films[2])
+
+
+def test_a_negative_text_that_nothing_is_led_away_from_is_refused(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], request_for: Callable[..., SampleRequest]
+) -> None:
+    flags = ("--caption", "blue", "--negative", "grey", "--guidance", 1)
+    said = _refused(run, capsys, *flags)
+    assert "negative 'grey': stage 'tiny' has no use for it: at guidance 1 nothing" in said
+    asked = request_for(STAGE.replace(model=STAGE.model.replace(guidance=True)), negative="grey")
+    with pytest.raises(InputError, match=r"takes the strength of guidance.*leave it out"):
+        make_samples(asked)
+
+
+def test_a_negative_text_needs_the_encoder_of_the_latents(
+    request_for: Callable[..., SampleRequest], tmp_path: Path
+) -> None:
+    encoder = tiny_t5_clip(tmp_path / "text")
+    asked = request_for(STAGE.replace(text=encoder), negative="grey")
+    fields = encoder.fingerprint_fields()
+    change_weights(Path(encoder.t5))
+    with pytest.raises(InputError, match=r"is not the text encoder that the stage was trained"):
+        make_samples(replace(asked, text_fields=fields))

@@ -165,6 +165,19 @@ def test_whatever_a_line_carries_reaches_aim(tmp_path: Path) -> None:
         assert reader.series(name)["demo", context(stage="vae")] == [(50, value)], name
 
 
+def test_losses_by_level_of_noise_are_one_chart_with_the_time_as_context(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "demo", STAGES)
+    about = {"subset": "held_out"}
+    for place in ({}, about):
+        line = {**metric("vae", 50, 1.0, **place), "values": {"loss_t0": 4.0, "loss_t7": 2.0}}
+        tracker.log(line)
+    tracker.close()
+    series = Reader(tmp_path).series("loss_by_t")
+    for t, value in (("0.0625", 4.0), ("0.9375", 2.0)):
+        for place in ({}, about):
+            assert series["demo / 1-vae", context(stage="vae", t=t, **place)] == [(50, value)]
+
+
 def test_a_run_has_the_parameters_of_its_stage_and_names_its_parents(tmp_path: Path) -> None:
     vae = {"name": "vae", "schedule": [], "seed": 3, "rate": None}
     dit = {"name": "dit <i>", "schedule": [{"until": 9}], "vae": vae, "data": {"table": "x"},

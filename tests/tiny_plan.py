@@ -95,7 +95,9 @@ dc_ae_dit = hunyuan_dit.replace(
     vae=dc_ae,
     model=hunyuan_dit.model.replace(patch=1, rope_unit="pixel"),
     init=Align(hunyuan_dit, clips=8),
-    schedule=[Phase(until=200 * times, buckets=[Bucket("32px", frames=4, batch=5, micro=2)])],
+    # The longest: a node joins, and takes seconds to come up.
+    schedule=[Phase(until=400 * times, buckets=[Bucket("32px", frames=4, batch=5, micro=2)])],
+    sample_every=200 * times,
 )
 longer = dc_ae_dit.replace(
     name="longer",

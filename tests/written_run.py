@@ -42,15 +42,17 @@ class Machines:
             loss = 0.2 + top * math.exp(-position / 150)
             overall = {"loss": loss, "lr": 1e-3, "grad_norm": 1.0, "data_wait": 0.1}
             overall |= {"samples_per_s": 20 / seconds, "tokens_per_s": 999.0}
+            # A stage without PSNR is a DiT's, whose loss is known by level of noise.
+            by_level = {} if psnr else {f"loss_t{k}": loss * (8 - k) / 4 for k in range(8)}
             for context, values in (
                 ({"bucket": "64px-17f"}, {"loss": loss}),
                 ({"bucket": "64px-1f"}, {"loss": loss / 2}),
-                ({}, overall),
+                ({}, overall | by_level),
             ):
                 self.metric(stage, position, world, context, values)
             if position % 100 == 0:
                 held_out = {"loss": loss * 1.1} | (
-                    {"psnr": 30 - 10 * loss, "ssim": 1 - loss} if psnr else {}
+                    {"psnr": 30 - 10 * loss, "ssim": 1 - loss} if psnr else by_level
                 )
                 self.metric(stage, position, world, {"subset": "held_out"}, held_out)
 

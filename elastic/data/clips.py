@@ -11,25 +11,43 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from elastic.data.segment import WHOLE, Segment
 from elastic.files import published
 
-SCHEMA = pa.schema(
-    {"sample_id": pa.int64(), "path": pa.string(), "text": pa.string(), "held_out": pa.bool_()}
-)
+SCHEMA = pa.schema({
+    "sample_id": pa.int64(), "path": pa.string(), "text": pa.string(), "held_out": pa.bool_(),
+    "start_us": pa.int64(), "end_us": pa.int64(),
+})  # fmt: skip
+NO_END = 2**62  # of a segment, where ends are numbers in an array
 ROWS = 16_384  # of one batch
 
 
 class Clip(NamedTuple):
-    """One row: `sample_id` is a hash of the path as the table writes it, `path` is absolute."""
+    """One row: `sample_id` is a hash of the path as the table writes it, `path` is absolute.
+
+    Of a file of which only a part is used, from where to where; the hash is of both.
+    """
 
     sample_id: int
     path: str
     text: str
     held_out: bool
+    start_us: int = 0
+    end_us: int | None = None
+
+    @property
+    def segment(self) -> Segment:
+        """The part of the file that it is."""
+        return Segment(self.start_us, self.end_us)
 
 
-def sample_id(path: str) -> int:
-    """63 bits of BLAKE2b of the path as the table writes it: the same on every machine."""
+def sample_id(path: str, segment: Segment = WHOLE) -> int:
+    """63 bits of BLAKE2b of the path as the table writes it: the same on every machine.
+
+    Two parts of a file are two clips; of all of it, what it is called is enough.
+    """
+    if not segment.is_whole:
+        path = f"{path}\0{segment.start_us}..{'' if segment.end_us is None else segment.end_us}"
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -107,6 +125,11 @@ class Clips(Sequence[Clip]):
         """Which of them are held out."""
         return self._table.column("held_out").to_numpy()  # type: ignore[no-any-return]
 
+    def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The microseconds from which on their files are used, and up to which, or NO_END."""
+        ends = self._table.column("end_us").fill_null(NO_END)
+        return self._table.column("start_us").to_numpy(), ends.to_numpy()
+
     def texts(self) -> Iterator[str]:
         """The captions."""
         for batch in self.batches():
@@ -146,5 +169,13 @@ def read_parts(path: Path) -> dict[str, Clips]:
         batch = reader.get_batch(number)
         if len(batch):  # a batch holds rows of one part alone
             part = batch.column("part")[0].as_py()
-            parts.setdefault(part, []).append(batch.select(SCHEMA.names))
+            parts.setdefault(part, []).append(_with_segments(batch).select(SCHEMA.names))
     return {name: Clips(pa.Table.from_batches(batches)) for name, batches in parts.items()}
+
+
+def _with_segments(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Of clips that were written before there were segments: all are whole files."""
+    if "start_us" in batch.schema.names:
+        return batch
+    batch = batch.append_column("start_us", pa.array(np.zeros(len(batch), np.int64)))
+    return batch.append_column("end_us", pa.nulls(len(batch), pa.int64()))

@@ -7,9 +7,9 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import av
 import av.container
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from elastic.data.places import is_url, open_read
+from elastic.data.seek import packets_before
+from elastic.data.segment import WHOLE, Segment
 
 DECODE_VERSION = 2  # grows when the same file would give other pixels; part of the fingerprint
 
@@ -197,21 +199,47 @@ def frame_time(frame: av.VideoFrame) -> Fraction:
     return frame.pts * frame.time_base
 
 
-def decode_clip(path: str, frames: int, rate: Fraction | float, height: int, width: int) -> Tensor:
+def decode_clip(
+    path: str,
+    frames: int,
+    rate: Fraction | float,
+    height: int,
+    width: int,
+    segment: Segment = WHOLE,
+) -> Tensor:
     """The first `frames` pictures at `rate` a second, uint8 C,T,H,W; BadVideo if it has fewer.
 
     Picture k is the last frame that is on screen at k / rate seconds after the first frame,
     turned as the file asks, resized to cover height x width, and cropped at the centre.
+    Of a segment, k / rate seconds after its start: a frame of before it, or of its end and after,
+    is no part of it.
     """
-    deadline = time.thread_time() + DEADLINE_S
+    if segment.start_us:
+        with suppress(_Missed):
+            return _decoded(path, _Times(frames, Fraction(rate), segment, True), height, width)
+    return _decoded(path, _Times(frames, Fraction(rate), segment, False), height, width)
+
+
+class _Missed(Exception):
+    """The frames that are wanted cannot be come by without those before them."""
+
+
+class _Times(NamedTuple):
+    """Which moments of a file are wanted, and whether what is before them may be left out."""
+
+    frames: int
+    rate: Fraction
+    segment: Segment
+    seeks: bool
+
+
+def _decoded(path: str, times: _Times, height: int, width: int) -> Tensor:
     converter = VideoReformatter()
     pictures: list[Tensor] = []
     with open_video(path) as (container, stream):
         aspect = stream.sample_aspect_ratio or Fraction(1)
         last: tuple[av.VideoFrame, Tensor] | None = None
-        for frame in _at_times(container, stream, frames, Fraction(rate)):
-            if time.thread_time() > deadline:
-                raise BadVideo(f"took more than {DEADLINE_S:.0f} s to decode")
+        for frame in _at_times(container, stream, times):
             # A slow video shows one frame at several times; it is converted once.
             if last is None or last[0] is not frame:
                 pixels_HWC = _rgb(frame, converter)
@@ -228,33 +256,83 @@ def to_unit(x_uint8: Tensor) -> Tensor:
 
 
 def _at_times(
-    container: av.container.InputContainer, stream: VideoStream, frames: int, rate: Fraction
+    container: av.container.InputContainer, stream: VideoStream, times: _Times
 ) -> Iterator[av.VideoFrame]:
-    """The frame on screen at k / rate seconds after the first, for each k below `frames`."""
-    start: Fraction | None = None
+    """The frame on screen at k / rate seconds after the start, for each k below `frames`."""
+    frames, rate, segment, _ = times
+    length = segment.length
     given = 0
     shown: av.VideoFrame | None = None
     until = Fraction(0)
-    for seen, frame in enumerate(container.decode(stream)):
-        at = frame_time(frame)
-        if seen >= MAX_FRAMES:
-            raise BadVideo(f"more than {MAX_FRAMES:,} frames before the clip was full")
-        start = at if start is None else start
-        while shown is not None and given < frames and given / rate < at - start:
+    for at, frame in _since_start(container, stream, times):
+        if length is not None and at >= length:
+            until = length
+            break
+        while shown is not None and given < frames and given / rate < at:
             yield shown
             given += 1
         shown = frame
-        until = at - start + last_frame_length(frame.duration, frame.time_base, stream)
-        if given == frames - 1 and given / rate <= at - start:
+        until = at + last_frame_length(frame.duration, frame.time_base, stream)
+        until = until if length is None else min(until, length)
+        if given == frames - 1 and given / rate <= at:
             break
     while shown is not None and given < frames and given / rate < until:
         yield shown
         given += 1
+    if shown is None and not segment.is_whole:
+        raise BadVideo(f"has no frame{segment}")
     if given < frames:
         raise BadVideo(
-            f"too short: {float(until):.2f} s, {frames} frames at {rate} a second "
+            f"too short{segment}: {float(until):.2f} s, {frames} frames at {rate} a second "
             f"need more than {float((frames - 1) / rate):.2f} s"
         )
+
+
+def _since_start(
+    container: av.container.InputContainer, stream: VideoStream, times: _Times
+) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """The frames of a segment and whatever follows it, and when after its start each is shown."""
+    deadline = time.thread_time() + DEADLINE_S
+    origin: Fraction | None = None
+    for seen, frame in enumerate(_all_frames(container, stream, times)):
+        at = frame_time(frame)
+        if seen >= MAX_FRAMES:
+            raise BadVideo(f"more than {MAX_FRAMES:,} frames before the clip was full")
+        if time.thread_time() > deadline:
+            raise BadVideo(f"took more than {DEADLINE_S:.0f} s to decode")
+        origin = at + times.segment.start if origin is None else origin
+        if at >= origin or not times.segment.start_us:
+            yield at - origin, frame
+
+
+def _all_frames(
+    container: av.container.InputContainer, stream: VideoStream, times: _Times
+) -> Iterator[av.VideoFrame]:
+    """The first frame of a file, and the others; where it seeks, those of before may be missing.
+
+    Raises _Missed if what it seeks is not found.
+    """
+    frames = container.decode(stream)
+    if not times.seeks:
+        yield from frames
+        return
+    first = next(frames, None)
+    if first is None:
+        return
+    yield first
+    start = frame_time(first) + times.segment.start
+    packets = packets_before(container, stream, start)
+    if packets is None:
+        raise _Missed
+    is_there = False
+    for frame in (frame for packet in packets for frame in packet.decode()):
+        # A film that is refreshed bit by bit is shown only when all of it has been.
+        if not is_there and frame_time(frame) > start:
+            raise _Missed
+        is_there = True
+        yield frame
+    if not is_there:
+        raise _Missed
 
 
 def last_frame_length(

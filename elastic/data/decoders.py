@@ -27,6 +27,7 @@ from torch import Tensor
 
 from elastic.data.decode import DEADLINE_S, BadVideo, Unreachable, decode_clip
 from elastic.data.probe import Probe, probe
+from elastic.data.segment import WHOLE, Segment
 
 MEMORY_BYTES = 4 << 30  # more than it has at its start
 _START_S = 120.0  # torch is imported first, on a machine that may be busy
@@ -46,6 +47,7 @@ class Wanted(NamedTuple):
     rate: Fraction | float
     height: int
     width: int
+    segment: Segment = WHOLE
 
 
 Do = Callable[[Wanted | str], Answer]

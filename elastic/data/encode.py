@@ -289,7 +289,7 @@ def decode_ahead(
     """The clips of each part in chunks, with their pictures; what comes next is decoded already."""
     size = chunk_size(codec)
     wanted = (
-        Wanted(clip.path, bucket.frames, rate, bucket.height, bucket.width)
+        Wanted(clip.path, bucket.frames, rate, bucket.height, bucket.width, clip.segment)
         for bucket, clips in parts
         for clip in clips
     )

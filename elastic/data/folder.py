@@ -61,6 +61,8 @@ def read_folder(folder: str, held_out_every: int) -> Iterator[pa.RecordBatch]:
                 [places.join(folder, clip.name) for clip in some],
                 list(pool.map(lambda clip: _caption(folder, clip.caption), some)),
                 [number % held_out_every == 0 for number in ids],
+                [0] * len(ids),
+                [None] * len(ids),
             )
             yield pa.RecordBatch.from_pydict(
                 dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA

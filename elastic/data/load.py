@@ -1,7 +1,6 @@
-"""Deals the global batch to the ranks in micro-batches of fixed shape, a step ahead of training."""
+"""Deals the global batch to the ranks in micro-batches, a step ahead of training."""
 
 import itertools
-import math
 import queue
 import threading
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elastic.data.deal import deal
 from elastic.data.order import BatchPlan, Layout, batch_at, first_of
 from elastic.data.permutation import Indices
 from elastic.world import World
@@ -83,28 +83,6 @@ class Source(Protocol):
         ...
 
 
-def num_rounds(batch: int, micro: int, workers: int) -> int:
-    """Rounds that every worker runs in an update, filler rounds included."""
-    return math.ceil(math.ceil(batch / micro) / workers)
-
-
-def deal(plan_size: int, micro: int, rank: int, world: int) -> list[tuple[list[int], int]]:
-    """This rank's rounds: offsets into the batch, always `micro` of them, and how many count.
-
-    Micro-batches are cut from the batch without regard to the world and dealt in turn; every rank
-    has the same number of rounds. A round with nothing left repeats the last sample with weight 0.
-    """
-    cuts = [
-        list(range(first, min(first + micro, plan_size))) for first in range(0, plan_size, micro)
-    ]
-    rounds = []
-    for turn in range(num_rounds(plan_size, micro, world)):
-        mine = turn * world + rank
-        cut = cuts[mine] if mine < len(cuts) else []
-        rounds.append((cut + [plan_size - 1] * (micro - len(cut)), len(cut)))
-    return rounds
-
-
 class _Turn(NamedTuple):
     """One of this rank's rounds of a batch, whose samples are in the order of their texts."""
 
@@ -126,21 +104,25 @@ def by_text(plan: BatchPlan, lengths: Indices) -> tuple[BatchPlan, Indices]:
     return sorted_plan, lengths[order]
 
 
-def _turns(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[_Turn]:
+def _turns(
+    plans: Iterable[BatchPlan], source: Source, rank: int, world: int, exact: bool
+) -> Iterator[_Turn]:
     for given in plans:
         if not len(given.indices):
             continue  # a bucket may have lost all of its held-out clips
         plan, lengths = by_text(given, source.text_lengths(given.bucket, given.indices))
-        dealt = deal(len(plan.indices), plan.bucket.micro, rank, world)
+        dealt = deal(len(plan.indices), plan.bucket.micro, rank, world, exact)
         for turn, (offsets, num_real) in enumerate(dealt):
             yield _Turn(
                 plan, offsets, num_real, turn == len(dealt) - 1, int(lengths[offsets].max())
             )
 
 
-def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int) -> Iterator[Micro]:
+def rounds_of(
+    plans: Iterable[BatchPlan], source: Source, rank: int, world: int, exact: bool = False
+) -> Iterator[Micro]:
     """This rank's micro-batches of global batches."""
-    turns, asked = itertools.tee(_turns(plans, source, rank, world))
+    turns, asked = itertools.tee(_turns(plans, source, rank, world, exact))
     found = source.fetch_all((turn.plan.bucket, turn.plan.indices[turn.offsets]) for turn in asked)
     for turn, samples in zip(turns, found, strict=True):
         plan, offsets, num_real, is_last, text_tokens = turn
@@ -157,9 +139,11 @@ def rounds_of(plans: Iterable[BatchPlan], source: Source, rank: int, world: int)
         )
 
 
-def own_rounds(plans: Iterable[BatchPlan], source: Source, world: World) -> Iterator[Micro]:
+def own_rounds(
+    plans: Iterable[BatchPlan], source: Source, world: World, exact: bool
+) -> Iterator[Micro]:
     """This rank's micro-batches; what others of its context count as well has weight 0 here."""
-    for micro in rounds_of(plans, source, world.reader, world.readers):
+    for micro in rounds_of(plans, source, world.reader, world.readers, exact):
         if world.counts:
             yield micro
         else:
@@ -228,7 +212,7 @@ class Stream(Generic[Ready]):
     def _read_ahead(self, position: int) -> None:
         try:
             shown, planned = itertools.tee(self._plans(position))
-            micros = own_rounds(planned, self._source, self._world)
+            micros = own_rounds(planned, self._source, self._world, self._stage.exact)
             for plan in shown:
                 if self._closing.is_set():
                     break
@@ -266,4 +250,4 @@ def held_out_rounds(source: Source, stage: Stage, bucket: Bucket, world: World) 
     """This rank's micro-batches of a fixed set of held-out samples, from each source its share."""
     indices = first_of(stage.data.shares, source.layouts()[bucket.name], stage.held_out)
     plan = BatchPlan(0, bucket, indices, np.zeros_like(indices))
-    return own_rounds([plan], source, world)
+    return own_rounds([plan], source, world, stage.exact)

@@ -13,7 +13,7 @@ import numpy as np
 
 from elastic.data.mix import Dealt, deal_sources, quotas, used_before
 from elastic.data.permutation import Indices, Permutation, WindowedPermutation
-from stages.init import Continue
+from stages.init import Continue, parent_samples
 from stages.schedule import Bucket, Slot, samples_before, slot_at
 from stages.stage import Stage
 
@@ -215,14 +215,14 @@ def updates_carried(stage: Stage) -> int:
     init = stage.init
     if not isinstance(init, Continue) or init.optimizer == "reset":
         return 0
-    return updates_carried(init.stage) + updates_before(init.stage, init.stage.budget)
+    return updates_carried(init.stage) + updates_before(init.stage, parent_samples(init))
 
 
 def samples_carried(stage: Stage) -> int:
     """Samples that the stage's average had behind it when the stage began."""
     if not isinstance(stage.init, Continue):
         return 0
-    return samples_carried(stage.init.stage) + stage.init.stage.budget
+    return samples_carried(stage.init.stage) + parent_samples(stage.init)
 
 
 def chain_digest(before: str, sample_ids: Indices) -> str:

@@ -18,7 +18,10 @@ from elastic.data.decode import (
 
 
 class Probe(NamedTuple):
-    """What was counted in a file; width and height are those on screen, after turning."""
+    """What was counted in a file; width and height are those on screen, after turning.
+
+    Counted in pixels, which are shown `stretch` times as wide as high.
+    """
 
     frames: int
     rate: Fraction
@@ -26,6 +29,7 @@ class Probe(NamedTuple):
     height: int
     rotation: int
     duration_s: float
+    stretch: Fraction = Fraction(1)
 
 
 def probe(path: str) -> Probe:
@@ -35,6 +39,7 @@ def probe(path: str) -> Probe:
     times: list[Fraction] = []
     end = Fraction(0)
     with open_video(path) as (container, stream):
+        aspect = stream.sample_aspect_ratio or Fraction(1)
         for packet in container.demux(stream):
             if first is None:
                 first = next(iter(packet.decode()), None)
@@ -52,11 +57,15 @@ def probe(path: str) -> Probe:
     if first is None or not times:
         raise BadVideo("no frame could be decoded")
     frame_time(first)  # BadVideo for what decoding would refuse as well
-    return _measure(first, sorted(times), end, stream.average_rate)
+    return _measure(first, sorted(times), end, stream.average_rate, aspect)
 
 
 def _measure(
-    first: av.VideoFrame, times: list[Fraction], end: Fraction, header_rate: Fraction | None
+    first: av.VideoFrame,
+    times: list[Fraction],
+    end: Fraction,
+    header_rate: Fraction | None,
+    stretch: Fraction,
 ) -> Probe:
     duration = end - times[0]
     if duration > MAX_SECONDS:
@@ -65,5 +74,5 @@ def _measure(
     rate = (len(times) - 1) / span if span else header_rate or Fraction(1)
     width, height = first.width, first.height
     if first.rotation % 180:
-        width, height = height, width
-    return Probe(len(times), rate, width, height, first.rotation, float(duration))
+        width, height, stretch = height, width, 1 / stretch
+    return Probe(len(times), rate, width, height, first.rotation, float(duration), stretch)

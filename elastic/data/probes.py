@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from elastic.data.clips import ROWS, Clip, Clips, sample_id
+from elastic.data.clips import NO_END, ROWS, Clip, Clips, sample_id
 from elastic.data.decode import DECODE_VERSION, BadVideo, Unreachable, is_mount_gone
 from elastic.data.decoders import Decoders
 from elastic.data.places import Stamp, stamp
 from elastic.data.probe import Probe
+from elastic.data.segment import SECOND
 from elastic.files import published
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,9 @@ _STATS = 32  # threads that ask for sizes: on a shared disk each question is a r
 _FIELDS = np.dtype([
     ("frames", "i8"), ("rate_over", "i8"), ("rate_under", "i8"), ("width", "i8"),
     ("height", "i8"), ("rotation", "i8"), ("duration_s", "f8"),
+    ("stretch_over", "i8"), ("stretch_under", "i8"),
 ])  # fmt: skip
+_RATIOS = ("rate", "stretch")  # each is kept as two numbers
 _COLUMNS = {
     "path": pa.string(), "size": pa.int64(), "mtime_ns": pa.int64(), "reason": pa.string(),
     **{name: pa.from_numpy_dtype(_FIELDS[name]) for name in _FIELDS.names or ()},
@@ -47,6 +50,8 @@ class Probed:
         self._fields = np.zeros(len(clips), _FIELDS)
         self.unreachable: list[int] = []  # rows that say nothing about their files
         self._reasons = np.full(len(clips), "not probed", object)  # of those that are not good
+        self._starts, self._ends = clips.segments()
+        self.is_segment = (self._starts > 0) | (self._ends < NO_END)  # others are whole files
 
     @classmethod
     def of(cls, clips: Sequence[Clip], found: Mapping[int, Probe]) -> "Probed":
@@ -63,23 +68,46 @@ class Probed:
         self._reasons[row] = why
 
     def put(self, row: int, found: Probe | str) -> None:
-        """Note what was found in the file of a row."""
+        """Note what was found in the file of a row; a segment that it has not is none."""
+        if isinstance(found, Probe):
+            found = self._missing(row, found) or found
         self.is_good[row] = isinstance(found, Probe)
         if isinstance(found, str):
             self._reasons[row] = found
             return
-        rate = found.rate
+        rate, stretch = found.rate, found.stretch
         self._fields[row] = (
             found.frames, rate.numerator, rate.denominator, found.width, found.height,
-            found.rotation, found.duration_s,
+            found.rotation, found.duration_s, stretch.numerator, stretch.denominator,
         )  # fmt: skip
+
+    def put_answer(
+        self, rows: list[int], answer: Probe | BadVideo | Unreachable
+    ) -> Probe | str | None:
+        """Note what came of probing the file of some rows; None if that says nothing about it."""
+        if isinstance(answer, Unreachable):  # a later run may read it
+            for row in rows:
+                self.put_unreachable(row, str(answer))
+            return None
+        found = answer.reason if isinstance(answer, BadVideo) else answer
+        for row in rows:
+            self.put(row, found)
+        return found
+
+    def _missing(self, row: int, found: Probe) -> str | None:
+        """Why a file has not the segment that a row names; None if it has."""
+        start_s = self._starts[row] / SECOND
+        if self.is_segment[row] and found.frames == 1:
+            return "one picture, of which there is no start and no end: leave both out"
+        if self.is_segment[row] and start_s >= found.duration_s:
+            return f"starts at {start_s:g} s, and the file is {found.duration_s:g} s long"
+        return None
 
     def at(self, row: int) -> Probe | str:
         """What is known of a row."""
         if not self.is_good[row]:
             return str(self._reasons[row])
-        frames, over, under, width, height, rotation, duration_s = self._fields[row].tolist()
-        return Probe(frames, Fraction(over, under), width, height, rotation, duration_s)
+        return _probe(dict(zip(_FIELDS.names or (), self._fields[row].tolist(), strict=True)))
 
     def quarantined(self) -> Iterator[tuple[Clip, str]]:
         """The rows that cannot be used, and why."""
@@ -91,36 +119,52 @@ class Probed:
         pixels: NDArray[np.int64] = self._fields["width"] * self._fields["height"]
         return pixels
 
+    def shown(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Height and width of each row as it is shown, in the height of its pixels."""
+        of = self._fields
+        stretch = of["stretch_over"] / np.maximum(of["stretch_under"], 1)
+        return of["height"].astype(np.float64), of["width"] * stretch
+
     def can_fill(self, frames: int, rate: Fraction | float) -> NDArray[np.bool_]:
         """Whether a clip is on screen long enough for so many pictures at so many a second.
 
-        It is if (frames - 1) / rate, exactly, is less than its duration.
+        It is if (frames - 1) / rate, exactly, is less than its duration; a segment lasts to its
+        end, or to that of the file.
         """
         needed = (frames - 1) / Fraction(rate)
         near = float(needed)  # and whatever is longer than `needed` is at least the next one
         longer: NDArray[np.bool_] = self._fields["duration_s"] > near
-        return longer | (self._fields["duration_s"] == near) if near > needed else longer
+        longer = longer | (self._fields["duration_s"] == near) if near > needed else longer
+        return np.where(self.is_segment, self._last(needed), longer)
+
+    def _last(self, needed_s: Fraction) -> NDArray[np.bool_]:
+        """Whether segments last longer than so many seconds."""
+        needed = needed_s * SECOND
+        cut = self._ends - self._starts > needed.numerator // needed.denominator
+        # Ends of files are rounded: what is a nanosecond too long is as long as needed.
+        left = self._fields["duration_s"] * SECOND - self._starts > float(needed) + 1e-3
+        both: NDArray[np.bool_] = cut & left
+        return both
 
 
 def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Probed:
-    """Probe every clip once; a file of the same size and time is taken from the cache."""
+    """Probe every file once; one of the same size and time is taken from the cache."""
     probed = Probed(Clips.of(clips))
     cache, decoders, first = _Cache(Path(cache_path)), Decoders(workers), 0
+    shared: dict[str, Probe | str] = {}  # of files that have several clips, in any of the batches
     try:
         with ThreadPoolExecutor(_STATS) as pool:
             for batch in probed.clips.batches():
                 paths = batch.column("path").to_pylist()
-                left = _take_known(
-                    cache, probed, first, zip(paths, pool.map(_stamp, paths), strict=True)
-                )
-                answers = decoders.probe(paths[row - first] for row in left)
-                for (row, now), answer in zip(left.items(), answers, strict=True):
-                    found = answer.reason if isinstance(answer, BadVideo) else answer
-                    if isinstance(found, Unreachable):  # a later run may read it
-                        probed.put_unreachable(row, str(found))
-                        continue
-                    probed.put(row, found)
-                    cache.add(paths[row - first], now, found)
+                names = list(dict.fromkeys(paths))
+                stamps = dict(zip(names, pool.map(_stamp, names), strict=True))
+                stamped = ((path, stamps[path]) for path in paths)
+                left = _take_known(cache, probed, first, stamped)
+                rows: dict[str, list[int]] = {}
+                for row in left:
+                    rows.setdefault(paths[row - first], []).append(row)
+                for path, found in _files_probed(probed, decoders, rows, shared):
+                    cache.add(path, left[rows[path][0]], found)
                 first += len(paths)
     finally:
         try:
@@ -128,6 +172,26 @@ def probe_all(clips: Sequence[Clip], cache_path: str | Path, workers: int) -> Pr
         finally:
             cache.save()
     return probed
+
+
+def _files_probed(
+    probed: Probed,
+    decoders: Decoders,
+    rows: Mapping[str, list[int]],
+    shared: dict[str, Probe | str],
+) -> Iterator[tuple[str, Probe | str]]:
+    """Probe files for their rows; what is found in each that is not `shared` already."""
+    for path in rows.keys() & shared.keys():
+        for row in rows[path]:
+            probed.put(row, shared[path])
+    left = [path for path in rows if path not in shared]
+    for path, answer in zip(left, decoders.probe(left), strict=True):
+        found = probed.put_answer(rows[path], answer)
+        if found is None:
+            continue
+        if probed.is_segment[rows[path]].any():
+            shared[path] = found
+        yield path, found
 
 
 def _take_known(
@@ -227,8 +291,10 @@ class _Cache:
                 yield {**row, "reason": found}
                 continue
             fields = found._asdict()
-            rate = fields.pop("rate")
-            yield {**row, **fields, "rate_over": rate.numerator, "rate_under": rate.denominator}
+            for name in _RATIOS:
+                ratio = fields.pop(name)
+                fields[f"{name}_over"], fields[f"{name}_under"] = ratio.as_integer_ratio()
+            yield {**row, **fields}
 
 
 def _known(row: dict[str, Any], now: Stamp) -> Probe | str | None:
@@ -238,7 +304,14 @@ def _known(row: dict[str, Any], now: Stamp) -> Probe | str | None:
     reason = row.pop("reason")
     if reason is not None:
         return str(reason)
-    return Probe(rate=Fraction(row.pop("rate_over"), row.pop("rate_under")), **row)
+    return _probe(row)
+
+
+def _probe(fields: dict[str, Any]) -> Probe:  # Any: whatever a probe holds
+    """From a row of columns."""
+    for name in _RATIOS:
+        fields[name] = Fraction(fields.pop(f"{name}_over"), fields.pop(f"{name}_under"))
+    return Probe(**fields)
 
 
 def _load(path: Path) -> Iterator[pa.RecordBatch]:

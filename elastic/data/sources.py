@@ -84,17 +84,18 @@ class VideoSource:
         answers = self._decoders.answers(wanted, self._decoders.num, self._broken)
         for bucket, indices in shown:
             pictures = {
-                one.path: self._pictures(one, next(answers))
-                for one in self._wanted(bucket, indices)
+                one: self._pictures(one, next(answers)) for one in self._wanted(bucket, indices)
             }
             yield self._samples(bucket, indices, pictures)
 
     def _wanted(self, bucket: Bucket, indices: Indices) -> list[Wanted]:
-        """What is to be decoded for a round: each file once, as a round may repeat a clip."""
-        paths = dict.fromkeys(self._clips[bucket.name][int(i)].path for i in indices)
-        return [
-            Wanted(path, bucket.frames, self._rate, bucket.height, bucket.width) for path in paths
-        ]
+        """What is to be decoded for a round: each clip once, as a round may repeat it."""
+        return list(dict.fromkeys(self._of(bucket, int(i)) for i in indices))
+
+    def _of(self, bucket: Bucket, index: int) -> Wanted:
+        clip = self._clips[bucket.name][index]
+        size = bucket.height, bucket.width
+        return Wanted(clip.path, bucket.frames, self._rate, *size, clip.segment)
 
     def _pictures(self, wanted: Wanted, answer: Answer) -> Tensor | None:
         for pause in _PAUSES_S:
@@ -107,16 +108,17 @@ class VideoSource:
             raise answer
         if isinstance(answer, BadVideo):
             if wanted not in self._broken:  # the probe has looked at its first frame alone
-                log.warning("%s: left out of its batch: %s", wanted.path, answer)
+                what = f"{wanted.path}{wanted.segment}"
+                log.warning("%s: left out of its batch: %s", what, answer)
             self._broken[wanted] = answer
             return None
         assert isinstance(answer, np.ndarray), "a probe was not asked for"
         return to_unit(torch.from_numpy(answer))
 
     def _samples(
-        self, bucket: Bucket, indices: Indices, pictures: Mapping[str, Tensor | None]
+        self, bucket: Bucket, indices: Indices, pictures: Mapping[Wanted, Tensor | None]
     ) -> Samples:
-        found = [pictures[self._clips[bucket.name][int(i)].path] for i in indices]
+        found = [pictures[self._of(bucket, int(i))] for i in indices]
         grey = torch.zeros(3, bucket.frames, bucket.height, bucket.width)
         return Samples(
             x_BCTHW=torch.stack([grey if x is None else x for x in found]),

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from elastic.data import places
 from elastic.data.clips import ROWS, SCHEMA, Clips, read_parts, sample_id, write_parts
 from elastic.data.folder import names_in, read_folder
+from elastic.data.segment import SECOND, Segment
 from elastic.errors import InputError
 from stages.videos import Mix, Videos
 
 SPLITS = ("train", "held-out")
-_COLUMNS = ("path", "text", "split")
+_COLUMNS = ("path", "text", "split", "start", "end")
+_MOST_SECONDS = 10**9
+_NEEDED = ("path", "text")
 
 
 def read_table(videos: Videos, spill: Path | None = None) -> Clips:
@@ -47,6 +50,40 @@ def read_tables(data: Videos | Mix, spill: Path | None = None) -> list[Clips]:
             )
         _require_distinct(videos.table, clips.ids())
     return found
+
+
+def read_captions(name: str) -> list[str]:
+    """The captions of a file in its order: one a line, or the column text of a table.
+
+    InputError where it cannot be read, or holds none.
+    """
+    if Path(name).suffix.lower() in _READERS:
+        captions: list[str] = []
+        for batch in _read(name, ("text",)):
+            captions += _values(batch, "text", name, len(captions) + 1)
+    else:
+        captions = [line.strip() for line in _text_of(name).splitlines() if line.strip()]
+    if not captions:
+        raise InputError(f"captions {name!r}: the file holds none; write one a line")
+    return captions
+
+
+def _text_of(name: str) -> str:
+    if places.is_url(name):
+        places.check_url(name, "captions")
+    try:
+        with places.open_read(name) as file:
+            text = file.read().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"captions {name!r} cannot be read: {error}; correct the path") from error
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise InputError(
+            f"captions {name!r}: not UTF-8 text; write one caption a line, or give a table that "
+            f"ends in {' or '.join(_READERS)}"
+        )
+    return text
 
 
 def check_videos(videos: Videos) -> None:
@@ -132,19 +169,53 @@ def _clips(batch: pa.RecordBatch, videos: Videos, folder: str, first_row: int) -
     """Some rows of the table as clips."""
     name = videos.table
     paths, texts = _values(batch, "path", name, first_row), _values(batch, "text", name, first_row)
-    ids = [sample_id(path) for path in paths]
+    starts, ends = (_times(batch, column, name, first_row) for column in ("start", "end"))
+    segments = [Segment(start or 0, end) for start, end in zip(starts, ends, strict=True)]
+    for row, segment in enumerate(segments, start=first_row):
+        _require_order(segment, f"table {name!r}, row {row}")
+    ids = [sample_id(*one) for one in zip(paths, segments, strict=True)]
     if "split" in batch.schema.names:
         splits = enumerate(_values(batch, "split", name, first_row), start=first_row)
         held_out = [_is_held_out(split, f"table {name!r}, row {row}") for row, split in splits]
     else:
-        held_out = [number % videos.held_out_every == 0 for number in ids]
+        # By the file alone: parts of one film are too much alike to be measured on and trained on.
+        held_out = [sample_id(path) % videos.held_out_every == 0 for path in paths]
     found = [
         _absolute(path, folder, f"table {name!r}, row {row}")
         for row, path in enumerate(paths, start=first_row)
     ]
-    return pa.RecordBatch.from_pydict(
-        dict(zip(SCHEMA.names, (ids, found, texts, held_out), strict=True)), schema=SCHEMA
-    )
+    first_us, last_us = [one.start_us for one in segments], [one.end_us for one in segments]
+    columns = (ids, found, texts, held_out, first_us, last_us)
+    return pa.RecordBatch.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
+
+
+def _times(batch: pa.RecordBatch, column: str, name: str, first_row: int) -> list[int | None]:
+    """Microseconds, of a column of seconds that need not be there; None where there is none."""
+    if column not in batch.schema.names:
+        return [None] * len(batch)
+    found: list[int | None] = []
+    for row, value in enumerate(batch.column(column).to_pylist(), start=first_row):
+        try:
+            seconds = None if value is None or value == "" else float(value)
+            is_usable = seconds is None or 0 <= seconds <= _MOST_SECONDS
+        except (TypeError, ValueError):
+            is_usable = False
+        if not is_usable or isinstance(value, bool):
+            raise InputError(
+                f"table {name!r}, row {row}: {column} is {value!r}; it must be a number of seconds "
+                f"from the file's first frame on, 0 to {_MOST_SECONDS:,}, or be left empty"
+            )
+        found.append(None if seconds is None else round(seconds * SECOND))
+    return found
+
+
+def _require_order(segment: Segment, where: str) -> None:
+    if segment.end_us is not None and segment.end_us <= segment.start_us:
+        raise InputError(
+            f"{where}: end is {segment.end_us / SECOND:g} and start is "
+            f"{segment.start_us / SECOND:g} seconds; a clip ends after it starts: correct one of "
+            "them, or leave the end empty for the rest of the file"
+        )
 
 
 def _require_distinct(name: str, ids: NDArray[np.int64]) -> None:
@@ -157,7 +228,7 @@ def _require_distinct(name: str, ids: NDArray[np.int64]) -> None:
     path = _path_at(name, row)
     raise InputError(
         f"table {name!r}, row {row + 1}: path {path!r} is there already, in row {first + 1}; "
-        f"a clip has one row: remove one of them"
+        f"a clip has one row: remove one of them, or give each its own start and end"
     )
 
 
@@ -169,7 +240,7 @@ def _path_at(name: str, row: int) -> str:
     raise AssertionError(f"{name} has changed while it was read")
 
 
-def _read(name: str) -> Iterator[pa.RecordBatch]:
+def _read(name: str, needed: tuple[str, ...] = _NEEDED) -> Iterator[pa.RecordBatch]:
     """The columns of the table that are used, some rows at a time."""
     try:
         is_there = places.is_file(name)
@@ -180,12 +251,11 @@ def _read(name: str) -> Iterator[pa.RecordBatch]:
             f"{name!r} does not exist; it is a table (a CSV or Parquet file, or its URL, with the "
             f"columns path and text) or a folder of videos: correct the name"
         )
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
     suffix = Path(name).suffix.lower()
-    if suffix not in readers:
+    if suffix not in _READERS:
         raise InputError(f"table {name!r} ends in {suffix!r}; it must end in .csv or .parquet")
     try:
-        yield from readers[suffix](name)
+        yield from _READERS[suffix](name, needed)
     except (pa.ArrowException, OSError) as error:
         what = ascii(str(error))[1:-1][:300]  # a binary file would put its bytes on the terminal
         raise InputError(
@@ -194,13 +264,13 @@ def _read(name: str) -> Iterator[pa.RecordBatch]:
         ) from error
 
 
-def _read_parquet(name: str) -> Iterator[pa.RecordBatch]:
+def _read_parquet(name: str, needed: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     with places.open_read(name) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-        columns = _columns(file.schema_arrow.names, name)
+        columns = _columns(file.schema_arrow.names, name, needed)
         yield from file.iter_batches(batch_size=ROWS, columns=columns)
 
 
-def _read_csv(name: str) -> Iterator[pa.RecordBatch]:
+def _read_csv(name: str, needed: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     found = places.stamp(name)
     if found is None or not found.size:
         raise InputError(f"table {name!r} is an empty file; it needs the header path,text")
@@ -209,7 +279,7 @@ def _read_csv(name: str) -> Iterator[pa.RecordBatch]:
         places.open_read(name) as file,
         pyarrow.csv.open_csv(file, parse_options=parse) as reader,
     ):
-        columns = _columns(reader.schema.names, name)
+        columns = _columns(reader.schema.names, name, needed)
     # Fixed types: a column of captions such as `12` must not become numbers. Other columns are not
     # converted: their types would be guessed from the first rows.
     convert = pyarrow.csv.ConvertOptions(
@@ -224,12 +294,15 @@ def _read_csv(name: str) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-def _columns(names: list[str], table: str) -> list[str]:
+_READERS = {".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _columns(names: list[str], table: str, needed: tuple[str, ...]) -> list[str]:
     """Those of the columns that are used; InputError for one that is missing or there twice."""
     if len(names) == 1 and ";" in names[0]:
         raise InputError(
             f"table {table!r} has the one column {names[0]!r}; columns are parted by commas: "
-            "write path,text"
+            f"write {','.join(needed)}"
         )
     for column in _COLUMNS:
         if names.count(column) > 1:
@@ -237,14 +310,14 @@ def _columns(names: list[str], table: str) -> list[str]:
                 f"table {table!r} has {names.count(column)} columns {column!r}; a column comes "
                 "once: rename or remove the others"
             )
-    for column in ("path", "text"):
+    for column in needed:
         if column not in names:
             lowered = {found.lower(): found for found in names}
             near = difflib.get_close_matches(column, lowered, n=1, cutoff=0.4)
             hint = f"nearest is {lowered[near[0]]!r}: rename it" if near else "add it"
             raise InputError(
                 f"table {table!r} has no column {column!r}, it has {', '.join(map(repr, names))}; "
-                f"path and text must be there; {hint}"
+                f"{' and '.join(needed)} must be there; {hint}"
             )
     return [column for column in _COLUMNS if column in names]
 

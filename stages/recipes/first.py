@@ -36,6 +36,7 @@ vae = AutoencoderStage(
     schedule=[Phase(until=4_800, buckets=[still]), Phase(until=5_600, buckets=[clip])],
     optimizer=Muon(lr=1.5e-3, betas=(0.9, 0.95), matrix_lr=0.007, momentum=0.8, warmup=160),
     ema=Ema(halflife=100),
+    workers=(1, 2),  # the most that its batches are worth: `plan` says what more would compute
     save_every=1_000,
     log_every=200,
     evaluate_every=2_800,  # PSNR of clips that were held out: below 20 dB a DiT learns a blur

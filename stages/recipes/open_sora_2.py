@@ -6,8 +6,7 @@ this departs from them:
 
 - one bucket for each published band of lengths, of its longest clips, instead of one for every four
   frames; pictures of 768 and 1024 px are left out, as are those of the DC-AE stages (4k frames);
-- 256 px clips are not mixed into the 768 px stage, and every worker computes whole clips: there is
-  no sequence parallelism;
+- 256 px clips are not mixed into the 768 px stage;
 - averages are on, and rates warm up; eps is 1e-8, not 1e-15;
 - text is as long as it is, and its padding is never attended;
 - the autoencoder loses squared error beside absolute error;
@@ -95,20 +94,21 @@ hunyuan_i2v = hunyuan_t2v.replace(
 hunyuan_768 = hunyuan_i2v.replace(
     name="hunyuan-768px",
     init=Continue(hunyuan_i2v, optimizer="reset"),
-    schedule=[  # 13K iterations on 192 GPUs; the published batches are those of 4 GPUs together
+    schedule=[  # 13K iterations on 192 GPUs, of which each 4 share the tokens of their samples
         Phase(
             until=4_997_280,
             buckets=[
-                Bucket("768px", frames=1, batch=1_824, micro=10),
-                Bucket("768px", frames=33, batch=480, micro=2),
-                Bucket("768px", frames=65, batch=240, micro=1),
-                Bucket("768px", frames=97, batch=144, micro=1),
-                Bucket("768px", frames=129, batch=96, micro=1),
+                Bucket("768px", frames=1, batch=1_824, micro=38),
+                Bucket("768px", frames=33, batch=480, micro=10),
+                Bucket("768px", frames=65, batch=240, micro=5),
+                Bucket("768px", frames=97, batch=144, micro=3),
+                Bucket("768px", frames=129, batch=96, micro=2),
             ],
         ),
     ],
     optimizer=AdamW(lr=1e-5, warmup=M // 10),
     workers=(32, 192),
+    context=4,
     save_every=M // 10,
 )
 
@@ -152,6 +152,7 @@ dc_ae_768 = hunyuan_768.replace(
     ],
     optimizer=AdamW(lr=3e-5, warmup=M // 10),
     workers=(8, 160),  # starts with what is free, from 8 up to 160
+    context=1,
     save_every=M // 4,
     evaluate_every=2 * M,
 )

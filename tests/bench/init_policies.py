@@ -45,7 +45,7 @@ from elastic.start import Origin
 from elastic.weights import WEIGHTS, load_weights
 from elastic.world import World
 from models import DCAE, DiT, HunyuanVAE, WordHash
-from models.flow import euler_sample, time_shift
+from models.flow import euler_sample
 from models.fresh import named_generator
 from models.text import pad
 from stages import AdamW, Align, Bucket, DiffusionStage, Ema, Fresh, KeepTrunk, Phase, Videos
@@ -303,7 +303,6 @@ def read_samples(
     model = load_weights(stage.build("cpu"), weights)
     bucket = stage.buckets[0]
     grid = stage.codec.grid(bucket.frames, bucket.height, bucket.width)
-    frames, height, width = stage.model.token_grid(grid)
     chosen = clips(NUM_CLIPS, NUM_SAMPLES)
     shape = (NUM_SAMPLES, stage.codec.channels, *grid)
     z_BCTHW = euler_sample(
@@ -313,7 +312,7 @@ def read_samples(
         stage.text.null(),
         steps=25,
         guidance=3.0,
-        alpha=time_shift(height * width, frames),
+        alpha=stage.times(bucket).alpha,
     )
     hits: dict[str, int] = {"colour": 0, "shape": 0, "direction": 0}
     for clip, film in zip(chosen, to_frames(codec.decode(z_BCTHW)), strict=True):
