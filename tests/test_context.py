@@ -305,7 +305,7 @@ def test_the_plan_says_who_holds_and_who_shares(tmp_path: Path) -> None:
 
 def test_memory_is_planned_by_who_holds_and_who_shares() -> None:
     long = WIDE.replace(
-        schedule=[Phase(until=200, buckets=[Bucket("256px", frames=33, batch=8, micro=4)])]
+        schedule=[Phase(until=288, buckets=[Bucket("256px", frames=33, batch=96, micro=4)])]
     )
     module, bucket = long.build(), long.buckets[0]
     split, held = shared(3, stage=long), shared(1, 2, stage=long)
