@@ -6,6 +6,7 @@ here. On Hopper cuDNN's kernel comes first (tests/bench/mfu.py measures both).
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.attention import backend_of
 from models.blocks import Block
 from models.codec import CodecModule
 from stages.schedule import Bucket
@@ -51,6 +53,24 @@ def attention(order: tuple[Backend, ...]) -> Iterator[None]:
     """Inside this block, attention takes the first backend of the order that can do it."""
     with sdpa_kernel([_BACKENDS[name] for name in order], set_priority=True):
         yield
+
+
+def attention_of(stage: Stage, device: torch.device) -> Backend | None:
+    """The backend that attention of this stage runs on, in the order that is set now.
+
+    None for an autoencoder, whose attention is the codec's own matter.
+    """
+    if not isinstance(stage, DiffusionStage):
+        return None
+    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    found = backend_of(dtype, device, stage.model.head_width)
+    return next(name for name, backend in _BACKENDS.items() if backend.value == found)
+
+
+def num_graphs() -> int:
+    """How many graphs this process has compiled so far: more each update is a size too many."""
+    compiler = sys.modules.get("torch._dynamo.utils")  # asking for it would take a second
+    return 0 if compiler is None else int(compiler.counters["stats"]["unique_graphs"])
 
 
 def compiles(stage: Stage, device: torch.device) -> bool:

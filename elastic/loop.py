@@ -19,7 +19,13 @@ from elastic.data.order import chain_digest, samples_carried
 from elastic.ema import EmaWeights, local
 from elastic.exact import OrderedGradients, reproducible, square_sum
 from elastic.inputs import Inputs, on_device
-from elastic.kernels import attention, attention_order, compile_blocks, compiles
+from elastic.kernels import (
+    attention,
+    attention_of,
+    attention_order,
+    compile_blocks,
+    compiles,
+)
 from elastic.meter import Meter, is_due
 from elastic.muon import MuonAdamW
 from elastic.objective import Graph, Objective
@@ -159,6 +165,7 @@ class _Training:
             self.samples,
             "resumed" if self.samples else "first start",
             restored_from=run.checkpoints.restored_from._asdict(),
+            attention=attention_of(self._stage, self._world.device),
             compiled=self._compiled,
         )
         run.meter.begin(self.samples)

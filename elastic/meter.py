@@ -15,6 +15,7 @@ from elastic.device_peaks import memory_peak, peak_flops
 from elastic.errors import StageBlocked
 from elastic.exact import column_totals, totals
 from elastic.inputs import Inputs
+from elastic.kernels import num_graphs
 from elastic.level_names import level_counts, level_means
 from elastic.noise_levels import by_level
 from elastic.objective import Losses
@@ -33,6 +34,7 @@ OF_THE_MACHINES = frozenset(
         "flops_per_device",
         "mfu",
         "memory_peak",
+        "graphs",
     }
 )
 """Values of a line that differ with the machines and the time of day; all others may not."""
@@ -242,6 +244,8 @@ class Meter:
             "flops_per_device": flops / elapsed / self._world.size,
             "memory_peak": memory,
         }
+        if graphs := num_graphs():
+            speed["graphs"] = graphs
         if math.isfinite(peaks):  # of every device
             speed["mfu"] = flops / elapsed / peaks
         return speed

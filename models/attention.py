@@ -58,10 +58,13 @@ def maskless_kernel(like: Tensor, head_width: int) -> Kernel | None:
     """The kernel that attention without a mask takes now, where a mask would be dear for it."""
     if like.device.type != "cuda" or head_width % 8:
         return None  # a CPU's kernel takes masks; other widths have to be padded themselves
-    some_BASE = torch.empty(
-        1, 1, 128, head_width, dtype=like.dtype, device=like.device, requires_grad=True
-    )
-    return _BY_BACKEND.get(torch._fused_sdp_choice(some_BASE, some_BASE, some_BASE))
+    return _BY_BACKEND.get(backend_of(like.dtype, like.device, head_width))
+
+
+def backend_of(dtype: torch.dtype, device: torch.device, head_width: int) -> int:
+    """What torch's attention without a mask would run on now: the value of an SDPBackend."""
+    some_BASE = torch.empty(1, 1, 128, head_width, dtype=dtype, device=device, requires_grad=True)
+    return int(torch._fused_sdp_choice(some_BASE, some_BASE, some_BASE))
 
 
 def attention(q_BASE: Tensor, k_BASE: Tensor, v_BASE: Tensor, padding: Padding | None) -> Tensor:

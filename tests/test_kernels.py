@@ -17,7 +17,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic.data.load import Step, by_text, rounds_of
 from elastic.data.order import BatchPlan, batch_at
-from elastic.kernels import attention, attention_order, compile_blocks, compiles, eager, text_room
+from elastic.kernels import (
+    attention,
+    attention_of,
+    attention_order,
+    compile_blocks,
+    compiles,
+    eager,
+    text_room,
+)
+from elastic.world import World
 from models.dit import MMDiT
 from models.recompute import RECOMPUTE, Recompute
 from models.text import TextBatch, padded, trimmed
@@ -170,6 +179,28 @@ def test_a_mask_is_left_out_where_every_token_is_real() -> None:
     ragged_BL = torch.tensor([[True, True, True], [True, False, False]])
     assert trimmed(text._replace(mask_BL=ragged_BL)).mask_BL is ragged_BL
     assert trimmed(text._replace(mask_BL=None)).mask_BL is None
+
+
+def test_a_run_says_what_attention_runs_on_and_how_many_graphs_it_has_compiled(
+    tmp_path: Path,
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    stage = STAGE.replace(log_every=1)
+
+    def graphs(world: World, name: str) -> set[int | None]:
+        lines = attempt(world, tmp_path / name, stage, objective(stage), 2).lines
+        values = [line["values"] for line in lines]
+        return {each.get("graphs") for each in values if "samples_per_s" in each}
+
+    assert attention_of(STAGE, CPU) == "flash"
+    assert attention_of(AUTOENCODER, CPU) is None
+    with attention(("math",)):
+        assert attention_of(STAGE, CPU) == "math"
+    with world_of_one() as world:
+        assert graphs(world, "eager") == {None}
+        torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(2))
+        assert graphs(world, "compiled") == {1}
 
 
 def test_the_first_update_of_each_bucket_may_compile_and_no_other_one(
