@@ -13,6 +13,7 @@ from elastic.memory import (
     HEADROOM,
     Memory,
     activations,
+    as_dealt,
     codec_layers,
     dit_layers,
     kept_by_codec,
@@ -54,7 +55,8 @@ def memory_lines(stage: Stage, module: nn.Module, gpus: int | None) -> Iterator[
             need = needed(stage, module, bucket, workers, policy)
             chosen = f" (chosen: {_parts(need, beside=state)})" if policy == stage.recompute else ""
             needs.append(f"{shown(need.total)} with recompute={policy!r}{chosen}")
-        yield f"  {bucket.name:<12}  micro {bucket.micro} takes {', '.join(needs)}"
+        micro = as_dealt(stage, bucket, workers).micro
+        yield f"  {bucket.name:<12}  micro {micro} takes {', '.join(needs)}"
 
 
 def _parts(need: Memory, beside: Memory | None = None) -> str:
@@ -122,10 +124,11 @@ def check_fit(stage: Stage, device_bytes: float) -> None:
         need = needed(stage, module, bucket, workers, stage.recompute)
         if need.total <= HEADROOM * device_bytes:
             continue
+        dealt = as_dealt(stage, bucket, workers)
         remedies = list(_remedies(stage, module, bucket, HEADROOM * device_bytes))
         model = need.total - need.activations
         raise InputError(
-            f"stage {stage.name!r}: bucket {bucket.name!r} with micro={bucket.micro} needs "
+            f"stage {stage.name!r}: bucket {bucket.name!r} with micro={dealt.micro} needs "
             f"{shown(need.total)} on each of {workers} workers ({shown(model)} of it for "
             f"the model), and {shown(HEADROOM * device_bytes)} of a device of "
             f"{shown(device_bytes)} can be planned for; {'; or '.join(remedies) or _NOTHING}"
@@ -151,7 +154,7 @@ def _remedies(stage: Stage, module: nn.Module, bucket: Bucket, room: float) -> I
         return peak_memory(stage, module, asked, workers, samples[policy]).total
 
     for policy in sorted(samples, key=lambda p: (p != stage.recompute, need(p, 1, low))):
-        for micro in range(bucket.micro, 0, -1):
+        for micro in range(as_dealt(stage, bucket, low).micro, 0, -1):
             if (size := need(policy, micro, low)) <= room:
                 yield f"{_how(stage, policy)}micro={micro} fits ({shown(size)})"
                 break

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 
 from cluster.constants import RATE_LLAMA3, RATE_RSC
 
@@ -116,7 +117,7 @@ def at_flag(parser: argparse.ArgumentParser) -> None:
     """What verbs that use the weights of one stage take."""
     parser.add_argument(
         "--at",
-        type=at_least_one,
+        type=position,
         metavar="POSITION",
         help="as they are in this checkpoint of the stage, finished or not (default: at its end)",
     )
@@ -134,6 +135,12 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
     return int(text)
+
+
+def position(text: str) -> int:
+    """Samples, with or without the commas that they are printed with."""
+    is_grouped = re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", text) is not None
+    return at_least_one(text.replace(",", "") if is_grouped else text)
 
 
 def port(text: str) -> int:

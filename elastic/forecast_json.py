@@ -18,7 +18,7 @@ from elastic.forecast import (
     most_text_bytes,
     saved_bytes,
 )
-from elastic.memory import state_memory
+from elastic.memory import as_dealt, state_memory
 from elastic.outlook import Faults, sample_flops, seconds_a_sample, stage_outlook
 from elastic.shares import computed, real_share, worlds
 from elastic.traffic import update_traffic
@@ -93,8 +93,9 @@ def _stage(
                 for bucket in stage.buckets
             },
             "kept": {
-                bucket.name: {p: kept_for(stage, module, bucket, p) for p in policies(stage)}
+                bucket.name: {p: kept_for(stage, module, dealt, p) for p in policies(stage)}
                 for bucket in stage.buckets
+                for dealt in (as_dealt(stage, bucket, workers),)
             },
             "recompute": stage.recompute,
         },

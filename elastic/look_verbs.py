@@ -6,6 +6,8 @@ from pathlib import Path
 
 from elastic.folders import RunFolder
 from elastic.settings import Settings
+from stages.plan import Plan
+from stages.stage import Stage
 
 # As in elastic/cli.py: what costs seconds to import is imported by the verb that needs it.
 
@@ -33,8 +35,6 @@ def doctor_verb(flags: argparse.Namespace, settings: Settings) -> int:
 
 def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     """Say how far a run has come."""
-    from elastic.branch import left_because, shown
-    from elastic.checkpoint_place import Register
     from elastic.data.growth import growth_lines
     from elastic.encode_progress import encoding_lines
     from elastic.goodput import account_lines
@@ -44,7 +44,6 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
     from elastic.status_json import status_json
     from elastic.stop import asked, has_driver
     from elastic.summary import print_table, read_history, summarise_history
-    from elastic.weights import finished
 
     folder = run_folder(flags.run)
     plan = read_plan(folder)
@@ -66,14 +65,26 @@ def status_verb(flags: argparse.Namespace, settings: Settings) -> int:
         reason = why_missing(history.events, stage.name)
         if reason is not None:
             print(missing_line(folder, stage.name, reason))
-        if finished(folder.stage(stage.name)) is None:
-            why = left_because(plan, folder, stage)
-            saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)
-            said = [f"{stage.budget:,} samples"]
-            said += [f"checkpoints at {shown(saved)}"] if saved else []
-            said += [why] if why else []
-            print(f"not finished: {stage.name} ({'; '.join(said)})")
+        standing = _standing(plan, folder, stage)
+        if standing is not None:
+            print(standing)
     return 0
+
+
+def _standing(plan: Plan, folder: RunFolder, stage: Stage) -> str | None:
+    """Whether a stage is finished, and where it has checkpoints; None without any."""
+    from elastic.branch import left_because, shown
+    from elastic.checkpoint_place import Register
+    from elastic.weights import finished
+
+    saved = sorted(Register(folder.stage(stage.name)).positions(), reverse=True)
+    if finished(folder.stage(stage.name)) is not None:
+        return f"checkpoints of {stage.name}: {shown(saved)}" if saved else None
+    why = left_because(plan, folder, stage)
+    said = [f"{stage.budget:,} samples"]
+    said += [f"checkpoints at {shown(saved)}"] if saved else []
+    said += [why] if why else []
+    return f"not finished: {stage.name} ({'; '.join(said)})"
 
 
 def report_verb(flags: argparse.Namespace, settings: Settings) -> int:

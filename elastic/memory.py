@@ -71,6 +71,7 @@ def peak_memory(
     Activations are there before gradients have been summed, and both before the update.
     """
     state, shard = state_memory(stage, module, workers), _shard(stage, module, workers)
+    bucket = as_dealt(stage, bucket, workers)
     state = replace(state, inputs=input_bytes(stage, bucket))
     sums = Sums(
         width=precision_bytes(stage),
@@ -86,6 +87,14 @@ def peak_memory(
     if shard + update > passes.total:
         return replace(state, gradients=shard, update=update)
     return replace(state, **passes._asdict())
+
+
+def as_dealt(stage: Stage, bucket: Bucket, workers: int) -> Bucket:
+    """With the most samples for its `micro` that a round has on so many workers, or on more."""
+    if stage.exact:  # always `micro`
+        return bucket
+    most = -(-bucket.batch // (workers // stage.context))
+    return bucket.replace(micro=min(bucket.micro, most))
 
 
 def input_bytes(stage: Stage, bucket: Bucket) -> float:

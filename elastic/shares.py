@@ -65,10 +65,8 @@ def _remedies(
         return all(real_share(stage, one, size) >= ENOUGH for size in sizes)
 
     largest = 2 * max(bucket.batch, most)
-    for batch in sorted(
-        range(bucket.micro, largest + 1), key=lambda batch: abs(batch - bucket.batch)
-    ):
-        if is_enough(bucket.model_copy(update={"batch": batch}), most, node_less, fewest):
+    for batch in sorted(range(1, largest + 1), key=lambda batch: abs(batch - bucket.batch)):
+        if is_enough(bucket.replace(batch=batch), most, node_less, fewest):
             yield f"batch={batch}"
             break
     for micro in range(bucket.micro - 1, 0, -1) if stage.exact else ():

@@ -105,7 +105,10 @@ class _Maskless(torch.autograd.Function):
         padded = num_padded_B.view(shape) * torch.exp(-ran.sum_log)  # their share of the sum
         sum_log = ran.sum_log + torch.log1p(-padded)
         scale_BAS1 = 1 / (1 - padded.reshape(*q_BASE.shape[:3], 1))
-        out_BASE = (ran.out_BASE * scale_BAS1).to(q_BASE.dtype)
+        out_BASE = ran.out_BASE * scale_BAS1
+        if out_BASE.dtype != q_BASE.dtype:
+            # Only then: of a conversion that does nothing, torch 2.11 compiles a gradient of zero.
+            out_BASE = out_BASE.to(q_BASE.dtype)
         ctx.save_for_backward(q_BASE, k_BASE, v_BASE, out_BASE, sum_log, *ran.tensors)
         ctx.kernel, ctx.lengths = kernel, ran.lengths
         return out_BASE

@@ -8,7 +8,7 @@ came before it, follow from arithmetic alone, for any position, without replay.
 import re
 from typing import NamedTuple
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.record import Record
 
@@ -20,15 +20,14 @@ class Bucket(Record):
     """One shape of clip and its global batch.
 
     `size` is "256px" (256 x 256) or "288x512" (height x width) in pixels. `micro` is how many
-    samples one worker computes at a time at most, 8 or the batch if that is less: it changes memory
-    and speed, never the result (with `exact=True` it decides how sums are rounded, and so the last
-    bits).
+    samples one worker computes at a time at most: it changes memory and speed, never the result
+    (with `exact=True` it decides how sums are rounded, and so the last bits).
     """
 
     size: str
     frames: int = Field(ge=1)
     batch: int = Field(ge=1)
-    micro: int = Field(default_factory=lambda fields: min(8, fields.get("batch", 8)), ge=1)
+    micro: int = Field(default=8, ge=1)
 
     def __init__(self, size: str, **fields: object) -> None:
         super().__init__(**{"size": size, **fields})
@@ -40,12 +39,6 @@ class Bucket(Record):
         if not match or 0 in (int(g) for g in match.groups() if g):
             raise ValueError(f"size {size!r}: write '256px' or 'HEIGHTxWIDTH', such as '288x512'")
         return size
-
-    @field_validator("micro")
-    @classmethod
-    def _at_most_the_batch(cls, micro: int, others: ValidationInfo) -> int:
-        batch: int = others.data.get("batch", micro)
-        return min(micro, batch)
 
     @property
     def height(self) -> int:

@@ -4,12 +4,15 @@ import hashlib
 import json
 import shutil
 import textwrap
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from s3_server import BUCKET, s3_server  # noqa: F401  # a fixture
 from safetensors.torch import load_file, save_file
@@ -37,7 +40,13 @@ from worlds import run_world
 from written_run import Machines
 
 from elastic.align import Pairs
-from elastic.branch import check_branches, checkpoints_of, keep_for_branches, left_because
+from elastic.branch import (
+    check_branches,
+    checkpoints_of,
+    keep_for_branches,
+    left_because,
+    shown,
+)
 from elastic.checkpoint import load_subset
 from elastic.checkpoint_place import Register, Wanted, open_storage, settle
 from elastic.checkpoint_store import DAMAGED, Keep
@@ -47,6 +56,7 @@ from elastic.course import Course, encode_plan, train_plan
 from elastic.data.order import samples_carried, updates_carried
 from elastic.errors import InputError
 from elastic.files import write_atomic
+from elastic.flags import position
 from elastic.folders import LATENT_PINS, MEMBERS, RunFolder
 from elastic.grow import grow_and_train
 from elastic.journal import EVENTS, Journal, read_events
@@ -279,8 +289,8 @@ def test_the_branch_of_the_guide_fits_its_parent() -> None:
 
 def _save(world: World, stage: Path, *positions: int, **settings: object) -> None:
     checkpoints = small_attempt(world, stage, **settings).checkpoints
-    for position in positions:
-        checkpoints.save(small(world, position), "stop")
+    for at in positions:
+        checkpoints.save(small(world, at), "stop")
 
 
 @pytest.fixture
@@ -457,6 +467,14 @@ def test_a_stage_that_is_under_way_is_sampled_at_one_of_its_checkpoints(
     assert {path.name for path in film.parent.iterdir()} == {"00.mp4", "contact-sheet.png"}
 
 
+@given(number=st.integers(1, 10**12))
+def test_a_position_is_taken_as_it_is_printed(number: int) -> None:
+    assert position(shown([number])) == position(str(number)) == number
+    for text in (f"{number},1", shown([number, number]), "0", "1,0000"):
+        with pytest.raises(ArgumentTypeError, match="whole number"):
+            position(text)
+
+
 def test_an_export_at_a_checkpoint_is_that_of_a_stage_that_ended_there(
     parents: Path, under_way: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -505,6 +523,9 @@ plan = Plan("p", [LONG, BRANCH.replace(init=Continue(LONG, at={at}))])
     assert shown["finished"] is True
     assert [one["left"] for one in shown["stages"]] == [True, False]
     assert shown["stages"][0]["checkpoints"] == [HALF, newest]
+    write_atomic(under_way.stage("tiny") / FINISHED, b"{}")
+    assert main(["status", str(under_way.root)]) == 0
+    assert f"\ncheckpoints of tiny: {newest}, {HALF}\n" in capsys.readouterr().out
 
 
 class Told:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 from worlds import run_world
 
+from elastic.data.deal import round_sizes
 from elastic.errors import InputError
 from elastic.fit import GIB, check_fit, kept_for, needed, workers_on
 from elastic.memory import HEADROOM, kept_by_codec, kept_per_token, state_memory
@@ -177,6 +178,25 @@ def test_more_workers_are_named_where_no_micro_batch_fits() -> None:
     check_fit(LARGE.replace(workers=(4, 8), recompute="full"), room * 1.001)
     with pytest.raises(InputError, match="nothing fits, whatever micro"):
         check_fit(LARGE, 1e6)
+
+
+def test_a_round_is_planned_with_no_more_samples_than_a_worker_is_dealt() -> None:
+    bucket = Bucket("256px", frames=33, batch=64, micro=16)
+    phase, module = Phase(until=64, buckets=[bucket]), LARGE.build()
+    stage = LARGE.replace(schedule=[phase], workers=(32, 64))
+    for workers, samples in ((32, 2), (64, 1), (4, 16)):
+        dealt = max(round_sizes(64, 16, workers, exact=False))
+        asked = bucket.replace(micro=dealt)
+        assert dealt == samples
+        assert needed(stage, module, bucket, workers, "none") == needed(
+            stage, module, asked, workers, "none"
+        )
+    exact = stage.replace(exact=True)  # rounds of which are filled up
+    assert needed(exact, module, bucket, 64, "none").total > (
+        needed(exact, module, bucket.replace(micro=1), 64, "none").total
+    )
+    room = needed(stage, module, bucket.replace(micro=2), 32, "none").total / HEADROOM
+    check_fit(stage, room * 1.001)
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused_too() -> None:

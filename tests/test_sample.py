@@ -363,6 +363,11 @@ def test_captions_come_from_flags_and_then_from_a_file_line_by_line(
     ("name", "content", "words"),
     [
         ("gone.txt", None, "gone.txt' cannot be read: .*correct the path"),
+        (
+            "gone.csv",
+            None,
+            r"gone.csv' does not exist; .* with the column text\): correct the name",
+        ),
         ("empty.txt", b" \n\n", "the file holds none; write one a line"),
         ("film.mp4", b"\0\0\0 ftyp\xff\xfe", "not UTF-8 text; write one caption a line, or .*csv"),
         ("latin.txt", "gr\u00fcn".encode("latin-1"), "not UTF-8 text"),

@@ -108,15 +108,6 @@ def test_a_phase_holds_each_bucket_once_and_at_least_one() -> None:
         Phase(until=16, buckets=())
 
 
-@given(st.integers(1, 20), st.integers(1, 20))
-def test_as_much_at_a_time_as_the_batch_has_unless_it_is_said(batch: int, other: int) -> None:
-    bucket = Bucket("32px", frames=1, batch=batch)
-    assert bucket.micro == min(8, batch)
-    assert bucket.replace(batch=other).micro == min(8, other), "it was not said of that one either"
-    assert bucket.replace(micro=batch).micro == batch
-    assert bucket.replace(micro=batch + other).micro == batch, "no round has more"
-
-
 @pytest.mark.parametrize(
     ("size", "height", "width"), [("256px", 256, 256), ("288x512", 288, 512), ("8x9", 8, 9)]
 )

@@ -39,11 +39,9 @@ def test_the_share_is_that_of_the_samples_that_are_dealt(
     shared = {"context": context, "workers": (context, 9 * context)}
     for fields in (shared, {"exact": True, "workers": (1, 18)}):
         stage = with_bucket(batch, micro, **fields)
-        dealt_to = workers // stage.context
-        micro = stage.buckets[0].micro
-        dealt = [deal(batch, micro, rank, dealt_to, stage.exact) for rank in range(dealt_to)]
+        dealt_to, bucket = workers // stage.context, stage.buckets[0]
+        dealt = [deal(batch, bucket.micro, rank, dealt_to, stage.exact) for rank in range(dealt_to)]
         rows = [len(offsets) for rounds in dealt for offsets, _ in rounds]
-        bucket = stage.buckets[0]
         assert real_share(stage, bucket, workers) == pytest.approx(batch / sum(rows))
         assert computed(stage, bucket, workers) * dealt_to == sum(rows)
 

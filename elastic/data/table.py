@@ -247,9 +247,10 @@ def _read(name: str, needed: tuple[str, ...] = _NEEDED) -> Iterator[pa.RecordBat
     except OSError as error:
         raise InputError(f"table {name!r} cannot be reached: {error}") from error
     if not is_there:
+        wanted = "columns path and text) or a folder of videos"
         raise InputError(
             f"{name!r} does not exist; it is a table (a CSV or Parquet file, or its URL, with the "
-            f"columns path and text) or a folder of videos: correct the name"
+            f"{wanted if needed == _NEEDED else 'column text)'}: correct the name"
         )
     suffix = Path(name).suffix.lower()
     if suffix not in _READERS:
