@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
+from ray_beside import listening
 
 from cluster.local import LocalCluster, processes_of
 from elastic import agreement
@@ -21,18 +21,13 @@ def test_every_node_of_a_cluster_is_asked_and_reaches_the_next() -> None:
         cluster.connect()
         try:
             found = {one.what: one for one in node_findings()}
-            listening = {
-                one.laddr.ip
-                for process in processes_of(cluster.temp_dir)
-                for one in process.net_connections("tcp")
-                if one.status == psutil.CONN_LISTEN
-            }
+            addresses = listening(processes_of(cluster.temp_dir))
         finally:
             ray.shutdown()
     finally:
         cluster.stop()
-    assert listening, "whose ports are looked at is known"
-    assert all(is_loopback(ip) for ip in listening), listening
+    assert addresses, "whose ports are looked at is known"
+    assert all(is_loopback(ip) for ip in addresses), addresses
     assert found["nodes"].value == "2 answer"
     assert found["gloo of all nodes"].value == "2 processes agree"
     for what in ("node versions", "node clocks", "node to node"):
